@@ -1,0 +1,78 @@
+"""The plan: one rank, or dense, for every matrix; and the budget it must meet. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.errors import RankwiseError
+from rankwise.layers.matrices import Shape
+
+Ranks = dict[str, int | None]  # path -> rank, or None for dense
+Shapes = Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Parameters that the compressible matrices may keep, and the multiple that every rank must be of."""
+
+    parameters: int
+    multiple: int = 1
+
+    @classmethod
+    def of(cls, shapes: Shapes, rate: float, scope: str, model_parameters: int, multiple: int = 1) -> Budget:
+        """The budget that removes at least `rate` of the parameters in `scope`: "linear" (the matrices) or "model" (all).
+
+        A rate below one parameter removes nothing. Raises `RankwiseError` for a rate outside (0, 1) and for one that even
+        the smallest rank everywhere does not reach.
+        """
+        if not 0 < rate < 1:
+            raise RankwiseError(f"rate={rate} is the fraction of parameters to remove: it must lie between 0 and 1")
+        dense = sum(shape.dense for shape in shapes.values())
+        total = {"linear": dense, "model": model_parameters}[scope]
+        removed = 0 if rate * total < 1 else total - math.floor((1 - rate) * total)
+        least = sum(shape.parameters(multiple) for shape in shapes.values())
+        if dense - removed < least:
+            reachable = math.floor((dense - least) / total * 1e4) / 1e4
+            raise RankwiseError(
+                f"rate={rate} cannot be reached: rank {multiple} in every matrix removes {reachable:.2%} of the "
+                f"parameters in scope {scope!r}; ask for at most {reachable}"
+            )
+        return cls(dense - removed, multiple)
+
+
+def parameters(ranks: Mapping[str, int | None], shapes: Shapes) -> int:
+    """Parameters of all matrices at their ranks."""
+    return sum(shapes[name].parameters(rank) for name, rank in ranks.items())
+
+
+def next_rank(shape: Shape, rank: int, multiple: int) -> int | None:
+    """The rank one step up; None is dense."""
+    return rank + multiple if rank + multiple <= shape.largest_rank(multiple) else None
+
+
+def fill(ranks: Ranks, shapes: Shapes, budget: Budget, order: Iterable[str]) -> Ranks:
+    """Spend what is left of the budget: one step for each matrix in `order` in turn, until no step fits any more."""
+    ranks, names = dict(ranks), list(order)
+    left = budget.parameters - parameters(ranks, shapes)
+    while names:
+        fitting = []
+        for name in names:
+            rank = ranks[name]
+            if rank is None:
+                continue
+            higher = next_rank(shapes[name], rank, budget.multiple)
+            cost = shapes[name].parameters(higher) - shapes[name].parameters(rank)
+            if cost <= left:
+                ranks[name], left = higher, left - cost
+                fitting.append(name)
+        names = fitting
+    return ranks
+
+
+def write_ranks(path: Path, ranks: Mapping[str, int | None]) -> None:
+    """One matrix a line, null for dense: readable, diffable, editable by hand."""
+    path.write_text(json.dumps(dict(ranks), indent=1) + "\n")

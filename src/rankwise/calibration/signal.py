@@ -1,0 +1,111 @@
+"""What a model says about a batch, and how far another model is from saying the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankwise.calibration.tokens import Batch
+from rankwise.errors import RankwiseError
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A model's outputs over the tokens of a batch that are not padding.
+
+    values: [tokens, vocabulary] logits in the model's dtype, or [tokens, hidden] features of a model without a head,
+        which are read as the mean of a Gaussian with the features' own variance.
+    """
+
+    values: Tensor
+    categorical: bool
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong: the device of its first parameter."""
+    return next(model.parameters()).device
+
+
+def token_mask(batch: Batch) -> Tensor | None:
+    """[batch, length] bool, False for padding on the side that writes; None where nothing is padded."""
+    mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def signal_of(model: nn.Module, batch: Batch) -> Signal:
+    """The model's signal over `batch`; labels in the batch are not passed on."""
+    return _signal(call(model, batch), batch)
+
+
+def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
+    """The model's own output object for `batch`, its inputs moved to the model's device and its labels left out."""
+    device = device_of(model)
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    return model(**inputs, **options)
+
+
+def _signal(output: Any, batch: Batch) -> Signal:
+    logits = getattr(output, "logits", None)
+    values = logits if logits is not None else getattr(output, "last_hidden_state", None)
+    if values is None:
+        raise RankwiseError(f"the model's output {type(output).__name__} has neither logits nor last_hidden_state")
+    mask = token_mask(batch)
+    if mask is not None and values.ndim == 3:
+        return Signal(values[mask.to(values.device)], logits is not None)
+    return Signal(values.reshape(-1, values.shape[-1]), logits is not None)
+
+
+def divergence(reference: Signal, other: Signal) -> Tensor:
+    """KL(reference || other) in nats, summed over tokens: scalar float32."""
+    if reference.categorical:
+        p, q = reference.values.float().log_softmax(-1), other.values.float().log_softmax(-1)
+        return F.kl_div(q, p, reduction="sum", log_target=True)
+    mean = reference.values.float()
+    return 0.5 * (other.values.float() - mean).square().sum() / mean.var(dim=0).mean()
+
+
+def sampled_loss(signal: Signal, generator: torch.Generator) -> Tensor:
+    """Minus the log likelihood, summed over tokens, of labels sampled from the signal itself: scalar float32.
+
+    The outer product of its gradients is an unbiased estimate of the true Fisher information (Kunstner et al. 2019).
+    `generator` lives on the CPU, so that every device draws the same labels.
+    """
+    values = signal.values.float()
+    if signal.categorical:
+        uniform = torch.rand(len(values), 1, generator=generator).to(values.device)
+        cumulative = values.detach().softmax(-1).cumsum(-1)
+        labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=values.shape[-1] - 1)
+        return F.cross_entropy(values, labels.squeeze(-1), reduction="sum")
+    mean = values.detach()
+    variance = mean.var(dim=0).mean()
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device) * variance.sqrt()
+    return 0.5 * (values - mean - noise).square().sum() / variance
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, no parameter asking for a gradient and no key-value cache kept; all put back on leaving."""
+    training = {m: m.training for m in model.modules()}
+    asking = [p for p in model.parameters() if p.requires_grad]
+    config: Any = getattr(model, "config", None)
+    caching = getattr(config, "use_cache", None)
+    model.eval()
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    if caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in asking:
+            parameter.requires_grad_(True)
+        if caching:
+            config.use_cache = caching

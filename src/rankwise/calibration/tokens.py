@@ -1,0 +1,97 @@
+"""From documents to windows of tokens, and from windows to the batches a model is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.errors import RankwiseError
+
+Batch = dict[str, Tensor]
+
+CALIBRATION_TOKENS = 2**18  # 128 windows of 2048: the field's habit
+TOKENS_PER_BATCH = 2**13
+MAX_LENGTH = 2048
+
+
+def default_length(model: nn.Module) -> int:
+    """Tokens of a window: the model's context, at most 2048."""
+    config: Any = model.config
+    positions = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min([MAX_LENGTH, *(p for p in positions if isinstance(p, int) and p > 0)])
+
+
+def default_samples(length: int) -> int:
+    """Windows of a calibration set: as many as make 262,144 tokens."""
+    return max(CALIBRATION_TOKENS // length, 16)
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    length: int,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Non-overlapping windows [windows, length] int64 of the documents, tokenised with their special tokens and joined.
+
+    With `samples`, at most that many, drawn at random: documents in random order until there are tokens enough, then
+    windows out of theirs. Without, all of them in order. Raises `RankwiseError` where the text is shorter than a window.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator).tolist() if samples else range(len(documents))
+    ids: list[int] = []
+    for index in order:
+        ids += tokenizer(documents[index], verbose=False)["input_ids"]
+        if samples and len(ids) >= samples * length:
+            break
+    if len(ids) < length:
+        raise RankwiseError(
+            f"the text has {len(ids):,} tokens, fewer than one window of {length:,}: give more text or a smaller length"
+        )
+    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    if samples and len(windows) > samples:
+        windows = windows[torch.randperm(len(windows), generator=generator)[:samples]]
+    return windows
+
+
+@torch.no_grad()
+def sampled_windows(model: PreTrainedModel, length: int, samples: int, seed: int) -> Tensor:
+    """Windows [samples, length] int64 that the model writes itself, each from its first token (or a random one),
+    at temperature 1 over the whole vocabulary and on past any end-of-text token.
+
+    Raises `RankwiseError` for a model that does not generate text.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise RankwiseError(f"{type(model).__name__} cannot write its own calibration text: name one with calibration")
+    generator = torch.Generator().manual_seed(seed)
+    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0)
+    start = model.generation_config.bos_token_id if model.generation_config is not None else None
+    first = start if isinstance(start, int) else None
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    windows = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        batch_size = max(1, 4 * TOKENS_PER_BATCH // length)
+        for count in tqdm([min(batch_size, samples - i) for i in range(0, samples, batch_size)], desc="writing text"):
+            prompt = torch.randint(vocabulary, (count, 1), generator=generator)
+            prompt = prompt if first is None else torch.full((count, 1), first)
+            prompt = prompt.to(model.device)
+            windows.append(
+                model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu()
+            )
+    return torch.cat(windows)
+
+
+def batches_of(model: nn.Module, windows: Tensor) -> list[Batch]:
+    """The windows [windows, length] as inputs of `model`, about 8192 tokens to a batch. An encoder-decoder reads every
+    window on both sides."""
+    config: Any = model.config
+    per_batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+    names = ["input_ids", "decoder_input_ids"] if config.is_encoder_decoder else ["input_ids"]
+    return [dict.fromkeys(names, part) for part in windows.split(per_batch)]

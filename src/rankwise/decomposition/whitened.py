@@ -1,0 +1,16 @@
+"""Whitening by the inputs' second moment H: the error is that of the outputs, ||X (W - W')^T|| (SVD-LLM, Wang et al. 2024,
+arXiv 2403.07378; same optimum as its V2, 2503.12340, and as DRONE)."""
+
+from __future__ import annotations
+
+from rankwise.calibration.moments import Moments
+from rankwise.decomposition.solver import Root
+
+NEEDS = frozenset({"second"})
+DAMPING = 1e-8  # of the mean of diag(H): only orders the directions that no token has
+
+
+def roots(moments: Moments) -> tuple[Root | None, Root | None]:
+    """Identity on outputs; the root of H [n, n] on inputs."""
+    assert moments.second is not None
+    return None, Root.of(moments.second, DAMPING)

@@ -1,0 +1,90 @@
+"""Mixtures of experts: from stacked 3-D parameters to one linear layer per expert and matrix, and back.
+
+transformers stores the experts of a layer as `gate_up_proj` (or `up_proj`) and `down_proj` [experts, out, in], which no walk
+over linear layers finds. Unstacked, every expert's matrix is a linear layer like any other: it has its own activations
+(those of the tokens routed to it) and its own rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STACKED = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether `module` holds experts in the stacked form of transformers 5."""
+    stacks = [p for n, p in module.named_parameters(recurse=False) if n in STACKED]
+    return len(stacks) == 2 and all(p.ndim == 3 for p in stacks) and hasattr(type(module), "_apply_gate")
+
+
+def list_name(parameter: str) -> str:
+    """The module list that replaces a stacked parameter; no loader's rename pattern matches it."""
+    return parameter.removesuffix("_proj") + "_matrices"
+
+
+class UnstackedExperts(nn.Module):
+    """The eager forward of an experts module whose matrices are lists of linear layers.
+
+    Mixed into the original class, whose activation, gate and routing conventions it keeps.
+    """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, hidden], [tokens, k] experts of each token, [tokens, k] their weights -> [tokens, hidden]."""
+        module: Any = self
+        inner = module.gate_up_matrices if module.has_gate else module.up_matrices
+        activate = module._apply_gate if module.has_gate else module.act_fn
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= module.num_experts:
+                continue  # a router's mark for "no expert"
+            token, position = torch.where(top_k_index == expert)
+            y = module.down_matrices[expert](activate(inner[expert](hidden_states[token])))
+            if module.has_post_expert_norm:
+                y = module.post_expert_norm(y)
+            y = y * top_k_weights[token, position, None]
+            result = result.index_add(0, token, y.to(result.dtype))
+        return result
+
+
+@functools.cache
+def _unstacked_class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Unstacked{original.__name__}", (UnstackedExperts, original), {})
+
+
+def unstack(module: nn.Module) -> None:
+    """Replace the stacked parameters of an experts module by lists of `nn.Linear`, in place; works on the meta device too."""
+    experts: Any = module
+    for name in [n for n in STACKED if isinstance(getattr(module, n, None), nn.Parameter)]:
+        stack: Tensor = getattr(module, name).data
+        bias: Tensor | None = getattr(module, f"{name}_bias").data if experts.has_bias else None
+        weights = stack.transpose(1, 2) if experts.is_transposed else stack
+        layers = []
+        for e, weight in enumerate(weights):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+            layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias[e].clone(), requires_grad=False)
+            layers.append(layer)
+        delattr(module, name)
+        if bias is not None:
+            delattr(module, f"{name}_bias")
+        module.add_module(list_name(name), nn.ModuleList(layers))
+    module.__class__ = _unstacked_class(type(module))
+
+
+def stacked_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters `unstack` took apart, put together again from the layers' weights: name -> [experts, ...]."""
+    experts: Any = module
+    tensors = {}
+    for name in [n for n in STACKED if hasattr(module, list_name(n))]:
+        layers = getattr(experts, list_name(name))
+        stack = torch.stack([layer.weight for layer in layers])
+        tensors[name] = stack.transpose(1, 2).contiguous() if experts.is_transposed else stack
+        if experts.has_bias:
+            tensors[f"{name}_bias"] = torch.stack([layer.bias for layer in layers])
+    return tensors

@@ -1,0 +1,41 @@
+"""Which modules hold a weight matrix, and how to read it: `nn.Linear`, and GPT-2's `Conv1D`, stored transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` maps x to W x + b with a weight of its own."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight matrix [out_features, in_features] of a linear module: a view, not a copy."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias [out_features] of a linear module, or None."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` (path -> module) into `model`, and the originals back on leaving, whatever happens inside."""
+    originals = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)

@@ -1,0 +1,101 @@
+"""Which weight matrices of a model may be compressed, and why the others are left dense."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from rankwise.errors import RankwiseError
+from rankwise.layers import experts
+from rankwise.layers.linear import is_linear, weight_of
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of a weight matrix W [out_features, in_features] and the arithmetic of its parameters."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def dense(self) -> int:
+        """Parameters of the dense matrix."""
+        return self.out_features * self.in_features
+
+    @property
+    def per_rank(self) -> int:
+        """Parameters of one unit of rank: a column of B and a row of A."""
+        return self.out_features + self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        """Number of singular components."""
+        return min(self.out_features, self.in_features)
+
+    def largest_rank(self, multiple: int = 1) -> int:
+        """The largest multiple of `multiple` below the break-even rank m n / (m + n); from there on dense is smaller."""
+        return (self.dense - 1) // self.per_rank // multiple * multiple
+
+    def parameters(self, rank: int | None) -> int:
+        """Parameters at `rank`; None is dense."""
+        return self.dense if rank is None else rank * self.per_rank
+
+
+def matches(name: str, module: nn.Module, pattern: str) -> bool:
+    """Whether `pattern` names the module: `re:` and a regular expression matched from the path's start, a glob over the
+    path, or the name of a class."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern) or type(module).__name__ == pattern
+
+
+def unstack_experts(model: nn.Module) -> list[str]:
+    """Unstack every mixture of experts in `model`, in place; the paths of the modules that were stacked."""
+    names = [name for name, module in model.named_modules() if experts.is_stacked(module)]
+    for name in names:
+        experts.unstack(model.get_submodule(name))
+    return names
+
+
+def find_matrices(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), multiple: int = 1
+) -> tuple[dict[str, Shape], dict[str, str]]:
+    """The matrices that may be compressed (path -> shape), and those left dense (path -> reason).
+
+    The output head is left dense unless `include` names it. Raises `RankwiseError` for a pattern that matches nothing
+    and where nothing is left to compress.
+    """
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    for pattern in (*include, *exclude):
+        if not any(matches(name, module, pattern) for name, module in linear.items()):
+            raise RankwiseError(f"the pattern {pattern!r} matches none of the model's {len(linear)} linear layers")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+
+    matrices: dict[str, Shape] = {}
+    dense: dict[str, str] = {}
+    for name, module in linear.items():
+        shape = Shape(*weight_of(module).shape)
+        included = any(matches(name, module, p) for p in include)
+        if uses[id(module.weight)] > 1:
+            dense[name] = "its weight is tied to another module's"
+        elif any(matches(name, module, p) for p in exclude) or (include and not included):
+            dense[name] = "excluded"
+        elif module is head and not included:
+            dense[name] = "the output head (name it in include to compress it)"
+        elif shape.largest_rank(multiple) < multiple:
+            dense[name] = f"too small: {shape.out_features} x {shape.in_features}"
+        else:
+            matrices[name] = shape
+    if not matrices:
+        raise RankwiseError(
+            f"the model has no matrix to compress: of its {len(linear)} linear layers all are left dense"
+            + "".join(f"; {n}: {why}" for n, why in list(dense.items())[:3])
+        )
+    return matrices, dense

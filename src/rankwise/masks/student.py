@@ -1,0 +1,167 @@
+"""The student: the model with a mask over the singular components of every matrix, judged against the model as it was.
+
+Legend: one mask per matrix, [k] float32, one weight per component; 0 drops it. A matrix without a mask is dense.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rankwise.calibration.signal import Signal, device_of, divergence, frozen, sampled_loss, signal_of
+from rankwise.calibration.tokens import Batch
+from rankwise.decomposition.solver import Decomposition
+from rankwise.layers.linear import bias_of, swapped
+from rankwise.layers.lowrank import LowRankLinear
+
+Masks = dict[str, Tensor | None]
+TEACHER_BYTES = 2**30  # the teacher's signals are kept below this size, and recomputed above it
+
+
+class MaskedLinear(nn.Module):
+    """y = B (mask * A x) + bias, for B [m, k], A [k, n] and mask [k]."""
+
+    def __init__(self, second: Tensor, first: Tensor, bias: Tensor | None, mask: Tensor) -> None:
+        super().__init__()
+        self.second, self.first, self.bias, self.mask = second, first, bias, mask
+        self.on_gradient: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m]."""
+        mask = self.mask.to(x.dtype)
+        if self.on_gradient is not None:  # one mask per sequence, so that each shows its own gradient
+            mask = mask.expand(len(x) if x.ndim == 3 else 1, *[1] * (x.ndim - 2), -1)
+            mask.register_hook(self.on_gradient)
+        return F.linear(F.linear(x, self.first) * mask, self.second, self.bias)
+
+
+def _add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Add the squares of the gradients [sequences, ..., k] to the total [k]."""
+    total += gradients.double().flatten(0, -2).square().sum(0).cpu()
+
+
+def hard_mask(rank: int, length: int) -> Tensor:
+    """The mask [length] that keeps the first `rank` components."""
+    return (torch.arange(length) < rank).float()
+
+
+def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None) -> LowRankLinear:
+    """The layer of the kept components, the mask's values folded into its first factor."""
+    kept = mask.nonzero().squeeze(-1).to(decomposition.first.device)
+    values = mask.to(decomposition.first)[kept]
+    return LowRankLinear.from_factors(decomposition.second[:, kept], values[:, None] * decomposition.first[kept], bias)
+
+
+@dataclass
+class Student:
+    """A model, its decomposed matrices and the batches they are judged on.
+
+    decompositions: matrix -> factors in the model's dtype and on its device.
+    training, selection: disjoint batches of calibration text; masks are trained on the one and chosen by the other.
+    """
+
+    model: nn.Module
+    decompositions: Mapping[str, Decomposition]
+    training: Sequence[Batch]
+    selection: Sequence[Batch]
+    seed: int = 0
+    _signals: dict[int, Signal] = field(default_factory=dict)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """The model's weights frozen and in eval mode while inside."""
+        return frozen(self.model)
+
+    def with_masks(self, masks: Masks) -> AbstractContextManager[None]:
+        """The model with the kept components only, as it would be shipped, while inside."""
+        modules = {
+            name: factorised(self.decompositions[name], mask, self.bias(name))
+            for name, mask in masks.items()
+            if mask is not None
+        }
+        return swapped(self.model, modules)
+
+    def masked(self, masks: Mapping[str, Tensor]) -> dict[str, MaskedLinear]:
+        """Layers of the full-length factors under `masks`, for `swapped`; their masks are leaves that ask for gradients."""
+        device = device_of(self.model)
+        return {
+            name: MaskedLinear(
+                self.decompositions[name].second,
+                self.decompositions[name].first,
+                self.bias(name),
+                mask.detach().float().to(device).requires_grad_(True),
+            )
+            for name, mask in masks.items()
+        }
+
+    def teacher(self, batch: Batch) -> Signal:
+        """The signal of the original model. Call it with the original's layers in place, or after it was kept."""
+        if id(batch) in self._signals:
+            return self._signals[id(batch)]
+        with torch.no_grad():
+            signal = signal_of(self.model, batch)
+        batches = len(self.training) + len(self.selection)
+        if signal.values.nbytes * batches <= TEACHER_BYTES:
+            self._signals[id(batch)] = signal
+        return signal
+
+    @torch.no_grad()
+    def divergence(self, masks: Masks, batches: Sequence[Batch] | None = None) -> float:
+        """KL(original || student) in nats per token over `batches` (the selection text unless told)."""
+        batches = self.selection if batches is None else batches
+        total, tokens = 0.0, 0
+        with self.frozen():
+            for batch in batches:
+                reference = self.teacher(batch)
+                with self.with_masks(masks):
+                    total += divergence(reference, signal_of(self.model, batch)).item()
+                tokens += len(reference.values)
+        return total / tokens
+
+    def fisher(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
+        """Mask Fisher: half the mean over tokens of the squared gradients of each sequence's loss with respect to each
+        mask, all masks at 1 and labels sampled from the model: the KL in nats per token that dropping the component
+        costs, to second order. Matrix -> [k] float64."""
+        layers = self.masked({name: torch.ones(len(d.spectrum)) for name, d in self.decompositions.items()})
+        prices = {name: torch.zeros(len(d.spectrum), dtype=torch.float64) for name, d in self.decompositions.items()}
+        for name, layer in layers.items():
+            layer.on_gradient = functools.partial(_add_squares, prices[name])
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = 0
+        with self.frozen(), swapped(self.model, layers):
+            for batch in tqdm(self.training if batches is None else batches, desc="pricing components"):
+                signal = signal_of(self.model, batch)
+                sampled_loss(signal, generator).backward()
+                tokens += len(signal.values)
+        return {name: price / (2 * tokens) for name, price in prices.items()}
+
+    def gradients(self, masks: Masks, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
+        """The gradient of the KL in nats per token with respect to every mask weight, dropped ones too, at `masks`;
+        dense matrices are taken with all components kept. Matrix -> [k] float64."""
+        full = {
+            name: torch.ones(len(self.decompositions[name].spectrum)) if mask is None else mask
+            for name, mask in masks.items()
+        }
+        layers = self.masked(full)
+        tokens = 0
+        with self.frozen():
+            for batch in tqdm(self.training if batches is None else batches, desc="gradients at the hard masks"):
+                reference = self.teacher(batch)
+                with swapped(self.model, layers):
+                    divergence(reference, signal_of(self.model, batch)).backward()
+                tokens += len(reference.values)
+        return {
+            name: torch.zeros(len(layer.mask), dtype=torch.float64)
+            if layer.mask.grad is None
+            else layer.mask.grad.double().cpu() / tokens
+            for name, layer in layers.items()
+        }
+
+    def bias(self, name: str) -> Tensor | None:
+        return bias_of(self.model.get_submodule(name))
