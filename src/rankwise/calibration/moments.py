@@ -5,6 +5,7 @@ Legend: T tokens, x [T, n] the inputs of a site, g [T, m] the gradient of the lo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -42,6 +43,33 @@ class Statistics:
         """The moments of a matrix: its site's and its own."""
         site, own = self.sites[self.site_of[matrix]], self.matrices.get(matrix, Moments())
         return Moments(site.count, site.second, site.absolute, own.output, own.fisher)
+
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For the run folder: the matrices in order, and every moment under `kind/path/field`."""
+        tensors = {}
+        for number, (matrix, site) in enumerate(self.site_of.items()):
+            text = json.dumps([matrix, site]).encode()
+            tensors[f"site_of/{number:06d}"] = torch.tensor(list(text), dtype=torch.uint8)
+        for kind, group in (("site", self.sites), ("matrix", self.matrices)):
+            for path, moments in group.items():
+                for name, value in vars(moments).items():
+                    if value is not None:
+                        tensors[f"{kind}/{path}/{name}"] = torch.as_tensor(value)
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Statistics:
+        """Undo `to_tensors`."""
+        site_of = dict(json.loads(bytes(tensors[k].tolist())) for k in sorted(tensors) if k.startswith("site_of/"))
+        groups: dict[str, dict[str, Moments]] = {"site": {}, "matrix": {}}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition("/")
+            if kind in groups:
+                path, _, name = rest.rpartition("/")
+                moments = groups[kind].setdefault(path, Moments())
+                setattr(moments, name, int(tensor) if name == "count" else tensor.to(device))
+        return cls(site_of, groups["site"], groups["matrix"])
 
 
 def find_sites(model: nn.Module, matrices: Collection[str], batch: Batch) -> dict[str, str]:

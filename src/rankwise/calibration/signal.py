@@ -38,11 +38,6 @@ def token_mask(batch: Batch) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 
-def signal_of(model: nn.Module, batch: Batch) -> Signal:
-    """The model's signal over `batch`; labels in the batch are not passed on."""
-    return _signal(call(model, batch), batch)
-
-
 def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
     """The model's own output object for `batch`, its inputs moved to the model's device and its labels left out."""
     device = device_of(model)
@@ -50,15 +45,26 @@ def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
     return model(**inputs, **options)
 
 
-def _signal(output: Any, batch: Batch) -> Signal:
+def values_of(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
+    """The model's logits [sequences, length, vocabulary] and True, or its last hidden states and False.
+
+    Raises `RankwiseError` for a model that gives neither.
+    """
+    output = call(model, batch)
     logits = getattr(output, "logits", None)
     values = logits if logits is not None else getattr(output, "last_hidden_state", None)
     if values is None:
         raise RankwiseError(f"the model's output {type(output).__name__} has neither logits nor last_hidden_state")
+    return values, logits is not None
+
+
+def signal_of(model: nn.Module, batch: Batch) -> Signal:
+    """The model's signal over `batch`; labels in the batch are not passed on."""
+    values, categorical = values_of(model, batch)
     mask = token_mask(batch)
     if mask is not None and values.ndim == 3:
-        return Signal(values[mask.to(values.device)], logits is not None)
-    return Signal(values.reshape(-1, values.shape[-1]), logits is not None)
+        return Signal(values[mask.to(values.device)], categorical)
+    return Signal(values.reshape(-1, values.shape[-1]), categorical)
 
 
 def divergence(reference: Signal, other: Signal) -> Tensor:

@@ -77,14 +77,28 @@ def unstack(module: nn.Module) -> None:
     module.__class__ = _unstacked_class(type(module))
 
 
-def stacked_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters `unstack` took apart, put together again from the layers' weights: name -> [experts, ...]."""
+def stacked_shapes(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """The shapes of the stacked parameters that `unstack` took apart: name -> [experts, ...]."""
     experts: Any = module
-    tensors = {}
+    shapes = {}
     for name in [n for n in STACKED if hasattr(module, list_name(n))]:
         layers = getattr(experts, list_name(name))
-        stack = torch.stack([layer.weight for layer in layers])
-        tensors[name] = stack.transpose(1, 2).contiguous() if experts.is_transposed else stack
+        out_features, in_features = layers[0].out_features, layers[0].in_features
+        rows, columns = (in_features, out_features) if experts.is_transposed else (out_features, in_features)
+        shapes[name] = (len(layers), rows, columns)
+    return shapes
+
+
+def restack(module: nn.Module) -> None:
+    """Undo `unstack`, in place: the lists of linear layers become stacked parameters again."""
+    experts: Any = module
+    for name in [n for n in STACKED if hasattr(module, list_name(n))]:
+        layers = getattr(experts, list_name(name))
+        stack = torch.stack([layer.weight.detach() for layer in layers])
+        stack = stack.transpose(1, 2).contiguous() if experts.is_transposed else stack
+        delattr(module, list_name(name))
+        module.register_parameter(name, nn.Parameter(stack, requires_grad=False))
         if experts.has_bias:
-            tensors[f"{name}_bias"] = torch.stack([layer.bias for layer in layers])
-    return tensors
+            bias = torch.stack([layer.bias.detach() for layer in layers])
+            module.register_parameter(f"{name}_bias", nn.Parameter(bias, requires_grad=False))
+    module.__class__ = type(module).__mro__[2]  # [unstacked, UnstackedExperts, original, ...]

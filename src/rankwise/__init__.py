@@ -1,0 +1,40 @@
+"""rankwise: low-rank compression of Hugging Face language models, the rank of every matrix learned by gradient.
+
+Importing it teaches transformers to load compressed folders, and loads neither torch nor transformers itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rankwise.errors import RankwiseError as RankwiseError
+from rankwise.integration.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.evaluate import evaluate as evaluate
+    from rankwise.integration.densify import densify as densify
+    from rankwise.pipeline import Compressed as Compressed
+    from rankwise.pipeline import compress as compress
+    from rankwise.recipe import Recipe as Recipe
+
+__version__ = "0.1.0"
+__all__ = ["Compressed", "RankwiseError", "Recipe", "compress", "densify", "evaluate"]
+
+_HOMES = {
+    "compress": "rankwise.pipeline",
+    "Compressed": "rankwise.pipeline",
+    "Recipe": "rankwise.recipe",
+    "densify": "rankwise.integration.densify",
+    "evaluate": "rankwise.evaluation.evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+register_when_imported()

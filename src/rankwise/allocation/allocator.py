@@ -1,0 +1,54 @@
+"""What an allocator is given, what it gives back, and the list of those there are.
+
+A new allocator is one file and one line in `ALLOCATORS`; the command line and the documentation find it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+
+from rankwise.allocation.llrc import LLRC
+from rankwise.allocation.llrc_paper import LLRCPaper
+from rankwise.allocation.problem import Allocation, Problem
+from rankwise.allocation.uniform import Uniform
+from rankwise.errors import RankwiseError
+
+
+class Allocator(Protocol):
+    """A frozen dataclass whose fields are the method's options. It is made once, then asked once per budget."""
+
+    decomposition: ClassVar[str]  # the metric used where the user names none
+
+    def allocate(self, problem: Problem) -> Allocation:
+        """One rank, or dense, for every matrix, within the budget; deterministic by the problem's seed."""
+        ...
+
+
+ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
+    "uniform": {"default": Uniform},
+    "llrc": {"default": LLRC, "paper": LLRCPaper},
+}
+
+
+def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Allocator:
+    """The allocator `name` in `preset`, with `options` over its defaults.
+
+    Raises `RankwiseError` for a name, a preset or an option that there is not, and for a value of the wrong type.
+    """
+    if name not in ALLOCATORS:
+        raise RankwiseError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}")
+    presets = ALLOCATORS[name]
+    if preset not in presets:
+        raise RankwiseError(f"allocation {name!r} has no preset {preset!r}; it has {', '.join(presets)}")
+    try:
+        return TypeAdapter(presets[preset]).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(presets[preset].__dataclass_fields__) or "none"  # type: ignore[attr-defined]
+        raise RankwiseError(
+            f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({preset}): {first['msg']}; "
+            f"its options are {known}"
+        ) from None

@@ -1,0 +1,44 @@
+"""What every allocator works on, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from rankwise.allocation.plan import Budget, Ranks, Shapes
+from rankwise.masks.student import Masks, Student, hard_mask
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One budget to be spent on the decomposed matrices of one model.
+
+    shapes: matrix -> shape.
+    spectra: matrix -> singular values [k], descending, in the norm of the metric.
+    student: the masked model, for allocators that ask the model itself. The seed is its.
+    """
+
+    shapes: Shapes
+    spectra: dict[str, Tensor]
+    budget: Budget
+    student: Student
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The ranks, and the mask of every compressed matrix: which components are kept and by how much each counts.
+
+    history: what the allocator did, one record a step, for the report.
+    """
+
+    ranks: Ranks
+    masks: Masks
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of_prefixes(cls, ranks: Ranks, spectra: dict[str, Tensor]) -> Allocation:
+        """The first components of every matrix, as they are."""
+        masks = {name: None if rank is None else hard_mask(rank, len(spectra[name])) for name, rank in ranks.items()}
+        return cls(ranks, masks)

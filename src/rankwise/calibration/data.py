@@ -1,0 +1,60 @@
+"""Calibration text as batches, cut in three: to train on, to choose by, to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.calibration.tokens import Batch, batches_of
+from rankwise.errors import RankwiseError
+
+PART = 10  # one sequence in ten is for choosing, another one in ten for measuring
+
+
+@dataclass(frozen=True)
+class Data:
+    """Disjoint batches, unless there are fewer than three sequences: then all three are the same."""
+
+    training: list[Batch]
+    selection: list[Batch]
+    measuring: list[Batch]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything in the training and selection batches, in order: what a result depends on."""
+        return [tensor for batch in (*self.training, *self.selection) for tensor in batch.values()]
+
+    @classmethod
+    def of_windows(cls, model: nn.Module, windows: Tensor) -> Data:
+        """Of windows [windows, length] in random order."""
+        if windows.ndim != 2 or windows.is_floating_point() or not len(windows):
+            raise RankwiseError(f"windows of tokens are integers [windows, length], not {tuple(windows.shape)} {windows.dtype}")
+        if len(windows) < 3:
+            return cls(*[batches_of(model, windows)] * 3)
+        part = max(1, len(windows) // PART)
+        training, selection, measuring = windows[2 * part :], windows[:part], windows[part : 2 * part]
+        return cls(batches_of(model, training), batches_of(model, selection), batches_of(model, measuring))
+
+    @classmethod
+    def of_batches(cls, batches: Sequence[Batch]) -> Data:
+        """Of the user's own batches, as they are; few ones are cut into their sequences first."""
+        for batch in batches:
+            if not isinstance(batch, dict) or not all(isinstance(t, torch.Tensor) for t in batch.values()):
+                raise RankwiseError("calibration batches are dicts of the model's inputs: name -> tensor [sequences, ...]")
+        if not batches:
+            raise RankwiseError("the calibration has no batches")
+        parts = list(batches)
+        if len(parts) < PART:
+            parts = [
+                {name: tensor[i : i + 1] for name, tensor in batch.items()}
+                for batch in batches
+                for i in range(len(next(iter(batch.values()))))
+            ]
+        if len(parts) < 3:
+            return cls(parts, parts, parts)
+        selection, measuring = parts[::PART], parts[1::PART]
+        training = [p for i, p in enumerate(parts) if i % PART > 1] or parts[2:]
+        return cls(training, selection, measuring)

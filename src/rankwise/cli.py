@@ -1,0 +1,199 @@
+"""The command line: one command per task. Heavy imports stay inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.errors import RankwiseError
+
+app = typer.Typer(
+    name="rankwise",
+    help="Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+TextColumn = Annotated[str, typer.Option(help="The text's field in JSON lines and data sets.")]
+DatasetOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Passed to datasets.load_dataset (name=, split=, data_files=, ...). Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one.")]
+
+
+@app.command()
+def compress(
+    model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
+    rate: Annotated[float, typer.Option(help="Fraction of parameters to remove.")] = 0.2,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("compressed"),
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="The text: a text or JSON-lines file, a folder, a data set's name, stdlib:train, or self: text that the "
+            "model writes itself (the default; text like that of your use is better)."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text (default: 262,144 tokens' worth).")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")
+    ] = None,
+    scope: Annotated[str, typer.Option(help="What the rate is counted over: linear (the matrices) or model (all).")] = "linear",
+    decomposition: Annotated[
+        str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
+    ] = None,
+    allocation: Annotated[str, typer.Option(help="How ranks are chosen: llrc or uniform.")] = "llrc",
+    preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
+    ] = None,
+    rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Compress only these: a glob over paths, a class, or re:EXPRESSION. Repeatable.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
+    text_column: TextColumn = "text",
+    dataset_option: DatasetOption = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything drawn: same seed, same ranks.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress MODEL and write a folder that transformers loads like any other."""
+    from rankwise.pipeline import compress
+
+    try:
+        result = compress(
+            model,
+            rate,
+            calibration=calibration,
+            output=output,
+            overwrite=overwrite,
+            resume=resume,
+            samples=samples,
+            length=length,
+            scope=scope,
+            decomposition=decomposition,
+            allocation=allocation,
+            preset=preset,
+            options=_pairs(option),
+            rank_multiple=rank_multiple,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            text_column=text_column,
+            dataset_options=_pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result.report))
+        return
+    from rankwise.report.terminal import print_report
+
+    print_report(result.report)
+    print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
+    reference: Annotated[str | None, typer.Option(help="The original model; without it, the bundled one.")] = None,
+    text: Annotated[str, typer.Option(help="Text to judge on: as --calibration of compress, but not self.")] = "stdlib:held-out",
+    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    text_column: TextColumn = "text",
+    dataset_option: DatasetOption = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what compression cost: perplexity, KL, agreement, size; original and compressed on the same tokens."""
+    from rankwise import bundled
+    from rankwise.evaluation.evaluate import evaluate
+
+    report = evaluate(
+        folder,
+        reference or bundled.MODEL,
+        text,
+        length=length,
+        samples=samples,
+        seed=seed,
+        text_column=text_column,
+        dataset_options=_pairs(dataset_option),
+        dtype=dtype,
+        device=device,
+    )
+    if as_json:
+        print(json.dumps(report))
+        return
+    from rankwise.report.terminal import print_report
+
+    print_report(report)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")], as_json: AsJson = False
+) -> None:
+    """Show the rank of every matrix."""
+    from rankwise.report.inspect import inspect
+    from rankwise.report.terminal import print_ranks
+
+    rows = inspect(folder)
+    if as_json:
+        print(json.dumps({"matrices": rows}))
+    else:
+        print_ranks(rows)
+
+
+@app.command()
+def densify(
+    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+) -> None:
+    """Write the plain dense equivalent: same outputs, no gain in size, needs no rankwise."""
+    from rankwise.integration.densify import densify
+
+    densify(folder, output, overwrite)
+    print(f"written to {output}")
+
+
+def _pairs(items: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE strings as a dict."""
+    pairs = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise RankwiseError(f"{item!r} is not KEY=VALUE")
+        pairs[key] = value
+    return pairs
+
+
+def main() -> None:
+    """The entry point: what users can put right ends in one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except RankwiseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

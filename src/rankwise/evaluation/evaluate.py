@@ -1,0 +1,87 @@
+"""`rankwise evaluate`: a compressed folder against the model it was made from, on any text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankwise.calibration.signal import frozen, values_of
+from rankwise.calibration.text import read_documents
+from rankwise.calibration.tokens import batches_of, default_length, windows_of
+from rankwise.errors import RankwiseError
+from rankwise.evaluation.compare import compare
+from rankwise.evaluation.size import Size
+from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed
+from rankwise.integration.result import RECIPE, read_ranks
+from rankwise.layers.linear import weight_of
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import Shape
+
+
+def evaluate(
+    path: str | Path,
+    reference: str | Path,
+    text: str,
+    *,
+    length: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    text_column: str = "text",
+    dataset_options: Mapping[str, str] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Compare the compressed folder `path` with `reference` on `text`, in one run on the same tokens.
+
+    All of the text in non-overlapping windows of `length` tokens (default: the reference's context, at most 2048), or
+    `samples` of them, drawn at random. Returns plain values for JSON. Raises `RankwiseError`.
+    """
+    documents = read_documents(text, text_column, dataset_options)
+    config = load_config(reference)
+    refuse_compressed(reference, config)
+    ranks = read_ranks(Path(path))
+    tokenizer = load_tokenizer(reference)
+    if tokenizer is None:
+        raise RankwiseError(f"{reference} has no tokenizer")
+    compressed = load_compressed(path, dtype, device)
+    dense = load_model(reference, config, dtype, device)
+    width = dense.get_input_embeddings().weight.shape
+    if type(compressed) is not type(dense) or compressed.get_input_embeddings().weight.shape != width:
+        raise RankwiseError(f"{reference} is not the model that {path} was made from")
+    length = length or default_length(dense)
+    batches = batches_of(dense, windows_of(tokenizer, documents, length, samples, seed))
+    with frozen(dense), frozen(compressed):
+        comparison = compare(
+            lambda batch: values_of(dense, batch)[0],
+            lambda batch: values_of(compressed, batch)[0],
+            batches,
+            dense.can_generate(),
+        )
+    shapes = {}
+    for name in ranks:
+        layer = compressed.get_submodule(name)
+        sizes = (layer.out_features, layer.in_features) if isinstance(layer, LowRankLinear) else weight_of(layer).shape
+        shapes[name] = Shape(*sizes)
+    total = sum(p.nbytes for p in dense.parameters())
+    size = Size.of(shapes, ranks, dense.num_parameters(), total, next(dense.parameters()).element_size())
+    recipe = yaml.safe_load((Path(path) / RECIPE).read_text()) if (Path(path) / RECIPE).exists() else {}
+    return {
+        "reference": str(reference),
+        "rate": recipe.get("rate", size.achieved("linear")),
+        "scope": recipe.get("scope", "linear"),
+        **size.to_dict(),
+        "bytes_on_disk": {"reference": weights_on_disk(Path(reference)), "compressed": weights_on_disk(Path(path))},
+        "text": text,
+        "length": length,
+        "stride": length,
+        **comparison.to_dict(),
+        "ranks": ranks,
+    }
+
+
+def weights_on_disk(folder: Path) -> int | None:
+    """Bytes of the folder's safetensors files; None for a model that is not a local folder."""
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else None

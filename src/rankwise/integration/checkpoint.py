@@ -1,0 +1,145 @@
+"""Reading models from disk or hub, and writing result folders whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.errors import RankwiseError
+from rankwise.integration.quantizer import METHOD
+
+DTYPES = {"auto", "float32", "bfloat16", "float16"}
+
+
+def load_config(path: str | Path) -> Any:
+    """The model's config. Raises `RankwiseError` where there is no such model."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RankwiseError(f"no such model: {str(path)!r} is neither a model folder nor a model's name ({reason})") from None
+
+
+def method_of(config: Any) -> str | None:
+    """The quantization method of a config, or None for a dense model."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    get = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
+    return str(get("quant_method"))
+
+
+def refuse_compressed(path: str | Path, config: Any) -> None:
+    """Raises `RankwiseError` for a model that is compressed or quantized already."""
+    method = method_of(config)
+    if method == METHOD:
+        raise RankwiseError(f"{path} is already compressed by rankwise: compress the original, or densify it first")
+    if method is not None:
+        raise RankwiseError(f"{path} is quantized ({method}): compress the original model, then quantize the result")
+
+
+def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """The model with the head its config names, on `device` ("auto": the GPU where there is one), in eval mode.
+
+    Raises `RankwiseError` for weights that are missing, left over, not finite or unreadable.
+    """
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model, info = cls.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+    except Exception as error:  # a broken file fails in as many ways as there are readers
+        reason = str(error).strip().split("\n")[0]
+        raise RankwiseError(f"cannot load {path}: {reason}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            keys = sorted(map(str, info[kind]))
+            raise RankwiseError(f"{path} is not a whole {cls.__name__}: {kind.replace('_', ' ')}: {', '.join(keys[:3])}")
+    refuse_not_finite(model)
+    return model.to(resolve_device(device)).eval()
+
+
+def load_compressed(path: str | Path, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """A folder that rankwise wrote. Raises `RankwiseError` for any other."""
+    config = load_config(path)
+    if method_of(config) != METHOD:
+        raise RankwiseError(f"{path} was not written by rankwise: its config.json has no {METHOD!r} quantization_config")
+    return load_model(path, config, dtype, device)
+
+
+def refuse_not_finite(model: nn.Module) -> None:
+    """Raises `RankwiseError` naming the first parameter with NaN or infinite values."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise RankwiseError(f"the model's weight {name} has values that are NaN or infinite")
+
+
+def resolve_device(device: str) -> torch.device:
+    """Raises `RankwiseError` for a device that torch does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise RankwiseError(f"device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def refuse_taken(folder: Path, overwrite: bool) -> None:
+    """Raises `RankwiseError` where the result may not or cannot be written to `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise RankwiseError(f"the output {folder} is a file")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise RankwiseError(f"the output folder {folder} is not empty: name another, or overwrite it (--overwrite)")
+    above = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    if not os.access(above, os.W_OK):
+        raise RankwiseError(f"the output folder {folder} cannot be written: {above} is read-only")
+
+
+@contextmanager
+def written_whole(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place on leaving without an error, and is removed otherwise."""
+    refuse_taken(folder, overwrite)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise RankwiseError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n")

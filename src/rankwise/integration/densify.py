@@ -1,0 +1,58 @@
+"""From a compressed model back to an ordinary one: the same outputs, no gain in size, no rankwise needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.errors import RankwiseError
+from rankwise.integration.checkpoint import load_compressed, load_tokenizer, written_whole
+from rankwise.integration.quantizer import RankwiseConfig
+from rankwise.layers.experts import restack
+from rankwise.layers.lowrank import LowRankLinear
+
+
+def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
+    """Multiply the factors out and stack the experts again, in place. Products are float32, rounded once."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    for path in config.ranks:
+        in_stack = path.startswith(tuple(f"{e}." for e in config.experts))
+        transposed = not in_stack and isinstance(skeleton.get_submodule(path), Conv1D)
+        model.set_submodule(path, _dense(model.get_submodule(path), transposed))
+    for path in config.experts:
+        restack(model.get_submodule(path))
+    return model
+
+
+def _dense(layer: LowRankLinear, transposed: bool) -> nn.Module:
+    first, second = layer.first.weight.detach(), layer.second.weight.detach()
+    weight = (second.float() @ first.float()).to(second.dtype)
+    if transposed:
+        dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
+        dense.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return dense
+
+
+def densify(path: str | Path, output: str | Path, overwrite: bool = False) -> None:
+    """Write the plain dense equivalent of the compressed folder `path` to `output`.
+
+    Raises `RankwiseError` where `path` is no compressed folder or `output` is taken.
+    """
+    with written_whole(Path(output), overwrite) as folder:
+        model = load_compressed(path)
+        if not hasattr(model, "dequantize"):
+            raise RankwiseError(f"{path} holds a {type(model).__name__}, which cannot be densified")
+        model.dequantize().save_pretrained(folder)
+        tokenizer = load_tokenizer(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)

@@ -1,0 +1,137 @@
+"""How transformers loads and saves a compressed model. Importing this module is the registration.
+
+A compressed folder also holds, under the dense name of each replaced weight, a guard: a tensor without elements whose shape
+is wrong. Where rankwise was imported it is ignored; elsewhere transformers stops at it with an error, where it would
+otherwise warn and run with random weights.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rankwise.layers.experts import stacked_shapes, unstack
+from rankwise.layers.linear import bias_of, is_linear, weight_of
+from rankwise.layers.lowrank import LowRankLinear
+
+METHOD = "rankwise"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class RankwiseConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model.
+
+    ranks: path of each factorised linear layer -> its rank.
+    experts: paths of the mixtures of experts whose stacked parameters were taken apart.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+    quant_method: str = METHOD
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Raises ValueError for a folder written by a later rankwise, or by nobody."""
+        version = config_dict.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"this folder has rankwise format {version!r}, this rankwise reads {FORMAT_VERSION}: upgrade with pip"
+            )
+        unknown = set(config_dict) - {"ranks", "experts", "format_version", "quant_method"}
+        if unknown:
+            raise ValueError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+class RankwiseQuantizer(HfQuantizer):
+    """Puts low-rank layers into the empty model before its weights are read, and guards beside them when it is saved."""
+
+    requires_calibration = True  # a dense model is not compressed by loading it with our config
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        for path in config.experts:
+            unstack(_submodule(model, path))
+        for path, rank in config.ranks.items():
+            linear = _submodule(model, path)
+            if not is_linear(linear):
+                raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
+            (out_features, in_features), bias = weight_of(linear).shape, bias_of(linear) is not None
+            dtype = weight_of(linear).dtype
+            model.set_submodule(
+                path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype)
+            )
+        ignored: Any = model._keys_to_ignore_on_load_unexpected
+        expected = (f"^{re.escape(name)}$" for name in guards(model, config))
+        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's tensors and the guards."""
+        return {**model.state_dict(), **guards(model, self.quantization_config)}, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from rankwise.integration.densify import densify_in_place
+
+        return densify_in_place(model, self.quantization_config)
+
+    def is_serializable(self) -> bool:
+        """Compressed models are saved like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are plain linear layers."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Nothing but matrix products."""
+        return True
+
+
+def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
+    """Dense name of each parameter that compression replaced -> its guard: the parameter's shape, its last axis empty."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in config.experts:
+        shapes |= {f"{path}.{name}": shape for name, shape in stacked_shapes(model.get_submodule(path)).items()}
+    for path in config.ranks:
+        if not path.startswith(tuple(f"{expert}." for expert in config.experts)):
+            layer = model.get_submodule(path)
+            assert isinstance(layer, LowRankLinear)
+            shapes[f"{path}.weight"] = (layer.out_features, 0)
+    return {name: torch.empty(*shape[:-1], 0) for name, shape in shapes.items()}
+
+
+def attach(model: Any, config: RankwiseConfig) -> None:
+    """Make a model that was factorised in memory what it will be once saved and loaded."""
+    model.config.quantization_config = config
+    model.hf_quantizer = RankwiseQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the folder has a rank for {path!r}, which {type(model).__name__} does not have") from None
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(RankwiseConfig)
+    register_quantizer(METHOD)(RankwiseQuantizer)

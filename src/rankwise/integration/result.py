@@ -1,0 +1,107 @@
+"""The result folder: an ordinary Hugging Face folder, with the ranks, the recipe and the report beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.allocation.plan import write_ranks
+from rankwise.errors import RankwiseError
+from rankwise.integration.checkpoint import written_whole
+from rankwise.recipe import Recipe
+
+MAX_SHARD_SIZE = "5GB"
+RANKS, RECIPE, REPORT = "ranks.json", "recipe.yaml", "report.json"
+
+
+def write_result(
+    output: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ranks: Mapping[str, int | None],
+    report: Mapping[str, Any],
+    recipe: Recipe,
+    overwrite: bool = False,
+) -> None:
+    """Write everything to `output`, whole or not at all. Raises `RankwiseError` where it is taken or cannot be written."""
+    with written_whole(output, overwrite) as folder:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_ranks(folder / RANKS, ranks)
+        (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        model_card(output.name, report, recipe).save(folder / "README.md")
+
+
+def read_ranks(folder: Path) -> dict[str, int | None]:
+    """The ranks of a result folder. Raises `RankwiseError` where they are missing or no ranks."""
+    file = folder / RANKS
+    try:
+        ranks = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RankwiseError(f"{folder} has no {RANKS}: it was not written by rankwise") from None
+    except (OSError, ValueError) as error:
+        raise RankwiseError(f"{file} cannot be read: {error}") from None
+    good = isinstance(ranks, dict) and all(r is None or (type(r) is int and r > 0) for r in ranks.values())
+    if not good:
+        raise RankwiseError(f"{file} is not an object of matrices and their ranks (a positive number, or null for dense)")
+    return ranks
+
+
+def model_card(name: str, report: Mapping[str, Any], recipe: Recipe) -> ModelCard:
+    """The card: how to load it, what it is made from and how, what it measured."""
+    data = ModelCardData(
+        base_model=report["base_model"] if "/" in report["base_model"] and not Path(report["base_model"]).exists() else None,
+        base_model_relation="quantized",
+        library_name="transformers",
+        tags=["rankwise", "low-rank", "compressed"],
+    )
+    model, linear = report["parameters"]["model"], report["parameters"]["linear"]
+    perplexity = ""
+    if report["perplexity"] is not None:
+        perplexity = f"| perplexity | {report['reference_perplexity']:.3f} | {report['perplexity']:.3f} |\n"
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{report["base_model"]} with {report["achieved_rate"][recipe.scope]:.1%} fewer parameters (scope: {recipe.scope}): its weight
+matrices are low-rank products, the rank of each chosen by rankwise.
+
+```python
+import rankwise  # teaches transformers this format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+Without `import rankwise`, loading stops with a size mismatch. `rankwise densify` writes a copy that needs no rankwise.
+
+## Measured cost
+
+On {report["windows"]} windows ({report["tokens"]:,} predicted tokens) of the calibration text that neither statistics nor masks
+have seen.
+
+| | original | compressed |
+|---|---|---|
+| parameters, whole model | {model["reference"]:,} | {model["compressed"]:,} |
+| parameters, compressible matrices | {linear["reference"]:,} | {linear["compressed"]:,} |
+| bytes of weights | {report["bytes"]["model"]["reference"]:,} | {report["bytes"]["model"]["compressed"]:,} |
+{perplexity}| KL(original to compressed), nats per token | | {report["kl"]:.5f} |
+| same most likely token | | {report["agreement"]:.2%} |
+
+## Method
+
+Rate {recipe.rate}, scope {recipe.scope}, decomposition {recipe.decomposition}, allocation {recipe.allocation} (preset
+{recipe.preset}), calibration {recipe.calibration}, seed {recipe.seed}. All options are in `{RECIPE}`, the ranks in
+`{RANKS}`, everything measured in `{REPORT}`.
+"""
+    return ModelCard(content, ignore_metadata_errors=True)

@@ -1,0 +1,46 @@
+"""Every option of a run: frozen, validated, written beside the result."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from rankwise.errors import RankwiseError
+
+
+class Recipe(BaseModel):
+    """What was asked for. Two equal recipes on the same model and text give the same ranks, bit for bit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rate: float = Field(gt=0, lt=1, description="fraction of parameters to remove")
+    scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over")
+    calibration: str = Field("self", description="the text: a file, a folder, a data set's name, self, stdlib:train")
+    text_column: str = Field("text", description="the text's field in JSON lines and data sets")
+    dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset")
+    samples: PositiveInt | None = Field(None, description="windows of calibration text; by default 262,144 tokens' worth")
+    length: int | None = Field(None, ge=2, description="tokens of a window; by default the model's context, at most 2048")
+    decomposition: str | None = Field(None, description="the metric; by default the allocation's own")
+    allocation: str = Field("llrc", description="how ranks are chosen")
+    preset: str = Field("default", description="which defaults of the allocation")
+    options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
+    rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
+    include: tuple[str, ...] = Field((), description="only matrices that match: a glob, a class, or re: and an expression")
+    exclude: tuple[str, ...] = Field((), description="matrices to leave dense, likewise")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the model")
+    device: str = Field("auto", description="where to compute")
+    seed: int = Field(0, ge=0, description="of everything drawn")
+
+    @classmethod
+    def of(cls, **fields: Any) -> Self:
+        """The recipe of these fields. Raises `RankwiseError` for an unknown one and for a bad value."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                raise RankwiseError(f"unknown option {name!r}; there are {', '.join(cls.model_fields)}") from None
+            meaning = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
+            raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None

@@ -1,0 +1,62 @@
+"""Reports as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Size and quality of the original and the compressed model, side by side."""
+    console = Console(soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "original", "compressed"):
+        table.add_column(column, justify="left" if not column else "right")
+    titles = {"linear": "parameters, compressible matrices", "model": "parameters, whole model"}
+    for scope, title in titles.items():
+        row = report["parameters"][scope]
+        removed = report["achieved_rate"][scope]
+        table.add_row(title, f"{row['reference']:,}", f"{row['compressed']:,} (-{removed:.1%})")
+    row = report["bytes"]["model"]
+    table.add_row("bytes of weights", f"{row['reference']:,}", f"{row['compressed']:,}")
+    if report["perplexity"] is not None:
+        table.add_row("perplexity", f"{report['reference_perplexity']:.3f}", f"{report['perplexity']:.3f}")
+    table.add_row("KL(original || compressed), nats per token", "", f"{report['kl']:.5f}")
+    table.add_row("same most likely token", "", f"{report['agreement']:.2%}")
+    console.print(table)
+    where = f"on {report['text']}" if "text" in report else "on held-out calibration text"
+    console.print(f"measured {where}: {report['windows']:,} windows, {report['tokens']:,} predicted tokens")
+    dense = [name for name, rank in report["ranks"].items() if rank is None]
+    console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
+    for reason, names in _by_reason(report.get("left_dense", {})).items():
+        console.print(f"not considered, {reason}: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}")
+
+
+def _by_reason(left_dense: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, reason in left_dense.items():
+        groups.setdefault(reason, []).append(name)
+    return groups
+
+
+def print_ranks(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per matrix."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("matrix", no_wrap=True)
+    for column in ("shape", "rank", "break-even", "parameters", "kept"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["matrix"],
+            f"{row['out_features']} x {row['in_features']}",
+            "dense" if row["rank"] is None else str(row["rank"]),
+            f"{row['break_even_rank']:.0f}",
+            f"{row['parameters']:,}",
+            f"{row['parameters'] / row['dense_parameters']:.0%}",
+        )
+    after, before = (sum(row[k] for row in rows) for k in ("parameters", "dense_parameters"))
+    Console(soft_wrap=True).print(table, f"{after:,} of {before:,} parameters kept ({after / before:.1%})")

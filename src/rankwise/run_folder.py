@@ -1,0 +1,85 @@
+"""Where a run keeps what it has computed, so that it can be killed and resumed.
+
+Every result is a safetensors file named after its stage and the digest of all it was computed from: a changed option leaves
+the results that do not depend on it in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rankwise.errors import RankwiseError
+
+
+def digest(*parts: Any) -> str:
+    """A short digest of values with a stable text form, and of tensors by their bytes."""
+    state = hashlib.blake2b(digest_size=10)
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().reshape(-1)
+            state.update(part.view(torch.uint8).numpy().tobytes())
+        else:
+            state.update(repr(part).encode())
+        state.update(b"\0")
+    return state.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The digest of a model: its config, and the name, shape and first and last thousand values of each parameter."""
+    parts: list[Any] = [str(getattr(model, "config", ""))]
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        parts += [name, tuple(parameter.shape), flat[:1000], flat[-1000:]]
+    return digest(*parts)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Results on disk; with no path, nothing is kept."""
+
+    path: Path | None = None
+
+    @classmethod
+    def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
+        """The run folder of an output folder. Raises `RankwiseError` where an earlier run's is there and neither wanted
+        nor to be overwritten."""
+        path = output.resolve().with_name(output.resolve().name + ".run")
+        if path.exists() and overwrite and not resume:
+            shutil.rmtree(path)
+        if path.exists() and not resume:
+            raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume) or drop it (--overwrite)")
+        return cls(path)
+
+    def cached(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of `stage` for `key`: read where they are whole on disk, else computed and written atomically."""
+        if self.path is None:
+            return compute()
+        file = self.path / f"{stage}-{key}.safetensors"
+        if file.exists():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+            except SafetensorError:
+                file.unlink()  # cut short by a full disk or a crash of the machine
+        tensors = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".part")
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        os.replace(temporary, file)
+        return tensors
+
+    def remove(self) -> None:
+        """Forget the run."""
+        if self.path is not None and self.path.exists():
+            shutil.rmtree(self.path)
