@@ -43,9 +43,7 @@ def compress(
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text (default: 262,144 tokens' worth).")] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")
-    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
     scope: Annotated[str, typer.Option(help="What the rate is counted over: linear (the matrices) or model (all).")] = "linear",
     decomposition: Annotated[
         str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
@@ -57,7 +55,8 @@ def compress(
     ] = None,
     rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
     include: Annotated[
-        list[str] | None, typer.Option(help="Compress only these: a glob over paths, a class, or re:EXPRESSION. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Compress only these: a glob over paths, a class, or re:EXPRESSION. Repeatable."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
     text_column: TextColumn = "text",
@@ -147,9 +146,7 @@ def evaluate(
 
 
 @app.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")], as_json: AsJson = False
-) -> None:
+def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")], as_json: AsJson = False) -> None:
     """Show the rank of every matrix."""
     from rankwise.report.inspect import inspect
     from rankwise.report.terminal import print_ranks

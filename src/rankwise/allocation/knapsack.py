@@ -26,9 +26,7 @@ def knapsack(prices: Mapping[str, Tensor], shapes: Shapes, budget: Budget) -> Ra
     The budget must be reachable (see `Budget.of`); what is left of it in the end goes to the dearest matrices.
     """
     names = list(shapes)
-    options = [
-        [*range(budget.multiple, shapes[n].largest_rank(budget.multiple) + 1, budget.multiple), None] for n in names
-    ]
+    options = [[*range(budget.multiple, shapes[n].largest_rank(budget.multiple) + 1, budget.multiple), None] for n in names]
     tails = {n: _tail(prices[n].double().clamp_min(0).cpu().numpy()) for n in names}
     width = max(len(o) for o in options)
     loss, cost = np.full((len(names), width), np.inf), np.full((len(names), width), 0.0)

@@ -47,7 +47,6 @@ class LLRCPaper:
         shapes, budget = problem.shapes, problem.budget
         options = GumbelTraining(**dataclasses.asdict(self))
 
-
         def reached(logits: dict[str, Tensor]) -> bool:
             return parameters(ranks_above(KEPT, logits, shapes, budget.multiple), shapes) <= budget.parameters
 

@@ -17,7 +17,17 @@ Split = Literal["train", "held-out"]
 MODEL = Path(__file__).parent / "model"
 
 # Tables of characters and generated text teach a model of code nothing; tests and site-packages differ by machine.
-_SKIPPED = {"encodings", "pydoc_data", "site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "lib-dynload"}
+_SKIPPED = {
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "_bundled",
+    "lib-dynload",
+}
 
 
 def split_of(path: str) -> Split:

@@ -44,7 +44,6 @@ class Statistics:
         site, own = self.sites[self.site_of[matrix]], self.matrices.get(matrix, Moments())
         return Moments(site.count, site.second, site.absolute, own.output, own.fisher)
 
-
     def to_tensors(self) -> dict[str, Tensor]:
         """For the run folder: the matrices in order, and every moment under `kind/path/field`."""
         tensors = {}

@@ -82,9 +82,7 @@ def sampled_windows(model: PreTrainedModel, length: int, samples: int, seed: int
             prompt = torch.randint(vocabulary, (count, 1), generator=generator)
             prompt = prompt if first is None else torch.full((count, 1), first)
             prompt = prompt.to(model.device)
-            windows.append(
-                model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu()
-            )
+            windows.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu())
     return torch.cat(windows)
 
 

@@ -72,9 +72,7 @@ class RankwiseQuantizer(HfQuantizer):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
             (out_features, in_features), bias = weight_of(linear).shape, bias_of(linear) is not None
             dtype = weight_of(linear).dtype
-            model.set_submodule(
-                path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype)
-            )
+            model.set_submodule(path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype))
         ignored: Any = model._keys_to_ignore_on_load_unexpected
         expected = (f"^{re.escape(name)}$" for name in guards(model, config))
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]

@@ -81,9 +81,7 @@ class Student:
     def with_masks(self, masks: Masks) -> AbstractContextManager[None]:
         """The model with the kept components only, as it would be shipped, while inside."""
         modules = {
-            name: factorised(self.decompositions[name], mask, self.bias(name))
-            for name, mask in masks.items()
-            if mask is not None
+            name: factorised(self.decompositions[name], mask, self.bias(name)) for name, mask in masks.items() if mask is not None
         }
         return swapped(self.model, modules)
 
@@ -145,8 +143,7 @@ class Student:
         """The gradient of the KL in nats per token with respect to every mask weight, dropped ones too, at `masks`;
         dense matrices are taken with all components kept. Matrix -> [k] float64."""
         full = {
-            name: torch.ones(len(self.decompositions[name].spectrum)) if mask is None else mask
-            for name, mask in masks.items()
+            name: torch.ones(len(self.decompositions[name].spectrum)) if mask is None else mask for name, mask in masks.items()
         }
         layers = self.masked(full)
         tokens = 0

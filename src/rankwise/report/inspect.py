@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
-import transformers
 from rankwise.integration.checkpoint import load_config
 from rankwise.integration.result import read_ranks
 from rankwise.layers.linear import weight_of

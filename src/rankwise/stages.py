@@ -1,0 +1,197 @@
+"""The stages of a run, each with its result in the run folder: what was computed once is read the next time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise import bundled
+from rankwise.allocation.allocator import Allocator
+from rankwise.allocation.plan import Budget
+from rankwise.allocation.problem import Allocation, Problem
+from rankwise.calibration.data import Data
+from rankwise.calibration.moments import Moments, Statistics, collect
+from rankwise.calibration.signal import device_of, frozen, values_of
+from rankwise.calibration.text import read_documents
+from rankwise.calibration.tokens import Batch, default_length, default_samples, sampled_windows, windows_of
+from rankwise.decomposition.metric import metric_named
+from rankwise.decomposition.solver import Decomposition, decompose
+from rankwise.errors import RankwiseError
+from rankwise.evaluation.compare import Comparison, compare
+from rankwise.integration.checkpoint import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_compressed,
+    refuse_not_finite,
+)
+from rankwise.layers.linear import weight_of
+from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
+from rankwise.masks.student import Student
+from rankwise.recipe import Recipe
+from rankwise.run_folder import RunFolder, digest, fingerprint
+
+Calibration = str | Path | Sequence[str] | Tensor | Sequence[Batch]
+
+
+@dataclass
+class Run:
+    """A dense model ready to be compressed, its calibration text, and where results are kept.
+
+    identity: the digest of all that statistics depend on.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    base: str
+    shapes: dict[str, Shape]
+    left_dense: dict[str, str]
+    experts: list[str]
+    data: Data
+    folder: RunFolder
+    identity: str
+    seed: int
+
+
+def start(
+    model: str | Path | PreTrainedModel,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    rates: Collection[float],
+    folder: RunFolder,
+) -> Run:
+    """Read the text, open the model, find its matrices, check that every rate can be reached, cut the text into batches.
+
+    Raises `RankwiseError` for whatever is wrong with these.
+    """
+    if isinstance(calibration, str | Path) and calibration != "self":
+        calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
+    dense, tokenizer, base = _open(model, recipe, tokenizer)
+    experts = unstack_experts(dense)
+    shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
+    for rate in rates:
+        Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
+    identity = fingerprint(dense)
+    data = _data(dense, calibration, tokenizer, recipe, folder, identity)
+    identity = digest(identity, *data.tensors, recipe.seed)
+    return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed)
+
+
+def _open(
+    model: str | Path | PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+    """The dense model, its tokenizer where there is one, and its name."""
+    if isinstance(model, PreTrainedModel):
+        base = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        refuse_compressed(base, model.config)
+        refuse_not_finite(model)
+        return model, tokenizer, base
+    config = load_config(model)
+    refuse_compressed(model, config)
+    base = "the bundled model" if model == bundled.MODEL else str(model)
+    return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
+
+
+def _data(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    folder: RunFolder,
+    identity: str,
+) -> Data:
+    length = recipe.length or default_length(model)
+    samples = recipe.samples or default_samples(length)
+    if isinstance(calibration, Tensor):
+        return Data.of_windows(model, calibration)
+    if calibration == "self":
+        key = digest(identity, length, samples, recipe.seed)
+        with frozen(model):
+            written = folder.cached("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
+        return Data.of_windows(model, written["windows"])
+    if isinstance(calibration[0], str):
+        if tokenizer is None:
+            raise RankwiseError("the model has no tokenizer for the calibration text: give one, or windows of tokens")
+        windows = windows_of(tokenizer, calibration, length, samples, recipe.seed)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        if windows.max() >= vocabulary:
+            raise RankwiseError(
+                f"the tokenizer gives the token {windows.max()}, but the model has only {vocabulary}: is it the model's own?"
+            )
+        return Data.of_windows(model, windows)
+    return Data.of_batches(calibration)
+
+
+def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
+    """The moments that `needs` names. Matrices that the text does not reach are left dense from here on."""
+    if not needs:
+        return Statistics({name: name for name in run.shapes}, {name: Moments() for name in run.shapes})
+    saved = run.folder.cached(
+        "statistics",
+        digest(run.identity, *run.shapes, *sorted(needs)),
+        lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors(),
+    )
+    statistics = Statistics.from_tensors(saved, device_of(run.model))
+    for name in [n for n in run.shapes if statistics.of(n).count == 0]:
+        run.left_dense[name] = "the calibration text does not reach it"
+        del run.shapes[name]
+    return statistics
+
+
+def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
+    """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
+    roots, key = metric_named(metric).roots, digest(run.identity, metric)
+    decompositions = {}
+    for name in tqdm(run.shapes, desc="decomposing"):
+        weight = weight_of(run.model.get_submodule(name))
+
+        def compute(name: str = name, weight: Tensor = weight) -> dict[str, Tensor]:
+            return vars(decompose(weight, *roots(statistics.of(name))).to(dtype=weight.dtype))
+
+        try:
+            saved = run.folder.cached(f"decomposition/{metric}/{name}", key, compute)
+        except RankwiseError as error:
+            raise RankwiseError(f"{name}: {error}") from None
+        decompositions[name] = Decomposition(**saved).to(weight.device)
+    return decompositions
+
+
+def student_of(run: Run, decompositions: dict[str, Decomposition]) -> Student:
+    """The masked model over the run's calibration text."""
+    return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed)
+
+
+def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget) -> Allocation:
+    """The allocator's answer; the masks are the truth, the ranks are counted from them."""
+
+    def choose() -> dict[str, Tensor]:
+        spectra = {name: d.spectrum for name, d in student.decompositions.items()}
+        chosen = allocator.allocate(Problem(run.shapes, spectra, budget, student))
+        history = torch.tensor(list(json.dumps(chosen.history).encode()), dtype=torch.uint8)
+        return {"__history__": history} | {name: mask for name, mask in chosen.masks.items() if mask is not None}
+
+    saved = run.folder.cached("allocation", digest(run.identity, metric, allocator, budget), choose)
+    masks = {name: saved.get(name) for name in run.shapes}
+    ranks = {name: None if mask is None else int(mask.count_nonzero()) for name, mask in masks.items()}
+    return Allocation(ranks, masks, json.loads(bytes(saved["__history__"].tolist())))
+
+
+def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> Comparison:
+    """The model with the allocation's masks against itself without."""
+    model = student.model
+    assert isinstance(model, PreTrainedModel)
+
+    def compressed(batch: Batch) -> Tensor:
+        with student.with_masks(chosen.masks):
+            return values_of(model, batch)[0]
+
+    with frozen(model):
+        return compare(lambda batch: values_of(model, batch)[0], compressed, batches, model.can_generate())
