@@ -146,6 +146,60 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
+    rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
+    text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the picture.")] = Path("contest"),
+    allocations: Annotated[str, typer.Option(help="With commas between: llrc, llrc:paper, ... (default: all).")] = "",
+    decompositions: Annotated[str, typer.Option(help="With commas between (default: each allocation's own).")] = "",
+    calibration: Annotated[str | None, typer.Option(help="The calibration text, as of compress.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    judge_samples: Annotated[int | None, typer.Option(help="Windows of each text to judge on (default: all).")] = None,
+    scope: Annotated[str, typer.Option(help="linear or model.")] = "linear",
+    rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
+    text_column: TextColumn = "text",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
+    from rankwise.contest import hold_contest
+    from rankwise.report.contest import plot_contest, print_contest
+
+    try:
+        wanted = [float(rate) for rate in rates.split(",")]
+    except ValueError:
+        raise RankwiseError(f"--rates {rates!r}: numbers with commas between, as 0.1,0.2") from None
+    results = hold_contest(
+        model,
+        wanted,
+        text or ["stdlib:held-out"],
+        output,
+        allocations=_names(allocations),
+        decompositions=_names(decompositions),
+        calibration=calibration,
+        judge_samples=judge_samples,
+        samples=samples,
+        length=length,
+        scope=scope,
+        rank_multiple=rank_multiple,
+        text_column=text_column,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps(results))
+        return
+    print_contest(results)
+    plot_contest(results, output / "contest.png")
+    print(f"written to {output}")
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")], as_json: AsJson = False) -> None:
     """Show the rank of every matrix."""
     from rankwise.report.inspect import inspect
@@ -180,6 +234,11 @@ def _pairs(items: list[str] | None) -> dict[str, Any]:
             raise RankwiseError(f"{item!r} is not KEY=VALUE")
         pairs[key] = value
     return pairs
+
+
+def _names(text: str) -> list[str]:
+    """Names with commas between."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def main() -> None:

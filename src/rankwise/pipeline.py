@@ -151,6 +151,7 @@ def _report(
         "ranks": chosen.ranks,
         "left_dense": run.left_dense,
         "history": chosen.history,
+        "effort": chosen.effort,
         "seconds": clock.seconds,
         "recipe": recipe.model_dump(),
     }

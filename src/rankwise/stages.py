@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from rankwise.masks.student import Student
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest, fingerprint
 
+NOTES = "__notes__"  # beside the masks, which are named after matrices
 Calibration = str | Path | Sequence[str] | Tensor | Sequence[Batch]
 
 
@@ -174,14 +176,19 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
+        before, since = dict(student.effort), time.perf_counter()
         chosen = allocator.allocate(Problem(run.shapes, spectra, budget, student))
-        history = torch.tensor(list(json.dumps(chosen.history).encode()), dtype=torch.uint8)
-        return {"__history__": history} | {name: mask for name, mask in chosen.masks.items() if mask is not None}
+        effort = {"seconds": round(time.perf_counter() - since, 2)}
+        effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
+        text = json.dumps({"history": chosen.history, "effort": effort})
+        return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)} | {
+            name: mask for name, mask in chosen.masks.items() if mask is not None
+        }
 
     saved = run.folder.cached("allocation", digest(run.identity, metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None else int(mask.count_nonzero()) for name, mask in masks.items()}
-    return Allocation(ranks, masks, json.loads(bytes(saved["__history__"].tolist())))
+    return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))
 
 
 def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> Comparison:
@@ -195,3 +202,13 @@ def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> C
 
     with frozen(model):
         return compare(lambda batch: values_of(model, batch)[0], compressed, batches, model.can_generate())
+
+
+def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: Sequence[Batch], key: str) -> Comparison:
+    """`measure`, or what it found the last time."""
+
+    def compute() -> dict[str, Tensor]:
+        text = json.dumps(measure(student, chosen, batches).to_dict())
+        return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    return Comparison(**json.loads(bytes(run.folder.cached("comparison", key, compute)[NOTES].tolist())))

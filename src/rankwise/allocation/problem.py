@@ -31,11 +31,13 @@ class Allocation:
     """The ranks, and the mask of every compressed matrix: which components are kept and by how much each counts.
 
     history: what the allocator did, one record a step, for the report.
+    effort: what it took: seconds, and tokens through the student, forward and backward.
     """
 
     ranks: Ranks
     masks: Masks
     history: list[dict[str, Any]] = field(default_factory=list)
+    effort: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_prefixes(cls, ranks: Ranks, spectra: dict[str, Tensor]) -> Allocation:

@@ -74,6 +74,7 @@ def unstack(module: nn.Module) -> None:
         if bias is not None:
             delattr(module, f"{name}_bias")
         module.add_module(list_name(name), nn.ModuleList(layers))
+    experts._is_hf_initialized = True  # transformers would initialise the parameters that this class had
     module.__class__ = _unstacked_class(type(module))
 
 

@@ -107,6 +107,8 @@ def train_logits(
             variation = torch.stack([total_variation(t) for t in logits.values()]).mean()
             loss = distillation + alpha * compression + beta * variation
             loss.backward()
+            student.effort["forward_tokens"] += 2 * len(wanted[0])
+            student.effort["backward_tokens"] += len(wanted[0])
             optimiser.step()
             optimiser.zero_grad()
             if step % 50 == 0:

@@ -65,6 +65,7 @@ class Student:
 
     decompositions: matrix -> factors in the model's dtype and on its device.
     training, selection: disjoint batches of calibration text; masks are trained on the one and chosen by the other.
+    effort: tokens that went through the student so far, forward and backward.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Student:
     training: Sequence[Batch]
     selection: Sequence[Batch]
     seed: int = 0
+    effort: dict[str, int] = field(default_factory=lambda: {"forward_tokens": 0, "backward_tokens": 0})
     _signals: dict[int, Signal] = field(default_factory=dict)
 
     def frozen(self) -> AbstractContextManager[None]:
@@ -104,6 +106,7 @@ class Student:
             return self._signals[id(batch)]
         with torch.no_grad():
             signal = signal_of(self.model, batch)
+        self.count(signal)
         batches = len(self.training) + len(self.selection)
         if signal.values.nbytes * batches <= TEACHER_BYTES:
             self._signals[id(batch)] = signal
@@ -119,6 +122,7 @@ class Student:
                 reference = self.teacher(batch)
                 with self.with_masks(masks):
                     total += divergence(reference, signal_of(self.model, batch)).item()
+                self.count(reference)
                 tokens += len(reference.values)
         return total / tokens
 
@@ -136,6 +140,7 @@ class Student:
             for batch in tqdm(self.training if batches is None else batches, desc="pricing components"):
                 signal = signal_of(self.model, batch)
                 sampled_loss(signal, generator).backward()
+                self.count(signal, backward=True)
                 tokens += len(signal.values)
         return {name: price / (2 * tokens) for name, price in prices.items()}
 
@@ -152,6 +157,7 @@ class Student:
                 reference = self.teacher(batch)
                 with swapped(self.model, layers):
                     divergence(reference, signal_of(self.model, batch)).backward()
+                self.count(reference, backward=True)
                 tokens += len(reference.values)
         return {
             name: torch.zeros(len(layer.mask), dtype=torch.float64)
@@ -159,6 +165,11 @@ class Student:
             else layer.mask.grad.double().cpu() / tokens
             for name, layer in layers.items()
         }
+
+    def count(self, signal: Signal, backward: bool = False) -> None:
+        """Note the tokens of a call in `effort`."""
+        self.effort["forward_tokens"] += len(signal.values)
+        self.effort["backward_tokens"] += len(signal.values) * backward
 
     def bias(self, name: str) -> Tensor | None:
         return bias_of(self.model.get_submodule(name))

@@ -48,6 +48,7 @@ def train_values(student: Student, masks: Masks, options: ValueTraining) -> Mask
             with swapped(student.model, layers):
                 loss = divergence(reference, signal_of(student.model, batch)) / len(reference.values)
                 loss.backward()
+            student.count(reference, backward=True)
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()

@@ -1,0 +1,123 @@
+"""Every method at every rate on the very same statistics: which one, at which rate, for this model?"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise import bundled, stages
+from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
+from rankwise.allocation.plan import Budget, parameters
+from rankwise.calibration.text import read_documents
+from rankwise.calibration.tokens import batches_of, windows_of
+from rankwise.decomposition.metric import metric_named
+from rankwise.errors import RankwiseError
+from rankwise.integration.checkpoint import refuse_taken
+from rankwise.recipe import Recipe
+from rankwise.run_folder import RunFolder, digest
+
+logger = logging.getLogger(__name__)
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One allocator in one preset on one metric."""
+
+    label: str
+    allocator: Allocator
+    metric: str
+
+
+def methods_of(allocations: Sequence[str], decompositions: Sequence[str]) -> list[Method]:
+    """Every allocation ("llrc", "llrc:paper") on every decomposition; with none given, each on its own.
+
+    Raises `RankwiseError` for a name that there is not.
+    """
+    methods = []
+    for allocation in allocations:
+        name, _, preset = allocation.partition(":")
+        allocator = allocator_named(name, preset or "default", {})
+        for metric in decompositions or [allocator.decomposition]:
+            metric_named(metric)
+            methods.append(Method(f"{allocation} on {metric}", allocator, metric))
+    return methods
+
+
+def all_allocations() -> list[str]:
+    """The names of all there are, with their presets."""
+    return [name if preset == "default" else f"{name}:{preset}" for name, presets in ALLOCATORS.items() for preset in presets]
+
+
+def hold_contest(
+    model: str | Path | None,
+    rates: Sequence[float],
+    texts: Sequence[str],
+    output: str | Path,
+    *,
+    allocations: Sequence[str] = (),
+    decompositions: Sequence[str] = (),
+    calibration: str | None = None,
+    judge_samples: int | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Compress `model` by every method at every rate, judge each on held-out `texts`, and write `output`/results.json.
+
+    texts: the first one is the headline; its figures stand at the top of a result, the others' under "texts".
+    judge_samples: windows of each text, drawn at random; all of them by default.
+    options: as of `Recipe`, `allocation` apart. What `output` holds from an earlier contest is not computed again.
+    Returns one result per method and rate. Raises `RankwiseError`.
+    """
+    if model is None:
+        model, calibration = bundled.MODEL, calibration or "stdlib:train"
+    methods = methods_of(allocations or all_allocations(), decompositions)
+    recipe = Recipe.of(rate=max(rates, default=0.0), calibration=calibration or "self", **options)
+    documents = {text: read_documents(text, recipe.text_column, recipe.dataset_options) for text in texts}
+    if not documents:
+        raise RankwiseError("name a text to judge on")
+    output = Path(output)
+    refuse_taken(output, overwrite=True)
+    folder = RunFolder(output / "run")
+    run = stages.start(model, recipe.calibration, None, recipe, rates, folder)
+    if run.tokenizer is None:
+        raise RankwiseError(f"{model} has no tokenizer")
+    length = next(iter(run.data.training[0].values())).shape[1]
+    judges = {
+        text: batches_of(run.model, windows_of(run.tokenizer, docs, length, judge_samples, recipe.seed))
+        for text, docs in documents.items()
+    }
+    needs: frozenset[str] = frozenset().union(*(metric_named(m.metric).NEEDS for m in methods))
+    statistics = stages.collect_statistics(run, needs)
+    results = []
+    for metric in dict.fromkeys(method.metric for method in methods):
+        student = stages.student_of(run, stages.decompose_all(run, statistics, metric))
+        for method in (m for m in methods if m.metric == metric):
+            for rate in rates:
+                budget = Budget.of(run.shapes, rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
+                chosen = stages.allocate(run, student, metric, method.allocator, budget)
+                kept = parameters(chosen.ranks, run.shapes)
+                measured = {}
+                for text, batches in judges.items():
+                    key = digest(run.identity, metric, method.allocator, budget, *(t for b in batches for t in b.values()))
+                    measured[text] = stages.cached_comparison(run, student, chosen, batches, key).to_dict()
+                results.append(
+                    {
+                        "method": method.label,
+                        "rate": rate,
+                        **measured[texts[0]],
+                        "texts": measured,
+                        "kept_parameters": kept,
+                        "budget": budget.parameters,
+                        "effort": chosen.effort,
+                        "history": chosen.history,
+                        "ranks": chosen.ranks,
+                    }
+                )
+                logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])
+                output.mkdir(parents=True, exist_ok=True)
+                (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    return results
