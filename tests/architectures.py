@@ -39,6 +39,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": (CAUSAL, "MixtralConfig", EXPERTS | {"num_local_experts": 4}),
     "qwen3-moe": (CAUSAL, "Qwen3MoeConfig", EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32}),
     "gpt-oss": (CAUSAL, "GptOssConfig", EXPERTS | {"num_local_experts": 4, "sliding_window": 8}),
+    "jetmoe": (CAUSAL, "JetMoeConfig", EXPERTS | {"num_local_experts": 4, "kv_channels": 12}),
     "t5": (
         ENCODER_DECODER,
         "T5Config",
@@ -47,14 +48,15 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "bert-mlm": (ENCODER, "BertConfig", SMALL),
     "bert": ("AutoModel", "BertConfig", SMALL),
+    "bert-classifier": ("AutoModelForSequenceClassification", "BertConfig", SMALL | {"num_labels": 3}),
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def build(name: str, **changes: Any) -> PreTrainedModel:
     """The architecture with random weights, the same at each call; biases and norms are random too, so that each one counts."""
     auto, config, settings = ARCHITECTURES[name]
     torch.manual_seed(0)
-    model = getattr(transformers, auto).from_config(getattr(transformers, config)(**settings | changes), dtype=dtype)
+    model = getattr(transformers, auto).from_config(getattr(transformers, config)(**settings | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

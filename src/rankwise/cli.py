@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,29 +75,30 @@ def compress(
     from rankwise.pipeline import compress
 
     try:
-        result = compress(
-            model,
-            rate,
-            calibration=calibration,
-            output=output,
-            overwrite=overwrite,
-            resume=resume,
-            samples=samples,
-            length=length,
-            scope=scope,
-            decomposition=decomposition,
-            allocation=allocation,
-            preset=preset,
-            options=_pairs(option),
-            rank_multiple=rank_multiple,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            text_column=text_column,
-            dataset_options=_pairs(dataset_option),
-            dtype=dtype,
-            device=device,
-            seed=seed,
-        )
+        with _silent(as_json):
+            result = compress(
+                model,
+                rate,
+                calibration=calibration,
+                output=output,
+                overwrite=overwrite,
+                resume=resume,
+                samples=samples,
+                length=length,
+                scope=scope,
+                decomposition=decomposition,
+                allocation=allocation,
+                preset=preset,
+                options=_pairs(option),
+                rank_multiple=rank_multiple,
+                include=tuple(include or ()),
+                exclude=tuple(exclude or ()),
+                text_column=text_column,
+                dataset_options=_pairs(dataset_option),
+                dtype=dtype,
+                device=device,
+                seed=seed,
+            )
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -125,18 +129,19 @@ def evaluate(
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
 
-    report = evaluate(
-        folder,
-        reference or bundled.MODEL,
-        text,
-        length=length,
-        samples=samples,
-        seed=seed,
-        text_column=text_column,
-        dataset_options=_pairs(dataset_option),
-        dtype=dtype,
-        device=device,
-    )
+    with _silent(as_json):
+        report = evaluate(
+            folder,
+            reference or bundled.MODEL,
+            text,
+            length=length,
+            samples=samples,
+            seed=seed,
+            text_column=text_column,
+            dataset_options=_pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+        )
     if as_json:
         print(json.dumps(report))
         return
@@ -173,24 +178,25 @@ def compare(
         wanted = [float(rate) for rate in rates.split(",")]
     except ValueError:
         raise RankwiseError(f"--rates {rates!r}: numbers with commas between, as 0.1,0.2") from None
-    results = hold_contest(
-        model,
-        wanted,
-        text or ["stdlib:held-out"],
-        output,
-        allocations=_names(allocations),
-        decompositions=_names(decompositions),
-        calibration=calibration,
-        judge_samples=judge_samples,
-        samples=samples,
-        length=length,
-        scope=scope,
-        rank_multiple=rank_multiple,
-        text_column=text_column,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
+    with _silent(as_json):
+        results = hold_contest(
+            model,
+            wanted,
+            text or ["stdlib:held-out"],
+            output,
+            allocations=_names(allocations),
+            decompositions=_names(decompositions),
+            calibration=calibration,
+            judge_samples=judge_samples,
+            samples=samples,
+            length=length,
+            scope=scope,
+            rank_multiple=rank_multiple,
+            text_column=text_column,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
     if as_json:
         print(json.dumps(results))
         return
@@ -205,7 +211,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise 
     from rankwise.report.inspect import inspect
     from rankwise.report.terminal import print_ranks
 
-    rows = inspect(folder)
+    with _silent(as_json):
+        rows = inspect(folder)
     if as_json:
         print(json.dumps({"matrices": rows}))
     else:
@@ -223,6 +230,23 @@ def densify(
 
     densify(folder, output, overwrite)
     print(f"written to {output}")
+
+
+@contextmanager
+def _silent(as_json: bool) -> Iterator[None]:
+    """With --json, whatever is written to standard output inside, by libraries in C too, goes to standard error."""
+    if not as_json:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _pairs(items: list[str] | None) -> dict[str, Any]:

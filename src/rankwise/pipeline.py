@@ -16,11 +16,11 @@ from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.compare import Comparison
 from rankwise.evaluation.size import Size
-from rankwise.integration.checkpoint import refuse_taken
+from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.quantizer import RankwiseConfig, attach
 from rankwise.integration.result import write_result
-from rankwise.layers.linear import bias_of, weight_of
-from rankwise.layers.matrices import Shape
+from rankwise.layers.experts import restack
+from rankwise.layers.linear import bias_of
 from rankwise.masks.student import Student, factorised
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder
@@ -86,7 +86,7 @@ def compress(
     metric_named(metric)
     folder = RunFolder()
     if output is not None:
-        refuse_taken(Path(output), overwrite)
+        refuse_output(Path(output), overwrite, model)
         folder = RunFolder.beside(Path(output), resume, overwrite)
 
     clock = _Clock()
@@ -102,7 +102,7 @@ def compress(
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
 
-    size = _size(run.model, run.shapes, chosen.ranks)
+    size = Size.of(run.model, chosen.ranks)
     attach(run.model, _factorise(student, chosen, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
@@ -124,18 +124,17 @@ def _recipe(
     return recipe.model_copy(update={"decomposition": recipe.decomposition or allocation.decomposition}), allocation
 
 
-def _size(model: PreTrainedModel, shapes: dict[str, Shape], ranks: Ranks) -> Size:
-    element = weight_of(model.get_submodule(next(iter(shapes)))).element_size()
-    return Size.of(shapes, ranks, model.num_parameters(), sum(p.nbytes for p in model.parameters()), element)
-
-
 def _factorise(student: Student, chosen: Allocation, experts: list[str]) -> RankwiseConfig:
-    """Put the low-rank layers into the model for good."""
+    """Put the low-rank layers into the model for good; experts that are all left dense are stacked again."""
     for name, mask in chosen.masks.items():
         if mask is not None:
             bias = bias_of(student.model.get_submodule(name))
             student.model.set_submodule(name, factorised(student.decompositions[name], mask, bias))
-    return RankwiseConfig(ranks={n: r for n, r in chosen.ranks.items() if r is not None}, experts=experts)
+    ranks = {n: r for n, r in chosen.ranks.items() if r is not None}
+    kept = [path for path in experts if any(n.startswith(f"{path}.") for n in ranks)]
+    for path in set(experts) - set(kept):
+        restack(student.model.get_submodule(path))
+    return RankwiseConfig(ranks=ranks, experts=kept)
 
 
 def _report(

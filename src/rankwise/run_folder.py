@@ -6,6 +6,7 @@ the results that do not depend on it in use.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -23,12 +24,12 @@ from rankwise.errors import RankwiseError
 
 
 def digest(*parts: Any) -> str:
-    """A short digest of values with a stable text form, and of tensors by their bytes."""
+    """A short digest of values with a stable text form, and of tensors by their dtype, shape and bytes."""
     state = hashlib.blake2b(digest_size=10)
     for part in parts:
         if isinstance(part, Tensor):
-            part = part.detach().cpu().contiguous().reshape(-1)
-            state.update(part.view(torch.uint8).numpy().tobytes())
+            state.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            state.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             state.update(repr(part).encode())
         state.update(b"\0")
@@ -42,6 +43,10 @@ def fingerprint(model: nn.Module) -> str:
         flat = parameter.detach().reshape(-1)
         parts += [name, tuple(parameter.shape), flat[:1000], flat[-1000:]]
     return digest(*parts)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,13 @@ class RunFolder:
         return cls(path)
 
     def cached(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of `stage` for `key`: read where they are whole on disk, else computed and written atomically."""
+        """The tensors of `stage` for `key`: read where they are whole on disk, else computed and written atomically.
+
+        Either way they are contiguous: another layout would be multiplied in another order, to other last bits. Raises
+        `RankwiseError` where they cannot be written.
+        """
         if self.path is None:
-            return compute()
+            return _contiguous(compute())
         file = self.path / f"{stage}-{key}.safetensors"
         if file.exists():
             try:
@@ -72,11 +81,16 @@ class RunFolder:
                     return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
             except SafetensorError:
                 file.unlink()  # cut short by a full disk or a crash of the machine
-        tensors = compute()
-        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = _contiguous(compute())
         temporary = file.with_suffix(".part")
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-        os.replace(temporary, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: t.cpu() for name, t in tensors.items()}, temporary)
+            os.replace(temporary, file)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise RankwiseError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
         return tensors
 
     def remove(self) -> None:

@@ -21,7 +21,7 @@ from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import device_of, frozen, values_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, default_length, default_samples, sampled_windows, windows_of
+from rankwise.calibration.tokens import Batch, default_samples, sampled_windows, window_length, windows_of, with_decoder_inputs
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.solver import Decomposition, decompose
 from rankwise.errors import RankwiseError
@@ -33,6 +33,7 @@ from rankwise.integration.checkpoint import (
     refuse_compressed,
     refuse_not_finite,
 )
+from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.masks.student import Student
@@ -72,17 +73,22 @@ def start(
 ) -> Run:
     """Read the text, open the model, find its matrices, check that every rate can be reached, cut the text into batches.
 
-    Raises `RankwiseError` for whatever is wrong with these.
+    Raises `RankwiseError` for whatever is wrong with these, and leaves a model in memory as it was.
     """
     if isinstance(calibration, str | Path) and calibration != "self":
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
     dense, tokenizer, base = _open(model, recipe, tokenizer)
     experts = unstack_experts(dense)
-    shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
-    for rate in rates:
-        Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
-    identity = fingerprint(dense)
-    data = _data(dense, calibration, tokenizer, recipe, folder, identity)
+    try:
+        shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
+        for rate in rates:
+            Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
+        identity = fingerprint(dense)
+        data = _data(dense, calibration, tokenizer, recipe, folder, identity)
+    except RankwiseError:
+        for path in experts:
+            restack(dense.get_submodule(path))
+        raise
     identity = digest(identity, *data.tensors, recipe.seed)
     return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed)
 
@@ -110,7 +116,7 @@ def _data(
     folder: RunFolder,
     identity: str,
 ) -> Data:
-    length = recipe.length or default_length(model)
+    length = window_length(model, recipe.length)
     samples = recipe.samples or default_samples(length)
     if isinstance(calibration, Tensor):
         return Data.of_windows(model, calibration)
@@ -119,17 +125,12 @@ def _data(
         with frozen(model):
             written = folder.cached("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
         return Data.of_windows(model, written["windows"])
-    if isinstance(calibration[0], str):
+    documents: Any = calibration
+    if documents and isinstance(documents[0], str):
         if tokenizer is None:
             raise RankwiseError("the model has no tokenizer for the calibration text: give one, or windows of tokens")
-        windows = windows_of(tokenizer, calibration, length, samples, recipe.seed)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        if windows.max() >= vocabulary:
-            raise RankwiseError(
-                f"the tokenizer gives the token {windows.max()}, but the model has only {vocabulary}: is it the model's own?"
-            )
-        return Data.of_windows(model, windows)
-    return Data.of_batches(calibration)
+        return Data.of_windows(model, windows_of(tokenizer, documents, length, samples, recipe.seed))
+    return Data.of_batches([with_decoder_inputs(model, batch) for batch in documents])
 
 
 def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
@@ -142,7 +143,7 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
         lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors(),
     )
     statistics = Statistics.from_tensors(saved, device_of(run.model))
-    for name in [n for n in run.shapes if statistics.of(n).count == 0]:
+    for name in [n for n in run.shapes if not statistics.of(n).holds(needs)]:
         run.left_dense[name] = "the calibration text does not reach it"
         del run.shapes[name]
     return statistics
@@ -196,12 +197,12 @@ def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> C
     model = student.model
     assert isinstance(model, PreTrainedModel)
 
-    def compressed(batch: Batch) -> Tensor:
+    def compressed(batch: Batch) -> tuple[Tensor, bool]:
         with student.with_masks(chosen.masks):
-            return values_of(model, batch)[0]
+            return values_of(model, batch)
 
     with frozen(model):
-        return compare(lambda batch: values_of(model, batch)[0], compressed, batches, model.can_generate())
+        return compare(lambda batch: values_of(model, batch), compressed, batches, model.can_generate())
 
 
 def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: Sequence[Batch], key: str) -> Comparison:

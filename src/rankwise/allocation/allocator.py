@@ -10,10 +10,23 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
+from rankwise.allocation.ara import ARA
+from rankwise.allocation.ars import ARS
+from rankwise.allocation.dobi import Dobi
+from rankwise.allocation.effective_rank import EffectiveRank
+from rankwise.allocation.energy import Energy
+from rankwise.allocation.error_bound import ErrorBound, UniformError
+from rankwise.allocation.evolutionary import Evolutionary
+from rankwise.allocation.heavy_tail import HeavyTail
+from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc import LLRC
 from rankwise.allocation.llrc_paper import LLRCPaper
+from rankwise.allocation.mask_fisher import MaskFisher
 from rankwise.allocation.problem import Allocation, Problem
+from rankwise.allocation.rocket import Rocket
+from rankwise.allocation.strs import STRS
 from rankwise.allocation.uniform import Uniform
+from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.errors import RankwiseError
 
 
@@ -30,6 +43,19 @@ class Allocator(Protocol):
 ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
     "uniform": {"default": Uniform},
     "llrc": {"default": LLRC, "paper": LLRCPaper},
+    "ars": {"default": ARS},
+    "ara": {"default": ARA},
+    "dobi": {"default": Dobi},
+    "effective-rank": {"default": EffectiveRank},
+    "heavy-tail": {"default": HeavyTail},
+    "energy": {"default": Energy},
+    "error-bound": {"default": ErrorBound, "uniform-error": UniformError},
+    "knapsack": {"default": Rocket},
+    "strs": {"default": STRS},
+    "zero-sum": {"default": ZeroSum},
+    "mask-fisher": {"default": MaskFisher},
+    "kl-knapsack": {"default": KLKnapsack},
+    "evolutionary": {"default": Evolutionary},
 }
 
 

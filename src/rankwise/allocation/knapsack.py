@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rankwise.allocation.plan import Budget, Ranks, Shapes, fill
 
-RELATIVE_GAP = 1e-4
+RELATIVE_GAP = 1e-3  # far below the error of any price
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -82,25 +82,26 @@ def _cheapest(loss: Floats, cost: Floats) -> Floats:
 
 def _settle(loss: Floats, cost: Floats, budget: float, best: Floats, open_options: Floats) -> Floats:
     """The best choice among the open options by integer programming, or `best` where none is better."""
-    row, column = np.nonzero(open_options & np.isfinite(loss))
-    if len(row) == len(loss):
+    rows = np.arange(len(loss))
+    best_loss = loss[rows, best].sum()
+    row, column = np.nonzero(open_options & (loss <= best_loss))
+    if len(row) == len(loss) or best_loss == 0:
         return best
     one_each = (np.arange(len(loss))[:, None] == row).astype(float)
     result = milp(
-        c=loss[row, column],
+        c=loss[row, column] / best_loss,  # HiGHS stops at an absolute gap of 1e-6
         integrality=np.ones(len(row)),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(cost[row, column][None] / budget, -np.inf, 1),
         ],
-        options={"mip_rel_gap": RELATIVE_GAP, "node_limit": 20_000},
+        options={"mip_rel_gap": RELATIVE_GAP, "node_limit": 20_000, "presolve": False},  # presolve may print
     )
     if result.x is None:
         return best
     chosen = np.zeros(len(loss), dtype=int)
     picked = result.x > 0.5
     chosen[row[picked]] = column[picked]
-    rows = np.arange(len(loss))
     fits = picked.sum() == len(loss) and cost[rows, chosen].sum() <= budget
-    return chosen if fits and loss[rows, chosen].sum() < loss[rows, best].sum() else best
+    return chosen if fits and loss[rows, chosen].sum() < best_loss else best

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from rankwise.errors import RankwiseError
@@ -26,17 +27,18 @@ class Budget:
     def of(cls, shapes: Shapes, rate: float, scope: str, model_parameters: int, multiple: int = 1) -> Budget:
         """The budget that removes at least `rate` of the parameters in `scope`: "linear" (the matrices) or "model" (all).
 
-        A rate below one parameter removes nothing. Raises `RankwiseError` for a rate outside (0, 1) and for one that even
-        the smallest rank everywhere does not reach.
+        The rate is taken as the decimal number that it prints as; one below one parameter removes nothing. Raises
+        `RankwiseError` for a rate outside (0, 1) and for one that even the smallest rank everywhere does not reach.
         """
         if not 0 < rate < 1:
             raise RankwiseError(f"rate={rate} is the fraction of parameters to remove: it must lie between 0 and 1")
         dense = sum(shape.dense for shape in shapes.values())
         total = {"linear": dense, "model": model_parameters}[scope]
-        removed = 0 if rate * total < 1 else total - math.floor((1 - rate) * total)
+        wanted = Fraction(str(rate)) * total
+        removed = 0 if wanted < 1 else math.ceil(wanted)
         least = sum(shape.parameters(multiple) for shape in shapes.values())
         if dense - removed < least:
-            reachable = math.floor((dense - least) / total * 1e4) / 1e4
+            reachable = (dense - least) * 10_000 // total / 10_000
             raise RankwiseError(
                 f"rate={rate} cannot be reached: rank {multiple} in every matrix removes {reachable:.2%} of the "
                 f"parameters in scope {scope!r}; ask for at most {reachable}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.calibration.tokens import Batch, batches_of
+from rankwise.calibration.tokens import Batch, batches_of, refuse_foreign
 from rankwise.errors import RankwiseError
 
 PART = 10  # one sequence in ten is for choosing, another one in ten for measuring
@@ -30,8 +30,11 @@ class Data:
     @classmethod
     def of_windows(cls, model: nn.Module, windows: Tensor) -> Data:
         """Of windows [windows, length] in random order."""
-        if windows.ndim != 2 or windows.is_floating_point() or not len(windows):
-            raise RankwiseError(f"windows of tokens are integers [windows, length], not {tuple(windows.shape)} {windows.dtype}")
+        if windows.ndim != 2 or windows.is_floating_point() or not len(windows) or windows.shape[1] < 2:
+            raise RankwiseError(
+                f"windows of tokens are integers [windows, length], length 2 or more, not {tuple(windows.shape)} {windows.dtype}"
+            )
+        refuse_foreign(model, windows)
         if len(windows) < 3:
             return cls(*[batches_of(model, windows)] * 3)
         part = max(1, len(windows) // PART)
@@ -50,7 +53,7 @@ class Data:
         if len(parts) < PART:
             parts = [
                 {name: tensor[i : i + 1] for name, tensor in batch.items()}
-                for batch in batches
+                for batch in parts
                 for i in range(len(next(iter(batch.values()))))
             ]
         if len(parts) < 3:

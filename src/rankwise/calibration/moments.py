@@ -30,6 +30,10 @@ class Moments:
     output: Tensor | None = None  # G = sum g g^T [m, m], of a matrix
     fisher: Tensor | None = None  # sum over sequences and rows of (dL/dW)^2 [n], of a matrix
 
+    def holds(self, needs: Collection[str]) -> bool:
+        """Whether any token was seen, and every moment that `needs` names: not so where text or gradient did not reach."""
+        return self.count > 0 and all(getattr(self, need) is not None for need in needs)
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -133,6 +137,11 @@ def collect(
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
                 if backward:
                     sampled_loss(signal, generator).backward()
+    for path, moments in (*statistics.sites.items(), *statistics.matrices.items()):
+        if not all(torch.isfinite(value).all() for value in vars(moments).values() if isinstance(value, Tensor)):
+            raise RankwiseError(
+                f"{path}: activations or gradients on the calibration text are not finite, or their squares are not"
+            )
     return statistics
 
 

@@ -67,6 +67,16 @@ def signal_of(model: nn.Module, batch: Batch) -> Signal:
     return Signal(values.reshape(-1, values.shape[-1]), categorical)
 
 
+def text_labels(batch: Batch, causal: bool) -> Tensor:
+    """The text's own labels [tokens] int64 for the values of `signal_of`: of a causal model the token that follows, -100 where
+    none does; of another the token itself."""
+    ids, mask = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"], token_mask(batch)
+    labels = ids if mask is None else ids.masked_fill(~mask, -100)
+    if causal:
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return labels.flatten() if mask is None else labels[mask]
+
+
 def divergence(reference: Signal, other: Signal) -> Tensor:
     """KL(reference || other) in nats, summed over tokens: scalar float32."""
     if reference.categorical:
@@ -86,7 +96,7 @@ def sampled_loss(signal: Signal, generator: torch.Generator) -> Tensor:
     if signal.categorical:
         uniform = torch.rand(len(values), 1, generator=generator).to(values.device)
         cumulative = values.detach().softmax(-1).cumsum(-1)
-        labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=values.shape[-1] - 1)
+        labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=values.shape[-1] - 1)
         return F.cross_entropy(values, labels.squeeze(-1), reduction="sum")
     mean = values.detach()
     variance = mean.var(dim=0).mean()

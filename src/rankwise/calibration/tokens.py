@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rankwise.errors import RankwiseError
 
@@ -19,11 +19,17 @@ TOKENS_PER_BATCH = 2**13
 MAX_LENGTH = 2048
 
 
-def default_length(model: nn.Module) -> int:
-    """Tokens of a window: the model's context, at most 2048."""
+def window_length(model: nn.Module, wanted: int | None = None) -> int:
+    """Tokens of a window: those wanted, by default the model's context, at most 2048.
+
+    Raises `RankwiseError` for fewer than two, which predict nothing, and for more than the context.
+    """
     config: Any = model.config
     positions = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return min([MAX_LENGTH, *(p for p in positions if isinstance(p, int) and p > 0)])
+    context = min((p for p in positions if isinstance(p, int) and p > 0), default=None)
+    if wanted is not None and not 2 <= wanted <= (context or wanted):
+        raise RankwiseError(f"length={wanted}: a window has from 2 to {context} tokens, the model's context")
+    return wanted or min(MAX_LENGTH, context or MAX_LENGTH)
 
 
 def default_samples(length: int) -> int:
@@ -43,6 +49,8 @@ def windows_of(
     With `samples`, at most that many, drawn at random: documents in random order until there are tokens enough, then
     windows out of theirs. Without, all of them in order. Raises `RankwiseError` where the text is shorter than a window.
     """
+    if samples is not None and samples < 1:
+        raise RankwiseError(f"samples={samples}: at least one window of text is needed")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist() if samples else range(len(documents))
     ids: list[int] = []
@@ -60,8 +68,21 @@ def windows_of(
     return windows
 
 
+def vocabulary_of(model: Any) -> int:
+    """The number of tokens that the model can read."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def refuse_foreign(model: Any, windows: Tensor) -> None:
+    """Raises `RankwiseError` for tokens that the model does not have."""
+    vocabulary = vocabulary_of(model)
+    if windows.max() >= vocabulary or windows.min() < 0:
+        token = windows.max() if windows.max() >= vocabulary else windows.min()
+        raise RankwiseError(f"the text has the token {token}, but the model only {vocabulary}: is the tokenizer the model's own?")
+
+
 @torch.no_grad()
-def sampled_windows(model: PreTrainedModel, length: int, samples: int, seed: int) -> Tensor:
+def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
     """Windows [samples, length] int64 that the model writes itself, each from its first token (or a random one),
     at temperature 1 over the whole vocabulary and on past any end-of-text token.
 
@@ -71,18 +92,23 @@ def sampled_windows(model: PreTrainedModel, length: int, samples: int, seed: int
         raise RankwiseError(f"{type(model).__name__} cannot write its own calibration text: name one with calibration")
     generator = torch.Generator().manual_seed(seed)
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0)
-    start = model.generation_config.bos_token_id if model.generation_config is not None else None
+    own = model.generation_config
+    start = own.bos_token_id if own is not None else None
     first = start if isinstance(start, int) else None
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_of(model)
     windows = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         batch_size = max(1, 4 * TOKENS_PER_BATCH // length)
-        for count in tqdm([min(batch_size, samples - i) for i in range(0, samples, batch_size)], desc="writing text"):
-            prompt = torch.randint(vocabulary, (count, 1), generator=generator)
-            prompt = prompt if first is None else torch.full((count, 1), first)
-            prompt = prompt.to(model.device)
-            windows.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu())
+        model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
+        try:
+            for count in tqdm([min(batch_size, samples - i) for i in range(0, samples, batch_size)], desc="writing text"):
+                prompt = torch.randint(vocabulary, (count, 1), generator=generator)
+                prompt = prompt if first is None else torch.full((count, 1), first)
+                prompt = prompt.to(model.device)
+                windows.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu())
+        finally:
+            model.generation_config = own
     return torch.cat(windows)
 
 
@@ -93,3 +119,17 @@ def batches_of(model: nn.Module, windows: Tensor) -> list[Batch]:
     per_batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
     names = ["input_ids", "decoder_input_ids"] if config.is_encoder_decoder else ["input_ids"]
     return [dict.fromkeys(names, part) for part in windows.split(per_batch)]
+
+
+def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
+    """The batch with what an encoder-decoder reads on its second side, made of the labels where it is not there.
+
+    Raises `RankwiseError` where there are no labels either.
+    """
+    if not model.config.is_encoder_decoder or not isinstance(batch, dict) or "decoder_input_ids" in batch:
+        return batch
+    if "labels" not in batch or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise RankwiseError(f"batches for {type(model).__name__} need decoder_input_ids; this one has {', '.join(batch)}")
+    labels = batch["labels"]
+    inputs = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    return {**batch, "decoder_input_ids": inputs, "decoder_attention_mask": (labels != -100).long()}

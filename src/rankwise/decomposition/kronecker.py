@@ -7,8 +7,8 @@ from rankwise.calibration.moments import Moments
 from rankwise.decomposition.solver import Root
 
 NEEDS = frozenset({"second", "output"})
-INPUT_DAMPING = 1e-3
-OUTPUT_DAMPING = 1e-1
+INPUT_DAMPING = 1e-4
+OUTPUT_DAMPING = 1e-2
 
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:

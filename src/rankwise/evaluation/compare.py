@@ -12,21 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from rankwise.calibration.signal import Signal, divergence
 from rankwise.calibration.tokens import Batch
 
-Values = Callable[[Batch], Tensor]  # batch -> logits [sequences, length, vocabulary], or features without a head
+Values = Callable[[Batch], tuple[Tensor, bool]]  # as `values_of`: logits [sequences, length, vocabulary] or features
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Means over the predicted tokens: each window's, but for its first.
 
-    kl: KL(reference || compressed), nats per token. agreement: fraction of tokens with the same most likely next token.
+    kl: KL(reference || compressed), nats per token.
+    agreement: fraction of tokens with the same most likely token; None for a model without a head.
     perplexity, reference_perplexity: exp of the mean negative log likelihood; None for a model that predicts no next token.
     """
 
     kl: float
-    agreement: float
+    agreement: float | None
     perplexity: float | None
     reference_perplexity: float | None
     tokens: int
@@ -39,25 +41,26 @@ class Comparison:
 
 @torch.no_grad()
 def compare(reference: Values, compressed: Values, batches: Iterable[Batch], causal: bool) -> Comparison:
-    """Compare two models, given as functions from a batch to logits. `causal`: position t predicts token t + 1."""
-    kl = agree = 0.0
+    """Compare two models, given as functions from a batch to their values. `causal`: position t predicts token t + 1."""
+    kl, agree = 0.0, 0
     losses = [0.0, 0.0]
     tokens = windows = 0
     for batch in tqdm(list(batches), desc="measuring"):
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
-        p, q = (_positions(f(batch).float(), mask, causal) for f in (reference, compressed))
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        answers = [f(batch) for f in (reference, compressed)]
+        p, q = (Signal(_positions(values, mask, causal), categorical) for values, categorical in answers)
+        kl += divergence(p, q).item()
+        agree += int((p.values.argmax(-1) == q.values.argmax(-1)).sum())
         if causal and ids is not None:
-            targets = _positions(ids[..., None].to(p.device).roll(-1, dims=1), mask, causal)
-            for i, log in enumerate((log_p, log_q)):
-                losses[i] -= log.gather(-1, targets).double().sum().item()
-        tokens += len(p)
+            targets = _positions(ids.to(p.values.device).roll(-1, dims=1)[..., None], mask, causal).squeeze(-1)
+            for i, signal in enumerate((p, q)):
+                losses[i] += F.cross_entropy(signal.values.float(), targets, reduction="none").double().sum().item()
+        tokens += len(p.values)
         windows += len(next(iter(batch.values())))
-    reference_ppl, ppl = (math.exp(loss / tokens) if causal else None for loss in losses)
-    return Comparison(kl / tokens, agree / tokens, ppl, reference_ppl, tokens, windows)
+    reference_ppl, ppl = (math.exp(loss / tokens) if loss else None for loss in losses)
+    agreement = agree / tokens if p.categorical else None
+    return Comparison(kl / tokens, agreement, ppl, reference_ppl, tokens, windows)
 
 
 def _positions(values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -67,5 +70,5 @@ def _positions(values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is not None:
         mask = mask.bool().to(values.device)
     if causal:
-        values, mask = values[:, :-1], None if mask is None else mask[:, 1:]
+        values, mask = values[:, :-1], None if mask is None else mask[:, :-1] & mask[:, 1:]
     return values.flatten(0, 1) if mask is None else values[mask]

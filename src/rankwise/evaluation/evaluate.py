@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from rankwise.calibration.signal import frozen, values_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import batches_of, default_length, windows_of
+from rankwise.calibration.tokens import batches_of, refuse_foreign, window_length, windows_of
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.size import Size
-from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed
-from rankwise.integration.result import RECIPE, read_ranks
-from rankwise.layers.linear import weight_of
-from rankwise.layers.lowrank import LowRankLinear
-from rankwise.layers.matrices import Shape
+from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
+from rankwise.integration.result import RECIPE, read_ranks, read_shapes
+from rankwise.layers.matrices import unstack_experts
 
 
 def evaluate(
@@ -43,30 +42,26 @@ def evaluate(
     config = load_config(reference)
     refuse_compressed(reference, config)
     ranks = read_ranks(Path(path))
+    read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
     tokenizer = load_tokenizer(reference)
     if tokenizer is None:
         raise RankwiseError(f"{reference} has no tokenizer")
-    compressed = load_compressed(path, dtype, device)
-    dense = load_model(reference, config, dtype, device)
-    width = dense.get_input_embeddings().weight.shape
-    if type(compressed) is not type(dense) or compressed.get_input_embeddings().weight.shape != width:
+    compressed, dense = load_compressed(path, dtype, device), load_model(reference, config, dtype, device)
+    if not _made_from(compressed, dense):
         raise RankwiseError(f"{reference} is not the model that {path} was made from")
-    length = length or default_length(dense)
-    batches = batches_of(dense, windows_of(tokenizer, documents, length, samples, seed))
+    length = window_length(dense, length)
+    windows = windows_of(tokenizer, documents, length, samples, seed)
+    refuse_foreign(dense, windows)
+    batches = batches_of(dense, windows)
     with frozen(dense), frozen(compressed):
         comparison = compare(
-            lambda batch: values_of(dense, batch)[0],
-            lambda batch: values_of(compressed, batch)[0],
+            lambda batch: values_of(dense, batch),
+            lambda batch: values_of(compressed, batch),
             batches,
             dense.can_generate(),
         )
-    shapes = {}
-    for name in ranks:
-        layer = compressed.get_submodule(name)
-        sizes = (layer.out_features, layer.in_features) if isinstance(layer, LowRankLinear) else weight_of(layer).shape
-        shapes[name] = Shape(*sizes)
-    total = sum(p.nbytes for p in dense.parameters())
-    size = Size.of(shapes, ranks, dense.num_parameters(), total, next(dense.parameters()).element_size())
+    unstack_experts(dense)
+    size = Size.of(dense, ranks)
     recipe = yaml.safe_load((Path(path) / RECIPE).read_text()) if (Path(path) / RECIPE).exists() else {}
     return {
         "reference": str(reference),
@@ -80,6 +75,15 @@ def evaluate(
         **comparison.to_dict(),
         "ranks": ranks,
     }
+
+
+def _made_from(compressed: Any, dense: Any) -> bool:
+    """Whether all but the compressed matrices is alike: class, names, shapes, and the embeddings' values but for rounding."""
+    shapes = {name: parameter.shape for name, parameter in skeleton(compressed.config).named_parameters()}
+    if type(compressed) is not type(dense) or shapes != {name: p.shape for name, p in dense.named_parameters()}:
+        return False
+    ours, theirs = (model.get_input_embeddings().weight.float() for model in (compressed, dense))
+    return torch.allclose(ours, theirs, rtol=2**-7, atol=1e-6)
 
 
 def weights_on_disk(folder: Path) -> int | None:

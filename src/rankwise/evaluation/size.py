@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape
 
 
@@ -20,26 +21,22 @@ class Size:
     bytes: dict[str, dict[str, int]]
 
     @classmethod
-    def of(
-        cls,
-        shapes: Mapping[str, Shape],
-        ranks: Mapping[str, int | None],
-        model_parameters: int,
-        model_bytes: int,
-        element_bytes: int,
-    ) -> Size:
-        """model_parameters, model_bytes: of the original; element_bytes: of one entry of its weight matrices."""
-        before = sum(shape.dense for shape in shapes.values())
-        after = sum(shapes[name].parameters(rank) for name, rank in ranks.items())
-        saved = before - after
+    def of(cls, model: Any, ranks: Mapping[str, int | None]) -> Size:
+        """Of the dense `model`, its experts unstacked, and of what `ranks` (matrix -> rank, or None: dense) make of it."""
+        weights = {name: weight_of(model.get_submodule(name)) for name in ranks}
+        before = {name: weight.numel() for name, weight in weights.items()}
+        after = {name: Shape(*weights[name].shape).parameters(rank) for name, rank in ranks.items()}
+        element = {name: weight.element_size() for name, weight in weights.items()}  # some keep a part in another dtype
+        saved = {name: before[name] - after[name] for name in ranks}
+        model_bytes = sum(p.nbytes for p in model.parameters())
         return cls(
             parameters={
-                "linear": {"reference": before, "compressed": after},
-                "model": {"reference": model_parameters, "compressed": model_parameters - saved},
+                "linear": _both(sum(before.values()), sum(saved.values())),
+                "model": _both(model.num_parameters(), sum(saved.values())),
             },
             bytes={
-                "linear": {"reference": before * element_bytes, "compressed": after * element_bytes},
-                "model": {"reference": model_bytes, "compressed": model_bytes - saved * element_bytes},
+                "linear": _both(sum(w.nbytes for w in weights.values()), sum(saved[n] * element[n] for n in ranks)),
+                "model": _both(model_bytes, sum(saved[n] * element[n] for n in ranks)),
             },
         )
 
@@ -52,3 +49,7 @@ class Size:
         """For JSON: parameters and bytes by scope, and the rates achieved."""
         rates = {scope: self.achieved(scope) for scope in self.parameters}
         return {"parameters": self.parameters, "bytes": self.bytes, "achieved_rate": rates}
+
+
+def _both(reference: int, saved: int) -> dict[str, int]:
+    return {"reference": reference, "compressed": reference - saved}

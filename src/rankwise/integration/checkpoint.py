@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from rankwise.errors import RankwiseError
 from rankwise.integration.quantizer import METHOD
 
-DTYPES = {"auto", "float32", "bfloat16", "float16"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_config(path: str | Path) -> Any:
@@ -32,13 +33,16 @@ def load_config(path: str | Path) -> Any:
         raise RankwiseError(f"no such model: {str(path)!r} is neither a model folder nor a model's name ({reason})") from None
 
 
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The quantization config of a config as a dict, empty for a dense model."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    return quantization if isinstance(quantization, dict) else quantization.to_dict()
+
+
 def method_of(config: Any) -> str | None:
     """The quantization method of a config, or None for a dense model."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    get = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
-    return str(get("quant_method"))
+    quantization = quantization_of(config)
+    return str(quantization.get("quant_method")) if quantization else None
 
 
 def refuse_compressed(path: str | Path, config: Any) -> None:
@@ -50,16 +54,35 @@ def refuse_compressed(path: str | Path, config: Any) -> None:
         raise RankwiseError(f"{path} is quantized ({method}): compress the original model, then quantize the result")
 
 
+def class_of(config: Any) -> Any:
+    """The class that the config names, or None."""
+    names = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, names[0], None)
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The dense model of `config` without its weights."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    cls = class_of(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+
+
 def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
     """The model with the head its config names, on `device` ("auto": the GPU where there is one), in eval mode.
 
     Raises `RankwiseError` for weights that are missing, left over, not finite or unreadable.
     """
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+    if dtype not in DTYPES:
+        raise RankwiseError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    target = resolve_device(device)
+    cls = class_of(config) or AutoModelForCausalLM
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        model, info = cls.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+        with _quiet():
+            model, info = cls.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
     except Exception as error:  # a broken file fails in as many ways as there are readers
         reason = str(error).strip().split("\n")[0]
         raise RankwiseError(f"cannot load {path}: {reason}") from None
@@ -68,7 +91,18 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
             keys = sorted(map(str, info[kind]))
             raise RankwiseError(f"{path} is not a whole {cls.__name__}: {kind.replace('_', ' ')}: {', '.join(keys[:3])}")
     refuse_not_finite(model)
-    return model.to(resolve_device(device)).eval()
+    return model.to(target).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of keys that do not fit: what is wrong with them becomes an error's message."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def load_compressed(path: str | Path, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -112,14 +146,27 @@ def refuse_taken(folder: Path, overwrite: bool) -> None:
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise RankwiseError(f"the output folder {folder} is not empty: name another, or overwrite it (--overwrite)")
     above = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    if not above.is_dir():
+        raise RankwiseError(f"the output folder {folder} cannot be written: {above} is a file")
     if not os.access(above, os.W_OK):
         raise RankwiseError(f"the output folder {folder} cannot be written: {above} is read-only")
+
+
+def refuse_output(folder: Path, overwrite: bool, source: object = None) -> None:
+    """As `refuse_taken`; and where overwriting would delete the model `source`, or anything else than a model."""
+    refuse_taken(folder, overwrite)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise RankwiseError(f"the output folder {folder} holds something else than a model: name another, or empty it yourself")
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        inside = Path(source).resolve()
+        if folder.resolve() in (inside, *inside.parents):
+            raise RankwiseError(f"the output folder {folder} holds the model {source} itself: name another")
 
 
 @contextmanager
 def written_whole(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place on leaving without an error, and is removed otherwise."""
-    refuse_taken(folder, overwrite)
+    refuse_output(folder, overwrite)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.errors import RankwiseError
-from rankwise.integration.checkpoint import load_compressed, load_tokenizer, written_whole
+from rankwise.integration.checkpoint import load_compressed, load_tokenizer, refuse_output, written_whole
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.experts import restack
 from rankwise.layers.lowrank import LowRankLinear
@@ -48,11 +47,9 @@ def densify(path: str | Path, output: str | Path, overwrite: bool = False) -> No
 
     Raises `RankwiseError` where `path` is no compressed folder or `output` is taken.
     """
+    refuse_output(Path(output), overwrite, path)
+    model, tokenizer = load_compressed(path), load_tokenizer(path)
     with written_whole(Path(output), overwrite) as folder:
-        model = load_compressed(path)
-        if not hasattr(model, "dequantize"):
-            raise RankwiseError(f"{path} holds a {type(model).__name__}, which cannot be densified")
         model.dequantize().save_pretrained(folder)
-        tokenizer = load_tokenizer(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

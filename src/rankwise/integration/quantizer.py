@@ -40,7 +40,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
-    quant_method: str = METHOD
+    quant_method: str = METHOD  # type: ignore[assignment]  an enumeration of theirs, open to any name
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -60,6 +60,7 @@ class RankwiseConfig(QuantizationConfigMixin):
 class RankwiseQuantizer(HfQuantizer):
     """Puts low-rank layers into the empty model before its weights are read, and guards beside them when it is saved."""
 
+    quantization_config: RankwiseConfig
     requires_calibration = True  # a dense model is not compressed by loading it with our config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

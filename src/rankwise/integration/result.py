@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.allocation.plan import write_ranks
 from rankwise.errors import RankwiseError
-from rankwise.integration.checkpoint import written_whole
+from rankwise.integration.checkpoint import load_config, quantization_of, skeleton, written_whole
+from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.recipe import Recipe
 
 MAX_SHARD_SIZE = "5GB"
@@ -37,11 +39,11 @@ def write_result(
         write_ranks(folder / RANKS, ranks)
         (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        model_card(output.name, report, recipe).save(folder / "README.md")
+        model_card(output.name, type(model).__name__, report, recipe).save(folder / "README.md")
 
 
 def read_ranks(folder: Path) -> dict[str, int | None]:
-    """The ranks of a result folder. Raises `RankwiseError` where they are missing or no ranks."""
+    """The ranks of a result folder. Raises `RankwiseError` where they are missing, no ranks, or not those of its weights."""
     file = folder / RANKS
     try:
         ranks = json.loads(file.read_text())
@@ -52,11 +54,28 @@ def read_ranks(folder: Path) -> dict[str, int | None]:
     good = isinstance(ranks, dict) and all(r is None or (type(r) is int and r > 0) for r in ranks.values())
     if not good:
         raise RankwiseError(f"{file} is not an object of matrices and their ranks (a positive number, or null for dense)")
+    stored = quantization_of(load_config(folder)).get("ranks", {})
+    factorised = {name: rank for name, rank in ranks.items() if rank is not None}
+    for name in sorted(stored.keys() | factorised.keys()):
+        written, kept = factorised.get(name, "dense"), stored.get(name, "dense")
+        if written != kept:
+            raise RankwiseError(f"{file} was edited: it says {written} for {name}, the weights are of rank {kept}")
     return ranks
 
 
-def model_card(name: str, report: Mapping[str, Any], recipe: Recipe) -> ModelCard:
-    """The card: how to load it, what it is made from and how, what it measured."""
+def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shape]:
+    """The shape of every matrix in `ranks`. Raises `RankwiseError` for one that the model does not have."""
+    model = skeleton(load_config(folder))
+    unstack_experts(model)
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    unknown = sorted(ranks.keys() - linear.keys())
+    if unknown:
+        raise RankwiseError(f"{folder / RANKS} has a rank for {unknown[0]}, a matrix that {type(model).__name__} does not have")
+    return {name: Shape(*weight_of(linear[name]).shape) for name in ranks}
+
+
+def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -> ModelCard:
+    """The card of a `cls`: how to load it, what it is made from and how, what it measured."""
     data = ModelCardData(
         base_model=report["base_model"] if "/" in report["base_model"] and not Path(report["base_model"]).exists() else None,
         base_model_relation="quantized",
@@ -67,6 +86,7 @@ def model_card(name: str, report: Mapping[str, Any], recipe: Recipe) -> ModelCar
     perplexity = ""
     if report["perplexity"] is not None:
         perplexity = f"| perplexity | {report['reference_perplexity']:.3f} | {report['perplexity']:.3f} |\n"
+    agreement = "" if report["agreement"] is None else f"| same most likely token | | {report['agreement']:.2%} |\n"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -78,9 +98,9 @@ matrices are low-rank products, the rank of each chosen by rankwise.
 
 ```python
 import rankwise  # teaches transformers this format
-from transformers import AutoModelForCausalLM
+from transformers import {cls}
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {cls}.from_pretrained("{name}")
 ```
 
 Without `import rankwise`, loading stops with a size mismatch. `rankwise densify` writes a copy that needs no rankwise.
@@ -96,8 +116,7 @@ have seen.
 | parameters, compressible matrices | {linear["reference"]:,} | {linear["compressed"]:,} |
 | bytes of weights | {report["bytes"]["model"]["reference"]:,} | {report["bytes"]["model"]["compressed"]:,} |
 {perplexity}| KL(original to compressed), nats per token | | {report["kl"]:.5f} |
-| same most likely token | | {report["agreement"]:.2%} |
-
+{agreement}
 ## Method
 
 Rate {recipe.rate}, scope {recipe.scope}, decomposition {recipe.decomposition}, allocation {recipe.allocation} (preset

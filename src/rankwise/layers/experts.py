@@ -75,7 +75,7 @@ def unstack(module: nn.Module) -> None:
             delattr(module, f"{name}_bias")
         module.add_module(list_name(name), nn.ModuleList(layers))
     experts._is_hf_initialized = True  # transformers would initialise the parameters that this class had
-    module.__class__ = _unstacked_class(type(module))
+    module.__class__ = _unstacked_class(type(experts))
 
 
 def stacked_shapes(module: nn.Module) -> dict[str, tuple[int, int, int]]:

@@ -65,13 +65,18 @@ def unstack_experts(model: nn.Module) -> list[str]:
 def find_matrices(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), multiple: int = 1
 ) -> tuple[dict[str, Shape], dict[str, str]]:
-    """The matrices that may be compressed (path -> shape), and those left dense (path -> reason).
+    """The matrices that may be compressed (path -> shape), and those left dense (path -> reason), stacks of matrices too.
 
     The output head is left dense unless `include` names it. Raises `RankwiseError` for a pattern that matches nothing
     and where nothing is left to compress.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     for pattern in (*include, *exclude):
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise RankwiseError(f"the pattern {pattern!r} is no regular expression: {error}") from None
         if not any(matches(name, module, pattern) for name, module in linear.items()):
             raise RankwiseError(f"the pattern {pattern!r} matches none of the model's {len(linear)} linear layers")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -93,9 +98,14 @@ def find_matrices(
             dense[name] = f"too small: {shape.out_features} x {shape.in_features}"
         else:
             matrices[name] = shape
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim > 2 and not isinstance(module, nn.modules.conv._ConvNd):
+            dense[name] = f"stacked matrices in a {type(module).__name__}, which rankwise does not know"
     if not matrices:
+        reasons = sorted(dense.items(), key=lambda item: item[1] == "excluded")  # what the user named comes first
         raise RankwiseError(
             f"the model has no matrix to compress: of its {len(linear)} linear layers all are left dense"
-            + "".join(f"; {n}: {why}" for n, why in list(dense.items())[:3])
+            + "".join(f"; {n}: {why}" for n, why in reasons[:3])
         )
     return matrices, dense

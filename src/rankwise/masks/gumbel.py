@@ -7,19 +7,18 @@ Sundrani, Tudisco, Minervini: Low-Rank Compression of Language Models via Differ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from rankwise.calibration.signal import call, token_mask
+from rankwise.calibration.signal import call, device_of, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
-from rankwise.layers.linear import swapped
 from rankwise.masks.student import Student
+from rankwise.masks.training import MaskTraining, Objective, train_masks
 
 EPSILON = 1e-20
 
@@ -50,7 +49,12 @@ def gumbel_sigmoid(logits: Tensor, temperature: float, generator: torch.Generato
     uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
     noise = -torch.log(-torch.log(uniform + EPSILON) + EPSILON)
     soft = torch.sigmoid((logits + noise) / temperature)
-    return (soft > 0.5).to(soft) + soft - soft.detach()
+    return (soft > 0.5).to(soft) + (soft - soft.detach())  # in this order the sum is exact
+
+
+def chance(logits: Tensor) -> Tensor:
+    """P(a sample keeps it) = P(g > -logit) = 1 - exp(-exp(logit)), element by element."""
+    return -torch.expm1(-logits.exp())
 
 
 def total_variation(logits: Tensor) -> Tensor:
@@ -71,63 +75,42 @@ def train_logits(
 
     The compression loss rests while the target is held, as in the authors' code: else it would push on past it.
     """
-    lengths = {name: len(d.spectrum) for name, d in student.decompositions.items()}
-    layers = student.masked({name: torch.ones(k) for name, k in lengths.items()})
+    device = device_of(student.model)
     logits = {
-        name: torch.linspace(options.first_logit, options.last_logit, k).to(layers[name].mask.device).requires_grad_(True)
-        for name, k in lengths.items()
+        name: torch.linspace(options.first_logit, options.last_logit, len(d.spectrum)).to(device).requires_grad_(True)
+        for name, d in student.decompositions.items()
     }
-    optimiser = torch.optim.AdamW(logits.values(), lr=options.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(student.seed)
-    batches = _endless(student.training, options.sequences, generator)
-    history: list[dict[str, Any]] = []
-    remaining: int | None = None
-    with student.frozen():
-        bar = tqdm(range(options.max_steps), desc="training masks (paper)")
-        for step in bar:
-            at_target = reached({n: t.detach().cpu() for n, t in logits.items()})
-            if at_target and remaining is None:
-                remaining = options.steps_after_target
-            if remaining is not None:
-                if remaining == 0:
-                    break
-                remaining -= 1
-            batch = next(batches)
-            with torch.no_grad():
-                wanted = _hidden_states(student.model, batch)
-            for name, layer in layers.items():
-                layer.mask = gumbel_sigmoid(logits[name], options.temperature, generator)
-            with swapped(student.model, layers):
-                got = _hidden_states(student.model, batch)
-            distillation = sum(((g - w).square().mean() / w.var() for g, w in zip(got, wanted, strict=True)), torch.zeros(()))
-            low, high = options.compression_low, options.compression_high
-            alpha = 0.0 if at_target else cycle(step, low, high, options.compression_period)
-            beta = options.variation * min(1.0, step / max(options.variation_warmup, 1))
-            compression = torch.stack([t.mean() for t in logits.values()]).mean()
-            variation = torch.stack([total_variation(t) for t in logits.values()]).mean()
-            loss = distillation + alpha * compression + beta * variation
-            loss.backward()
-            student.effort["forward_tokens"] += 2 * len(wanted[0])
-            student.effort["backward_tokens"] += len(wanted[0])
-            optimiser.step()
-            optimiser.zero_grad()
-            if step % 50 == 0:
-                record = {"step": step, "distillation": float(distillation), "mean logit": float(compression)}
-                history.append(record)
-                bar.set_postfix(distillation=f"{record['distillation']:.4f}", logit=f"{record['mean logit']:.2f}")
+    at_target, remaining = False, options.steps_after_target
+
+    def done() -> bool:
+        nonlocal at_target, remaining
+        at_target = reached({n: t.detach().cpu() for n, t in logits.items()})
+        if at_target or remaining < options.steps_after_target:
+            remaining -= 1
+        return remaining < 0
+
+    def masks() -> dict[str, Tensor]:
+        return {name: gumbel_sigmoid(t, options.temperature, generator) for name, t in logits.items()}
+
+    def extra(step: int, _: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        low, high = options.compression_low, options.compression_high
+        alpha = 0.0 if at_target else cycle(step, low, high, options.compression_period)
+        beta = options.variation * min(1.0, step / max(options.variation_warmup, 1))
+        compression = torch.stack([t.mean() for t in logits.values()]).mean()
+        variation = torch.stack([total_variation(t) for t in logits.values()]).mean()
+        return alpha * compression + beta * variation, {"mean logit": compression}
+
+    training = MaskTraining(options.max_steps, options.learning_rate, options.sequences)
+    objective = Objective("distillation", _distillation, _hidden_states)
+    history = train_masks(student, objective, logits.values(), masks, extra, training, generator, done)
     return {name: tensor.detach().cpu() for name, tensor in logits.items()}, history
 
 
-def _endless(batches: Sequence[Batch], sequences: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Batches of `sequences` sequences, in a new random order each time round."""
-    parts = [
-        {name: tensor[i : i + sequences] for name, tensor in batch.items()}
-        for batch in batches
-        for i in range(0, len(next(iter(batch.values()))), sequences)
-    ]
-    while True:
-        for index in torch.randperm(len(parts), generator=generator).tolist():
-            yield parts[index]
+def _distillation(model: torch.nn.Module, batch: Batch, wanted: list[Tensor]) -> Tensor:
+    """The squared error of the hidden states relative to their variance, summed over the two places."""
+    got = _hidden_states(model, batch)
+    return torch.stack([(g - w).square().mean() / w.var() for g, w in zip(got, wanted, strict=True)]).sum()
 
 
 def _hidden_states(model: torch.nn.Module, batch: Batch) -> list[Tensor]:

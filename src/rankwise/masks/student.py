@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankwise.calibration.signal import Signal, device_of, divergence, frozen, sampled_loss, signal_of
+from rankwise.calibration.signal import Signal, device_of, divergence, frozen, sampled_loss, signal_of, text_labels
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
+from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, swapped
 from rankwise.layers.lowrank import LowRankLinear
 
@@ -45,6 +46,16 @@ class MaskedLinear(nn.Module):
 def _add_squares(total: Tensor, gradients: Tensor) -> None:
     """Add the squares of the gradients [sequences, ..., k] to the total [k]."""
     total += gradients.double().flatten(0, -2).square().sum(0).cpu()
+
+
+def _mean_gradients(layers: Mapping[str, MaskedLinear], tokens: int) -> dict[str, Tensor]:
+    """The masks' gradients [k] float64 per token; zero for a layer that no token went through."""
+    return {
+        name: torch.zeros(len(layer.mask), dtype=torch.float64)
+        if layer.mask.grad is None
+        else layer.mask.grad.double().cpu() / tokens
+        for name, layer in layers.items()
+    }
 
 
 def hard_mask(rank: int, length: int) -> Tensor:
@@ -107,8 +118,8 @@ class Student:
         with torch.no_grad():
             signal = signal_of(self.model, batch)
         self.count(signal)
-        batches = len(self.training) + len(self.selection)
-        if signal.values.nbytes * batches <= TEACHER_BYTES:
+        own = [id(b) for b in (*self.training, *self.selection)]  # these live as long as the student; other ids are reused
+        if id(batch) in own and signal.values.nbytes * len(own) <= TEACHER_BYTES:
             self._signals[id(batch)] = signal
         return signal
 
@@ -159,12 +170,24 @@ class Student:
                     divergence(reference, signal_of(self.model, batch)).backward()
                 self.count(reference, backward=True)
                 tokens += len(reference.values)
-        return {
-            name: torch.zeros(len(layer.mask), dtype=torch.float64)
-            if layer.mask.grad is None
-            else layer.mask.grad.double().cpu() / tokens
-            for name, layer in layers.items()
-        }
+        return _mean_gradients(layers, tokens)
+
+    def text_gradients(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
+        """The gradient of the text's own cross entropy in nats per predicted token with respect to every mask weight, all
+        masks at 1. Matrix -> [k] float64. Raises `RankwiseError` for a model that predicts no tokens."""
+        layers = self.masked({name: torch.ones(len(d.spectrum)) for name, d in self.decompositions.items()})
+        causal = getattr(self.model, "can_generate", lambda: False)()
+        tokens = 0
+        with self.frozen(), swapped(self.model, layers):
+            for batch in tqdm(self.training if batches is None else batches, desc="gradients of the text's loss"):
+                signal = signal_of(self.model, batch)
+                if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
+                    raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")
+                labels = text_labels(batch, causal).to(signal.values.device)
+                F.cross_entropy(signal.values.float(), labels, reduction="sum").backward()
+                self.count(signal, backward=True)
+                tokens += int((labels >= 0).sum())
+        return _mean_gradients(layers, tokens)
 
     def count(self, signal: Signal, backward: bool = False) -> None:
         """Note the tokens of a call in `effort`."""

@@ -26,7 +26,7 @@ def train_values(student: Student, masks: Masks, options: ValueTraining) -> Mask
     """The masks with their non-zero weights trained on KL(original || student) over the training batches, one batch a step
     in an order drawn from the student's seed."""
     kept = {name: mask.nonzero().squeeze(-1) for name, mask in masks.items() if mask is not None}
-    if not kept:
+    if not kept or not options.steps:
         return masks
     layers = {}
     for name, index in kept.items():

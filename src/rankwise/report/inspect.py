@@ -5,14 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
-
-from rankwise.integration.checkpoint import load_config
-from rankwise.integration.result import read_ranks
-from rankwise.layers.linear import weight_of
-from rankwise.layers.matrices import Shape, unstack_experts
+from rankwise.integration.result import read_ranks, read_shapes
 
 
 def inspect(folder: Path) -> list[dict[str, Any]]:
@@ -21,16 +14,9 @@ def inspect(folder: Path) -> list[dict[str, Any]]:
     Raises `RankwiseError` for a folder that rankwise did not write.
     """
     ranks = read_ranks(folder)
-    config = load_config(folder)
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
-    unstack_experts(model)
     rows = []
-    for name, rank in ranks.items():
-        shape = Shape(*weight_of(model.get_submodule(name)).shape)
+    for name, shape in read_shapes(folder, ranks).items():
+        rank = ranks[name]
         rows.append(
             {
                 "matrix": name,

@@ -26,7 +26,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     if report["perplexity"] is not None:
         table.add_row("perplexity", f"{report['reference_perplexity']:.3f}", f"{report['perplexity']:.3f}")
     table.add_row("KL(original || compressed), nats per token", "", f"{report['kl']:.5f}")
-    table.add_row("same most likely token", "", f"{report['agreement']:.2%}")
+    if report["agreement"] is not None:
+        table.add_row("same most likely token", "", f"{report['agreement']:.2%}")
     console.print(table)
     where = f"on {report['text']}" if "text" in report else "on held-out calibration text"
     console.print(f"measured {where}: {report['windows']:,} windows, {report['tokens']:,} predicted tokens")

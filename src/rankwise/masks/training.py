@@ -1,0 +1,140 @@
+"""One training loop for every mask that is learned: what differs between the methods is given to it as functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rankwise.calibration.signal import divergence, signal_of, token_mask, values_of
+from rankwise.calibration.tokens import Batch
+from rankwise.layers.linear import swapped
+from rankwise.masks.student import Student
+
+RECORD_EVERY = 50
+LossName = Literal["next-token", "kl"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the student shall do well on a batch.
+
+    loss: (the student, a batch, what was wanted) -> a scalar, a mean over tokens.
+    wanted: (the original, a batch) -> whatever `loss` compares with; None where the text alone says it.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Batch, Any], Tensor]
+    wanted: Callable[[nn.Module, Batch], Any] | None = None
+
+    def exponentiated(self) -> Objective:
+        """exp of the loss: the perplexity, where the loss is the text's."""
+        return Objective(f"exp {self.name}", lambda *arguments: self.loss(*arguments).exp(), self.wanted)
+
+
+@dataclass(frozen=True)
+class MaskTraining:
+    """Adam on batches of `sequences`, its learning rate going along a half cosine to `final` times what it was."""
+
+    steps: int
+    learning_rate: float
+    sequences: int
+    final: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate at `step`, as a factor."""
+        return self.final + (1 - self.final) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+
+
+def train_masks(
+    student: Student,
+    objective: Objective,
+    parameters: Iterable[Tensor],
+    masks: Callable[[], Mapping[str, Tensor]],
+    extra: Callable[[int, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
+    options: MaskTraining,
+    generator: torch.Generator,
+    done: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Minimise objective + extra in the parameters, until `done` or for `steps` steps; one record per 50 steps.
+
+    masks: () -> a mask [k] for every matrix, differentiable in the parameters; drawn anew at each step.
+    extra: (step, its masks) -> the loss beside the objective, and what to note of it. `generator` orders the batches.
+    """
+    layers = student.masked({name: torch.ones(len(d.spectrum)) for name, d in student.decompositions.items()})
+    optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, options.rate)
+    batches = _endless(student.training, options.sequences, generator)
+    history: list[dict[str, Any]] = []
+    with student.frozen():
+        bar = tqdm(range(options.steps), desc="training masks")
+        for step in bar:
+            if done():
+                break
+            batch = next(batches)
+            with torch.no_grad():
+                wanted = objective.wanted(student.model, batch) if objective.wanted else None
+            drawn = masks()
+            for name, layer in layers.items():
+                layer.mask = drawn[name]
+            with swapped(student.model, layers):
+                loss = objective.loss(student.model, batch, wanted)
+            others, notes = extra(step, drawn)
+            (loss + others).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
+            tokens = _tokens(batch)
+            student.effort["forward_tokens"] += tokens * (2 if objective.wanted else 1)
+            student.effort["backward_tokens"] += tokens
+            if step % RECORD_EVERY == 0:
+                noted = {objective.name: loss.item()} | {name: value.item() for name, value in notes.items()}
+                history.append({"step": step} | noted)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in noted.items()})
+    return history
+
+
+def objective_named(name: LossName, model: Any) -> Objective:
+    """The loss on the text ("next-token"), where the model predicts a next token; else the KL to the original ("kl")."""
+    causal = name == "next-token" and hasattr(model, "can_generate") and model.can_generate()
+    return Objective("next-token loss", next_token_loss) if causal else Objective("kl", _mean_divergence, signal_of)
+
+
+def next_token_loss(model: nn.Module, batch: Batch, wanted: None = None) -> Tensor:
+    """Cross entropy of each next token of the text, nats per token; tokens beside padding do not count."""
+    values, _ = values_of(model, batch)
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    assert ids is not None
+    targets, mask = ids[:, 1:], token_mask(batch)
+    if mask is not None:
+        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)  # what cross_entropy ignores
+    return F.cross_entropy(values[:, :-1].float().flatten(0, 1), targets.flatten().to(values.device))
+
+
+def _mean_divergence(model: nn.Module, batch: Batch, wanted: Any) -> Tensor:
+    return divergence(wanted, signal_of(model, batch)) / len(wanted.values)
+
+
+def _endless(batches: Sequence[Batch], sequences: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of `sequences` sequences, in a new random order each time round."""
+    parts = [
+        {name: tensor[i : i + sequences] for name, tensor in batch.items()}
+        for batch in batches
+        for i in range(0, len(next(iter(batch.values()))), sequences)
+    ]
+    while True:
+        for index in torch.randperm(len(parts), generator=generator).tolist():
+            yield parts[index]
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens on the side that writes, without padding."""
+    mask = token_mask(batch)
+    ids = batch.get("decoder_input_ids", next(iter(batch.values())))
+    return ids.shape[:2].numel() if mask is None else int(mask.sum())

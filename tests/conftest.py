@@ -1,0 +1,94 @@
+"""One thread and no network for every test, set before torch and transformers are imported; small models; the shared data."""
+
+from __future__ import annotations
+
+import os
+import random
+import string
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "COLUMNS": "200"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CHARACTERS = string.ascii_letters + string.digits + " .,;:!?'\n"
+
+
+def pytest_configure() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and texts, which is not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return SHARED
+
+
+class Finished(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def rankwise(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """The command line, in this process: saves the seconds of importing torch."""
+
+    def run(*arguments: object) -> Finished:
+        from rankwise.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["rankwise", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Finished(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file."""
+    words = ["Once", "upon", "a", "time", "there", "was", "low", "rank", "matrix", "who", "met", "its", "budget.", "The", "end!"]
+    file = tmp_path_factory.mktemp("text") / "story.txt"
+    file.write_text(" ".join(random.Random(0).choices(words, k=1500)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama with a tokenizer of characters."""
+    from architectures import VOCABULARY, build
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    names = ["<unk>", "<s>", "</s>", *CHARACTERS]
+    assert len(names) <= VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    build("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_llama(llama: Path, story: Path) -> Path:
+    """The same, compressed by a quarter."""
+    from rankwise import compress
+
+    folder = llama.with_name("small-llama")
+    compress(llama, 0.25, calibration=story, output=folder, allocation="uniform", samples=10, length=32)
+    return folder

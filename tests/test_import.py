@@ -1,0 +1,49 @@
+"""Importing rankwise costs nothing, and teaches transformers to load compressed folders whichever comes first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+REGISTERED = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'rankwise' in known"
+HEAVY = "import sys; assert not {'torch', 'transformers', 'numpy', 'scipy', 'datasets'} & set(sys.modules)"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"import rankwise; {HEAVY}",
+        f"import rankwise; assert rankwise.__version__; rankwise.RankwiseError; dir(rankwise); {HEAVY}",
+        f"import rankwise; {REGISTERED}",
+        f"import transformers; import rankwise; {REGISTERED}",
+        f"import transformers.quantizers.auto; import rankwise; {REGISTERED}",
+        f"import rankwise, importlib; importlib.reload(rankwise); {REGISTERED}; importlib.reload(rankwise)",
+        f"import rankwise, sys; del sys.modules['rankwise']; import rankwise; {REGISTERED}",
+        f"import rankwise.cli; {REGISTERED}; import rankwise.integration.quantizer",
+        f"import rankwise; from importlib.util import find_spec; find_spec('transformers.quantizers.auto'); {REGISTERED}",
+    ],
+)
+def test_import(script: str) -> None:
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (0, ""), process.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], []])
+def test_help_is_light(arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "rankwise", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Usage" in process.stdout
+    modules = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
+    assert "typer" in modules
+    assert not {"torch", "transformers", "numpy"} & modules
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import rankwise
+
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = rankwise.nonsense
+    assert all(getattr(rankwise, name) for name in rankwise.__all__)
+    assert set(rankwise.__all__) <= set(dir(rankwise))

@@ -1,0 +1,94 @@
+"""A run that is killed, again and again, and resumed ends with the very bytes of one that was left in peace."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from rankwise.testing.allocators import VOCABULARY, tiny_model
+
+KILLS = ((1, 5), (6, 14), (15, 15))  # when so many results are kept: a random number between, and a random moment after it
+SECONDS = 0.3  # of that moment, at most; a whole allocation is longer
+OPTIONS = ["--rate", "0.3", "--samples", "40", "--length", "16", "--option", "rounds=1", "--option", "value_steps=200"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny `model`, its tokenizer, a `text` of random words, and `peace`: an uninterrupted run's result."""
+    folder = tmp_path_factory.mktemp("resume")
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    backend = Tokenizer(WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(folder / "model")
+    tiny_model(layers=2).save_pretrained(folder / "model")
+    numbers = torch.randint(VOCABULARY, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in numbers))
+    finish(folder, "peace")
+    return folder
+
+
+def start(folder: Path, output: str, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "rankwise", "compress", "model", "--output", output, "--calibration", "text.txt"]
+    return subprocess.Popen([*command, *OPTIONS, *more], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def finish(folder: Path, output: str, *more: str) -> None:
+    assert start(folder, output, *more).wait(timeout=120) == 0
+
+
+def kept(run: Path) -> dict[Path, int]:
+    """The whole results in a run folder, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+
+
+def kill(process: subprocess.Popen[bytes], run: Path, results: int, seconds: float) -> None:
+    """Kill the process some time after it has kept so many results."""
+    while len(kept(run)) < results:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def written(output: Path) -> dict[str, bytes]:
+    """What must be the same: the ranks and the weights."""
+    files = [output / "ranks.json", *output.glob("*.safetensors")]
+    assert len(files) > 1
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_killed_and_resumed_is_the_same_as_left_in_peace(made: Path) -> None:
+    rng, run, before = random.Random(0), made / "killed.run", dict[Path, int]()
+    for low, high in KILLS:
+        process = start(made, "killed", *(["--resume"] if before else []))
+        kill(process, run, rng.randint(low, high), rng.uniform(0, SECONDS if low == high else 0.01))
+        after = kept(run)
+        assert before.items() <= after.items()  # nothing was computed twice
+        assert not (made / "killed").exists()
+        before = after
+    finish(made, "killed", "--resume")
+    assert written(made / "killed") == written(made / "peace")
+    assert not run.exists()
+
+
+def test_the_same_seed_gives_the_same_bytes_twice(made: Path) -> None:
+    finish(made, "again")
+    assert written(made / "again") == written(made / "peace")
+
+
+def test_another_seed_draws_another_text(made: Path) -> None:
+    finish(made, "other", "--seed", "1")
+    assert written(made / "other") != written(made / "peace")

@@ -1,0 +1,165 @@
+"""The run folder: computed once, never believed when damaged, never half written; and what its keys tell apart."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankwise import RankwiseError, run_folder
+from rankwise.run_folder import RunFolder, digest, fingerprint
+from rankwise.testing.allocators import tiny_model
+
+STAGE, KEY = "decomposition/svd/model.layers.0.q", "k1"
+
+
+class Counted:
+    """A computation that says how often it was run; its first tensor is not contiguous."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value, self.runs = value, 0
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.runs += 1
+        return {"a/b.c": torch.full((2, 3), self.value).T, "bytes": torch.arange(3, dtype=torch.uint8), "one": torch.tensor(7)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def files(folder: RunFolder) -> list[Path]:
+    assert folder.path is not None
+    return [p for p in folder.path.rglob("*") if p.is_file()]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def test_computed_once(folder: RunFolder) -> None:
+    compute = Counted()
+    first = folder.cached(STAGE, KEY, compute)
+    second = folder.cached(STAGE, KEY, compute)
+    assert compute.runs == 1
+    assert same(first, compute())
+    assert same(first, second)
+    assert [n for n in first if first[n].stride() != second[n].stride()] == []  # so that both are multiplied alike
+
+
+def test_another_key_or_stage_is_another_result(folder: RunFolder) -> None:
+    results = [folder.cached(s, k, Counted(v)) for v, (s, k) in enumerate([(STAGE, KEY), (STAGE, "k2"), ("statistics", KEY)])]
+    assert [result["a/b.c"][0, 0].item() for result in results] == [0, 1, 2]
+    assert len(files(folder)) == 3
+
+
+def test_with_no_path_nothing_is_kept() -> None:
+    compute = Counted()
+    assert same(RunFolder().cached(STAGE, KEY, compute), RunFolder().cached(STAGE, KEY, compute))
+    assert compute.runs == 2
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda b: b"",
+    "a few bytes": lambda b: b[:5],
+    "half the header": lambda b: b[:40],
+    "all but the last byte": lambda b: b[:-1],
+    "garbage": lambda b: b"garbage" * 100,
+    "zeros": lambda b: bytes(len(b)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_computed_again(folder: RunFolder, damage: Callable[[bytes], bytes]) -> None:
+    compute = Counted()
+    expected = folder.cached(STAGE, KEY, compute)
+    [file] = files(folder)
+    file.write_bytes(damage(file.read_bytes()))
+    assert same(folder.cached(STAGE, KEY, compute), expected)
+    assert compute.runs == 2
+    assert same(folder.cached(STAGE, KEY, compute), expected)
+    assert compute.runs == 2
+
+
+def test_a_full_disk_leaves_nothing_behind(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"the first half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(RankwiseError, match="No space left on device"):
+        patch.setattr(run_folder, "save_file", save_file)
+        folder.cached(STAGE, KEY, Counted())
+    assert files(folder) == []
+    compute = Counted()
+    folder.cached(STAGE, KEY, compute)
+    assert compute.runs == 1
+
+
+def test_a_failing_computation_leaves_nothing_behind(folder: RunFolder) -> None:
+    def fail() -> dict[str, Tensor]:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        folder.cached(STAGE, KEY, fail)
+    assert folder.path is not None
+    assert not folder.path.exists()
+
+
+def test_an_earlier_run_is_neither_mixed_in_nor_lost(tmp_path: Path) -> None:
+    output, earlier = tmp_path / "out", tmp_path / "out.run"
+    assert RunFolder.beside(output, resume=False, overwrite=False).path == earlier
+    earlier.mkdir()
+    with pytest.raises(RankwiseError, match="--resume"):
+        RunFolder.beside(output, resume=False, overwrite=False)
+    for overwrite in (False, True):
+        assert RunFolder.beside(output, resume=True, overwrite=overwrite).path == earlier
+        assert earlier.exists()
+    RunFolder.beside(output, resume=False, overwrite=True)
+    assert not earlier.exists()
+
+
+ZEROS = torch.zeros(4, 6, dtype=torch.int32)
+DIFFERENT: list[tuple[Any, ...]] = [
+    (),
+    ("",),
+    ("a", "b"),
+    ("ab",),
+    ("b", "a"),
+    (1,),
+    (1.0,),
+    ("1",),
+    (None,),
+    (ZEROS,),
+    (ZEROS.view(6, 4),),  # the same bytes as other windows
+    (ZEROS.float(),),
+    (ZEROS[:2], ZEROS[2:]),
+    (torch.ones(4, 6, dtype=torch.int32),),
+]
+
+
+def test_digests_tell_apart_what_differs_and_nothing_else() -> None:
+    digests = [digest(*parts) for parts in DIFFERENT]
+    assert len(set(digests)) == len(DIFFERENT)
+    assert digests == [digest(*parts) for parts in DIFFERENT]
+    assert digest("rankwise", 0.2, torch.arange(3)) == digest("rankwise", 0.2, torch.arange(6)[:3])
+    assert digest(torch.eye(3)[:, 1:]) == digest(torch.eye(3)[:, 1:].contiguous())
+    assert digest("rankwise") == "c9546a27bcb4069bdded"  # from one process, and one machine, to the next
+
+
+def test_a_fingerprint_sees_every_parameter() -> None:
+    model = tiny_model()
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    for parameter in model.parameters():
+        value = parameter.flatten()[-1].item()
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1
+            assert fingerprint(model) != before
+            parameter.view(-1)[-1] = value
+    assert fingerprint(model) == before
