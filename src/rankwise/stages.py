@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import device_of, frozen, values_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, default_samples, sampled_windows, window_length, windows_of, with_decoder_inputs
+from rankwise.calibration.tokens import Batch, default_samples, sampled_windows, window_length, windows_of
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.solver import Decomposition, decompose
 from rankwise.errors import RankwiseError
@@ -130,7 +131,7 @@ def _data(
         if tokenizer is None:
             raise RankwiseError("the model has no tokenizer for the calibration text: give one, or windows of tokens")
         return Data.of_windows(model, windows_of(tokenizer, documents, length, samples, recipe.seed))
-    return Data.of_batches([with_decoder_inputs(model, batch) for batch in documents])
+    return Data.of_batches(model, documents)
 
 
 def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:

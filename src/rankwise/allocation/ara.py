@@ -45,7 +45,6 @@ class ARA:
     guidance: NonNegativeFloat = 1.0  # lambda_1
     band: PositiveFloat = 0.25
     size_weight: NonNegativeFloat = 10.0  # lambda_2
-    tilt: float = 0.0
     loss: LossName = "next-token"
 
     def allocate(self, problem: Problem) -> Allocation:
@@ -53,7 +52,7 @@ class ARA:
         student, shapes, budget = problem.student, problem.shapes, problem.budget
         device = device_of(student.model)
         stairs = {name: staircase(min(self.stairs, len(s)), len(s)).to(device) for name, s in problem.spectra.items()}
-        thetas = {name: (self.tilt * torch.linspace(-1, 1, len(B))).to(device).requires_grad_(True) for name, B in stairs.items()}
+        thetas = {name: torch.zeros(len(B), device=device, requires_grad=True) for name, B in stairs.items()}
         dense = torch.tensor([float(shapes[name].dense) for name in thetas], device=device)
         per_rank = torch.tensor([float(shapes[name].per_rank) for name in thetas], device=device)
         target = budget.parameters / parameters(dict.fromkeys(shapes), shapes)

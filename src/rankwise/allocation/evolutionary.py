@@ -6,7 +6,7 @@ many tokens in all (the paper: 64 children on 2,048, 8 on 16,384, 2 on 65,536); 
 
 Deviations: flips are also between matrices of different size (the code's group rule "none"): a level is a fraction of the
 smaller one's parameters, cut where the giver is at its least rank or the taker dense, so that every child has the same budget.
-Defaults are for a small model in minutes; the paper's are generations=400, offspring=64, survivors=(8, 2, 1).
+Defaults are for a small model in a minute or two; the paper's: generations=400, offspring=64, survivors=(8, 2, 1), tokens=2048.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Evolutionary:
 
     decomposition: ClassVar[str] = "kronecker"
     levels: PositiveInt = 10
-    generations: PositiveInt = 100
+    generations: PositiveInt = 80
     offspring: PositiveInt = 16
-    survivors: tuple[PositiveInt, ...] = (4, 2, 1)
-    tokens: PositiveInt = 2048
+    survivors: tuple[PositiveInt, ...] = (4, 1)
+    tokens: PositiveInt = 1024
 
     def allocate(self, problem: Problem) -> Allocation:
         """Of every generation the best on text drawn anew."""

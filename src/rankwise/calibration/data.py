@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.calibration.tokens import Batch, batches_of, refuse_foreign
+from rankwise.calibration.tokens import Batch, batches_of, refuse_foreign, with_decoder_inputs
 from rankwise.errors import RankwiseError
 
 PART = 10  # one sequence in ten is for choosing, another one in ten for measuring
@@ -42,14 +42,14 @@ class Data:
         return cls(batches_of(model, training), batches_of(model, selection), batches_of(model, measuring))
 
     @classmethod
-    def of_batches(cls, batches: Sequence[Batch]) -> Data:
+    def of_batches(cls, model: nn.Module, batches: Sequence[Batch]) -> Data:
         """Of the user's own batches, as they are; few ones are cut into their sequences first."""
         for batch in batches:
             if not isinstance(batch, dict) or not all(isinstance(t, torch.Tensor) for t in batch.values()):
                 raise RankwiseError("calibration batches are dicts of the model's inputs: name -> tensor [sequences, ...]")
         if not batches:
             raise RankwiseError("the calibration has no batches")
-        parts = list(batches)
+        parts = [with_decoder_inputs(model, batch) for batch in batches]
         if len(parts) < PART:
             parts = [
                 {name: tensor[i : i + 1] for name, tensor in batch.items()}

@@ -126,7 +126,7 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
 
     Raises `RankwiseError` where there are no labels either.
     """
-    if not model.config.is_encoder_decoder or not isinstance(batch, dict) or "decoder_input_ids" in batch:
+    if not model.config.is_encoder_decoder or "decoder_input_ids" in batch:
         return batch
     if "labels" not in batch or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise RankwiseError(f"batches for {type(model).__name__} need decoder_input_ids; this one has {', '.join(batch)}")

@@ -78,7 +78,7 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
     if dtype not in DTYPES:
         raise RankwiseError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     target = resolve_device(device)
-    cls = class_of(config) or AutoModelForCausalLM
+    cls: Any = class_of(config) or AutoModelForCausalLM
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         with _quiet():

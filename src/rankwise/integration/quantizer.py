@@ -40,7 +40,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
-    quant_method: str = METHOD  # type: ignore[assignment]  an enumeration of theirs, open to any name
+    quant_method: str = METHOD  # type: ignore[assignment]  # their enumeration is open to any name
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

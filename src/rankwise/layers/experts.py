@@ -52,7 +52,7 @@ class UnstackedExperts(nn.Module):
 
 
 @functools.cache
-def _unstacked_class(original: type[nn.Module]) -> type[nn.Module]:
+def _unstacked_class(original: Any) -> Any:
     return type(f"Unstacked{original.__name__}", (UnstackedExperts, original), {})
 
 
@@ -75,7 +75,8 @@ def unstack(module: nn.Module) -> None:
             delattr(module, f"{name}_bias")
         module.add_module(list_name(name), nn.ModuleList(layers))
     experts._is_hf_initialized = True  # transformers would initialise the parameters that this class had
-    module.__class__ = _unstacked_class(type(experts))
+    original: Any = type(module)
+    module.__class__ = _unstacked_class(original)
 
 
 def stacked_shapes(module: nn.Module) -> dict[str, tuple[int, int, int]]:

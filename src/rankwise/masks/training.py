@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankwise.calibration.signal import divergence, signal_of, token_mask, values_of
+from rankwise.calibration.signal import divergence, signal_of, text_labels, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import Student
@@ -108,13 +108,8 @@ def objective_named(name: LossName, model: Any) -> Objective:
 
 def next_token_loss(model: nn.Module, batch: Batch, wanted: None = None) -> Tensor:
     """Cross entropy of each next token of the text, nats per token; tokens beside padding do not count."""
-    values, _ = values_of(model, batch)
-    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-    assert ids is not None
-    targets, mask = ids[:, 1:], token_mask(batch)
-    if mask is not None:
-        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)  # what cross_entropy ignores
-    return F.cross_entropy(values[:, :-1].float().flatten(0, 1), targets.flatten().to(values.device))
+    values = signal_of(model, batch).values.float()
+    return F.cross_entropy(values, text_labels(batch, causal=True).to(values.device))
 
 
 def _mean_divergence(model: nn.Module, batch: Batch, wanted: Any) -> Tensor:

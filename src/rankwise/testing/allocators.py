@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Budget, Shapes, parameters
 from rankwise.allocation.problem import Allocation, Problem
-from rankwise.calibration.data import Data
 from rankwise.calibration.moments import collect
+from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.solver import Decomposition, decompose
 from rankwise.layers.linear import weight_of
@@ -37,8 +37,8 @@ ProblemFactory = Callable[[str, float, int], Problem]  # metric, rate, rank mult
 
 def tiny_student(metric: str, layers: int = 1, dtype: torch.dtype = torch.float32) -> Student:
     """A random Llama (hidden 32) decomposed in `metric`, calibrated on random tokens; the same at each call."""
-    model, data, decompositions = _decomposed(metric, layers, dtype)
-    return Student(model, decompositions, data.training, data.selection)
+    training, selection = _batches()
+    return Student(tiny_model(layers, dtype), _decomposed(metric, layers, dtype), training, selection)
 
 
 def tiny_problem(metric: str, rate: float, multiple: int = 1) -> Problem:
@@ -68,17 +68,22 @@ def tiny_model(layers: int = 1, dtype: torch.dtype = torch.float32) -> PreTraine
 
 
 @functools.cache
-def _decomposed(metric: str, layers: int, dtype: torch.dtype) -> tuple[PreTrainedModel, Data, dict[str, Decomposition]]:
-    model, chosen = tiny_model(layers, dtype), metric_named(metric)
+def _batches() -> tuple[list[Batch], list[Batch]]:
+    """For training and for selection."""
     windows = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    data = Data.of_batches(model, [{"input_ids": part} for part in windows.split(2)])
+    batches = [{"input_ids": part} for part in windows.split(2)]
+    return batches[2:], batches[:2]
+
+
+@functools.cache
+def _decomposed(metric: str, layers: int, dtype: torch.dtype) -> dict[str, Decomposition]:
+    model, chosen = tiny_model(layers, dtype), metric_named(metric)
     matrices = find_matrices(model)[0]
-    statistics = collect(model, matrices, data.training, chosen.NEEDS)
-    decompositions = {
+    statistics = collect(model, matrices, _batches()[0], chosen.NEEDS)
+    return {
         name: decompose(weight_of(model.get_submodule(name)), *chosen.roots(statistics.of(name))).to(dtype=dtype)
         for name in matrices
     }
-    return model, data, decompositions
 
 
 def budget_is_met(allocator: Allocator, problem: ProblemFactory) -> None:
