@@ -23,7 +23,7 @@ def main() -> None:
     for title, options in METHODS.items():
         folder = OUTPUT / title.replace(" ", "-")
         console.print(f"[bold]{title}[/bold], rate {RATE}")
-        compress(rate=RATE, output=folder, **options)  # type: ignore[arg-type]
+        compress(rate=RATE, output=folder, **options)
         report = evaluate(folder, bundled.MODEL, "stdlib:held-out")
         size = report["parameters"]["model"]
         if not table.rows:

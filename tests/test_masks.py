@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -29,7 +30,9 @@ DENSE = ATTENTION + "v_proj"  # the matrix that is left dense in `some_masks`
 def some_masks(student: Student, keep: float = 0.5) -> Masks:
     """Hard masks that keep about `keep` of the components, no prefixes; one matrix is dense."""
     generator = torch.Generator().manual_seed(3)
-    masks: Masks = {n: (torch.rand(len(d.spectrum), generator=generator) < keep).float() for n, d in student.decompositions.items()}
+    masks: Masks = {
+        n: (torch.rand(len(d.spectrum), generator=generator) < keep).float() for n, d in student.decompositions.items()
+    }
     return masks | {DENSE: None}
 
 
@@ -138,7 +141,9 @@ def test_worth_is_the_true_change_of_a_quadratic_with_diagonal_curvature() -> No
         dropped[i], kept[i] = 0, 1
         assert got[i].item() == pytest.approx(max((kl(dropped) - kl(kept)).item(), 0.0), abs=1e-12)
     assert (got > 0).any()
-    torch.testing.assert_close(worth(None, slope + 2 * curvature, curvature), worth(torch.ones(8), slope + 2 * curvature, curvature))
+    torch.testing.assert_close(
+        worth(None, slope + 2 * curvature, curvature), worth(torch.ones(8), slope + 2 * curvature, curvature)
+    )
 
 
 def test_training_values_lowers_the_kl_and_touches_nothing_else() -> None:
@@ -281,10 +286,10 @@ def test_divergence_is_zero_for_itself_and_positive_for_any_other(categorical: b
             assert divergence(p, q).item() == pytest.approx(kl.sum().item(), rel=1e-4)
 
 
-def test_masks_hold_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_hold_only_inside() -> None:
     student = tiny_student("svd")
     before: list[Any] = [*student.model.modules()]
-    with pytest.raises(KeyError), student.with_masks(some_masks(student)):
+    with contextlib.suppress(KeyError), student.with_masks(some_masks(student)):
         assert len([*student.model.modules()]) > len(before)
         raise KeyError
     assert [*map(id, student.model.modules())] == [*map(id, before)]

@@ -95,7 +95,9 @@ def test_every_moment_is_that_of_the_sequences_taken_alone() -> None:
             value = getattr(moments, key)
             assert value.dtype == torch.float64
             scale = expected[name][key].abs().max().item()
-            torch.testing.assert_close(value, expected[name][key], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
+            torch.testing.assert_close(
+                value, expected[name][key], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
 
 
 def test_only_what_is_needed_is_collected() -> None:

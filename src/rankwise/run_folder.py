@@ -37,11 +37,10 @@ def digest(*parts: Any) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The digest of a model: its config, and the name, shape and first and last thousand values of each parameter."""
+    """The digest of a model: its config and every parameter's name, shape and bytes."""
     parts: list[Any] = [str(getattr(model, "config", ""))]
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        parts += [name, tuple(parameter.shape), flat[:1000], flat[-1000:]]
+        parts += [name, tuple(parameter.shape), parameter]
     return digest(*parts)
 
 
@@ -57,13 +56,13 @@ class RunFolder:
 
     @classmethod
     def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
-        """The run folder of an output folder. Raises `RankwiseError` where an earlier run's is there and neither wanted
-        nor to be overwritten."""
+        """The run folder of an output folder. What it holds is used where it fits, whoever computed it.
+
+        Raises `RankwiseError` where an interrupted run is there, which may still be running, and neither flag was given.
+        """
         path = output.resolve().with_name(output.resolve().name + ".run")
-        if path.exists() and overwrite and not resume:
-            shutil.rmtree(path)
-        if path.exists() and not resume:
-            raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume) or drop it (--overwrite)")
+        if path.exists() and not (resume or overwrite):
+            raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume), or overwrite it (--overwrite)")
         return cls(path)
 
     def cached(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ def start(
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
-        identity = fingerprint(dense)
+        identity = fingerprint(dense) if folder.path else ""
         data = _data(dense, calibration, tokenizer, recipe, folder, identity)
     except RankwiseError:
         for path in experts:

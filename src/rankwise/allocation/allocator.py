@@ -5,6 +5,7 @@ A new allocator is one file and one line in `ALLOCATORS`; the command line and t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -73,7 +74,7 @@ def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Alloc
         return TypeAdapter(presets[preset]).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
-        known = ", ".join(presets[preset].__dataclass_fields__) or "none"  # type: ignore[attr-defined]
+        known = ", ".join(f.name for f in dataclasses.fields(presets[preset])) or "none"  # type: ignore[arg-type]
         raise RankwiseError(
             f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({preset}): {first['msg']}; "
             f"its options are {known}"

@@ -38,7 +38,7 @@ class ARA:
 
     decomposition: ClassVar[str] = "whitened"  # the paper
     stairs: PositiveInt = 32  # D
-    learning_rate: PositiveFloat = 0.05
+    learning_rate: PositiveFloat = 0.2
     final: NonNegativeFloat = 0.1  # the last learning rate over the first
     steps: PositiveInt = 400
     sequences: PositiveInt = 4  # a step
@@ -67,13 +67,13 @@ class ARA:
             R = torch.stack([p.sum() for p in kept().values()]) * per_rank / dense
             ratio = ((R - (R - 1).clamp_min(0).detach()) * dense).sum() / dense.sum()
             guidance = (1 - R).clamp(0, self.band).mean()
-            return self.guidance * guidance + self.size_weight * (ratio - target).abs(), {"ratio": ratio, "guidance": guidance}
+            loss = self.guidance * guidance + self.size_weight * (ratio - target).abs()
+            return loss, {"ratio": ratio, "guidance": guidance}
 
         options = MaskTraining(self.steps, self.learning_rate, self.sequences, self.final)
         generator = torch.Generator().manual_seed(student.seed)
-        history = train_masks(
-            student, objective_named(self.loss, student.model), thetas.values(), masks, extra, options, generator
-        )
+        objective = objective_named(self.loss, student)
+        history = train_masks(student, objective, thetas.values(), masks, extra, options, generator)
         with torch.no_grad():
             counts = {name: float(mask.sum()) for name, mask in masks().items()}
         return proportional(problem, counts, history)

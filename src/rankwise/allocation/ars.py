@@ -62,7 +62,7 @@ class ARS:
             return loss, {"size": kept / problem.budget.parameters, "misalignment": unaligned}
 
         options = MaskTraining(self.steps, self.learning_rate, self.sequences)
-        objective = objective_named(self.loss, student.model)
+        objective = objective_named(self.loss, student)
         history = train_masks(student, objective, network.parameters(), masks, extra, options, generator)
         with torch.no_grad():
             counts = {name: float(chance(o + self.bias).sum()) for name, o in network().items()}

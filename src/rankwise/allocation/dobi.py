@@ -32,11 +32,12 @@ from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.proportional import proportional
 from rankwise.calibration.signal import device_of
 from rankwise.masks.position import position_mask, range_penalty
-from rankwise.masks.training import LossName, MaskTraining, Objective, objective_named, train_masks
+from rankwise.masks.training import LossName, MaskTraining, objective_named, train_masks
 
 UNITS = 2048  # positions of a matrix: K above
 SMALLEST_UNIT = 0.2  # of a component
-SIZE_WEIGHTS = {0.4: 400.0, 0.6: 200.0, 0.8: 150.0}  # fraction kept -> lambda
+SIZE_WEIGHTS = {0.4: 400.0, 0.6: 200.0, 0.8: 150.0}  # fraction kept -> lambda, for LLaMA-7B
+PERPLEXITY = 5.68  # LLaMA-7B's own, on the text of these lambdas
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -63,9 +64,11 @@ class Dobi:
         unit = (length / UNITS).clamp_min(SMALLEST_UNIT)  # components
         target = budget.parameters / parameters(dict.fromkeys(shapes), shapes)
         positions = (target * dense / per_rank / unit).requires_grad_(True)  # uniform, as there
+        objective = objective_named(self.loss, student).exponentiated()
         weight = self.size_weight
         if weight is None:
             weight = float(np.interp(target, list(SIZE_WEIGHTS), list(SIZE_WEIGHTS.values())))
+            weight /= PERPLEXITY if objective.wanted else 1  # exp KL is a perplexity over the original's
 
         def masks() -> dict[str, Tensor]:
             ends = (positions * unit).unbind()
@@ -75,7 +78,6 @@ class Dobi:
             ratio = (positions * unit * per_rank).minimum(dense).sum() / dense.sum()
             return weight * (ratio - target).abs() + range_penalty(positions, length / unit), {"ratio": ratio}
 
-        objective = objective_named(self.loss, student.model).exponentiated()
         options = MaskTraining(self.steps, self.learning_rate, self.sequences, self.final)
         generator = torch.Generator().manual_seed(student.seed)
         history = train_masks(student, objective, [positions], masks, extra, options, generator)

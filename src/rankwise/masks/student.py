@@ -34,6 +34,11 @@ class MaskedLinear(nn.Module):
         self.second, self.first, self.bias, self.mask = second, first, bias, mask
         self.on_gradient: Callable[[Tensor], None] | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense product [m, n], computed at each read: some models look at their layers' weights."""
+        return (self.second * self.mask.to(self.second.dtype)) @ self.first
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""
         mask = self.mask.to(x.dtype)

@@ -100,10 +100,13 @@ def train_masks(
     return history
 
 
-def objective_named(name: LossName, model: Any) -> Objective:
-    """The loss on the text ("next-token"), where the model predicts a next token; else the KL to the original ("kl")."""
-    causal = name == "next-token" and hasattr(model, "can_generate") and model.can_generate()
-    return Objective("next-token loss", next_token_loss) if causal else Objective("kl", _mean_divergence, signal_of)
+def objective_named(name: LossName, student: Student) -> Objective:
+    """The loss on the text ("next-token"), where the student predicts the tokens of one; else the KL to the original ("kl")."""
+    causal = getattr(student.model, "can_generate", lambda: False)()
+    has_text = {"input_ids", "decoder_input_ids"} & student.training[0].keys()
+    if name == "next-token" and causal and has_text:
+        return Objective("next-token loss", next_token_loss)
+    return Objective("kl", _mean_divergence, signal_of)
 
 
 def next_token_loss(model: nn.Module, batch: Batch, wanted: None = None) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Budget, Shapes, parameters
@@ -45,7 +45,7 @@ def tiny_problem(metric: str, rate: float, multiple: int = 1) -> Problem:
     """The problem of compressing `tiny_student`."""
     student = tiny_student(metric)
     shapes = find_matrices(student.model)[0]
-    budget = Budget.of(shapes, rate, "linear", student.model.num_parameters(), multiple)
+    budget = Budget.of(shapes, rate, "linear", tiny_model().num_parameters(), multiple)
     return Problem(shapes, {name: d.spectrum for name, d in student.decompositions.items()}, budget, student)
 
 
@@ -64,7 +64,8 @@ def tiny_model(layers: int = 1, dtype: torch.dtype = torch.float32) -> PreTraine
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 @functools.cache

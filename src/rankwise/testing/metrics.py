@@ -102,7 +102,8 @@ def same_twice(metric: Metric, W: Tensor, moments: Moments) -> None:
 def scale_is_free(metric: Metric, W: Tensor, moments: Moments) -> None:
     """Reading the text twice changes no rank-r model, and c W has c times the rank-r models of W."""
     d = _decomposed(metric, W, moments)
-    doubled = Moments(**{name: None if value is None else 2 * value for name, value in vars(moments).items()})
+    sums = {name: value for name, value in vars(moments).items() if isinstance(value, Tensor)}
+    doubled = Moments(2 * moments.count, **{name: 2 * value for name, value in sums.items()})
     gaps = (d.spectrum[:-1] - d.spectrum[1:]) / d.spectrum[0]
     for r in [r for r, gap in enumerate(gaps.tolist(), start=1) if gap > 1e-3]:  # else the rank-r model is not unique
         model = d.second[:, :r] @ d.first[:r]
