@@ -13,17 +13,17 @@ from rankwise import bundled, compress, evaluate
 
 RATE = 0.2
 OUTPUT = Path("demo")
-METHODS = {"uniform ranks": {"allocation": "uniform"}, "learned ranks": {"allocation": "llrc"}}
+METHODS = {"uniform ranks": "uniform", "learned ranks": "llrc"}
 
 
 def main() -> None:
     console = Console()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     table = Table("", "parameters", "perplexity", "KL to dense", "same top token", box=box.SIMPLE_HEAD)
-    for title, options in METHODS.items():
+    for title, allocation in METHODS.items():
         folder = OUTPUT / title.replace(" ", "-")
         console.print(f"[bold]{title}[/bold], rate {RATE}")
-        compress(rate=RATE, output=folder, **options)
+        compress(rate=RATE, output=folder, allocation=allocation)
         report = evaluate(folder, bundled.MODEL, "stdlib:held-out")
         size = report["parameters"]["model"]
         if not table.rows:

@@ -34,7 +34,7 @@ from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.calibration.signal import text_labels
 from rankwise.decomposition.solver import Decomposition, Root, decompose
 from rankwise.layers.linear import swapped
-from rankwise.layers.matrices import Shape
+from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.testing.allocators import VOCABULARY, tiny_problem, tiny_student
 
 SHAPES = {"a": Shape(12, 8), "b": Shape(6, 10), "c": Shape(9, 9)}
@@ -393,9 +393,13 @@ def test_kl_knapsack_without_bias_is_the_least_sum_of_curves(keep: float) -> Non
 
 
 def test_kl_knapsack_keeps_the_best_trial() -> None:
-    problem = tiny_problem("whitened", 0.4)
+    student = tiny_student("whitened", layers=3)
+    shapes = find_matrices(student.model)[0]
+    spectra = {n: d.spectrum for n, d in student.decompositions.items()}
+    problem = Problem(shapes, spectra, Budget.of(shapes, 0.4, "linear", 0), student)
     answer = KLKnapsack(trials=4, points=2).allocate(problem)
-    assert len(answer.history) == 4
+    assert len({r["kl"] for r in answer.history}) == 4
+    assert answer.history[-1]["kl"] > min(r["kl"] for r in answer.history)
     assert answer.history[0]["step"] == "alpha 0.00, gamma 0.00"
     assert problem.student.divergence(answer.masks) == pytest.approx(min(r["kl"] for r in answer.history))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ def test_a_full_disk_leaves_nothing_behind(folder: RunFolder, monkeypatch: pytes
     compute = Counted()
     folder.cached(STAGE, KEY, compute)
     assert compute.runs == 1
+
+
+def test_two_runs_may_compute_the_same_result_at_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, save = Counted(), run_folder.save_file
+
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        save(tensors, path)
+        if not other.runs:  # the other run comes and goes between our writing and our renaming
+            monkeypatch.setattr(os, "getpid", lambda: -1)
+            folder.cached(STAGE, KEY, other)
+
+    monkeypatch.setattr(run_folder, "save_file", save_file)
+    assert same(folder.cached(STAGE, KEY, Counted()), other())
+    assert len(files(folder)) == 1
 
 
 def test_a_failing_computation_leaves_nothing_behind(folder: RunFolder) -> None:

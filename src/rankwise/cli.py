@@ -51,7 +51,7 @@ def compress(
     decomposition: Annotated[
         str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
     ] = None,
-    allocation: Annotated[str, typer.Option(help="How ranks are chosen: llrc, uniform, kl-knapsack, mask-fisher, ...; a wrong name lists all.")] = "llrc",
+    allocation: Annotated[str, typer.Option(help="How ranks are chosen; a wrong name lists all.")] = "llrc",
     preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
@@ -182,7 +182,7 @@ def compare(
         results = hold_contest(
             model,
             wanted,
-            text or ["stdlib:held-out"],
+            text or (["stdlib:held-out"] if model is None else []),
             output,
             allocations=_names(allocations),
             decompositions=_names(decompositions),

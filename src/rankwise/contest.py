@@ -74,11 +74,11 @@ def hold_contest(
     """
     if model is None:
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
+    if not texts:
+        raise RankwiseError("name a held-out text to judge on (--text)")
     methods = methods_of(allocations or all_allocations(), decompositions)
     recipe = Recipe.of(rate=max(rates, default=0.0), calibration=calibration or "self", **options)
     documents = {text: read_documents(text, recipe.text_column, recipe.dataset_options) for text in texts}
-    if not documents:
-        raise RankwiseError("name a text to judge on")
     output = Path(output)
     refuse_taken(output, overwrite=True)
     folder = RunFolder(output / "run")
@@ -115,6 +115,7 @@ def hold_contest(
                         "effort": chosen.effort,
                         "history": chosen.history,
                         "ranks": chosen.ranks,
+                        "kept": {n: run.shapes[n].parameters(r) / run.shapes[n].dense for n, r in chosen.ranks.items()},
                     }
                 )
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])

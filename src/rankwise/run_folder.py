@@ -79,9 +79,9 @@ class RunFolder:
                 with safe_open(file, framework="pt") as opened:
                     return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
             except SafetensorError:
-                file.unlink()  # cut short by a full disk or a crash of the machine
+                file.unlink(missing_ok=True)  # cut short by a full disk or a crash of the machine
         tensors = _contiguous(compute())
-        temporary = file.with_suffix(".part")
+        temporary = file.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same result
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: t.cpu() for name, t in tensors.items()}, temporary)

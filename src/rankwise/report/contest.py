@@ -56,29 +56,23 @@ def plot_contest(results: Results, path: Path) -> None:
     rates = sorted({row["rate"] for row in results})
     best = min((r for r in results if r["rate"] == rates[len(rates) // 2]), key=lambda r: r["kl"])
     _heat_map(heat, best)
-    figure.colorbar(heat.images[0], ax=heat, label="rank / dense rank (1: dense)")
+    figure.colorbar(heat.images[0], ax=heat, label="fraction of parameters kept")
     figure.savefig(path, dpi=120)
 
 
 def _heat_map(axes: Any, row: Mapping[str, Any]) -> None:
-    """Layers down, matrix types across; a cell is the rank over the largest in its column, 1 where the matrix is dense."""
-    cells: dict[tuple[int, str], int | None] = {}
-    for name, rank in row["ranks"].items():
+    """Layers down, matrix types across; a cell's colour is the fraction of its parameters kept, its text the rank."""
+    places = {}
+    for name in row["ranks"]:
         number = re.search(r"\.(\d+)\.", name)
-        kind = re.sub(r"^.*?\.\d+\.", "", name)
-        cells[int(number[1]) if number else 0, kind] = rank
-    layers, kinds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
-    top = {kind: max([r for (_, k), r in cells.items() if k == kind and r] or [1]) for kind in kinds}
-    grid = [
-        [float("nan") if (la, k) not in cells else 1.0 if cells[la, k] is None else 0.9 * cells[la, k] / top[k] for k in kinds]  # type: ignore[operator]
-        for la in layers
-    ]
-    axes.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-    for y, layer in enumerate(layers):
-        for x, kind in enumerate(kinds):
-            if (layer, kind) in cells:
-                rank = cells[layer, kind]
-                axes.text(x, y, "dense" if rank is None else rank, ha="center", va="center", fontsize=7, color="white")
-    axes.set_xticks(range(len(kinds)), [k.split(".")[-1] for k in kinds], rotation=30, ha="right", fontsize=8)
+        places[int(number[1]) if number else 0, re.sub(r"^.*?\.\d+\.", "", name)] = name
+    layers, kinds = (list(dict.fromkeys(part)) for part in zip(*places, strict=True))
+    kept = [[row["kept"].get(places.get((layer, kind)), float("nan")) for kind in kinds] for layer in layers]
+    axes.imshow(kept, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    for (layer, kind), name in places.items():
+        rank, colour = row["ranks"][name], "black" if row["kept"][name] > 0.6 else "white"
+        text = "dense" if rank is None else rank
+        axes.text(kinds.index(kind), layers.index(layer), text, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(kinds)), [kind.split(".")[-1] for kind in kinds], rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(layers)), layers, fontsize=8)
     axes.set(ylabel="layer", title=f"ranks: {row['method']}, rate {row['rate']}")
