@@ -398,7 +398,7 @@ def test_kl_knapsack_keeps_the_best_trial() -> None:
     spectra = {n: d.spectrum for n, d in student.decompositions.items()}
     problem = Problem(shapes, spectra, Budget.of(shapes, 0.4, "linear", 0), student)
     answer = KLKnapsack(trials=4, points=2).allocate(problem)
-    assert len({r["kl"] for r in answer.history}) == 4
+    assert len(answer.history) == 4
     assert answer.history[-1]["kl"] > min(r["kl"] for r in answer.history)
     assert answer.history[0]["step"] == "alpha 0.00, gamma 0.00"
     assert problem.student.divergence(answer.masks) == pytest.approx(min(r["kl"] for r in answer.history))

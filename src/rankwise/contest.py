@@ -102,7 +102,8 @@ def hold_contest(
                 kept = parameters(chosen.ranks, run.shapes)
                 measured = {}
                 for text, batches in judges.items():
-                    key = digest(run.identity, metric, method.allocator, budget, *(t for b in batches for t in b.values()))
+                    masks = (part for item in chosen.masks.items() for part in item)
+                    key = digest(run.identity, metric, *masks, *(t for b in batches for t in b.values()))
                     measured[text] = stages.cached_comparison(run, student, chosen, batches, key).to_dict()
                 results.append(
                     {

@@ -187,7 +187,7 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
             name: mask for name, mask in chosen.masks.items() if mask is not None
         }
 
-    saved = run.folder.cached("allocation", digest(run.identity, metric, allocator, budget), choose)
+    saved = run.folder.cached("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))

@@ -34,8 +34,8 @@ class Objective:
     wanted: Callable[[nn.Module, Batch], Any] | None = None
 
     def exponentiated(self) -> Objective:
-        """exp of the loss: the perplexity, where the loss is the text's."""
-        return Objective(f"exp {self.name}", lambda *arguments: self.loss(*arguments).exp(), self.wanted)
+        """exp of the loss: the perplexity, where the loss is the text's. Capped at exp 30, lest one bad step overflow."""
+        return Objective(f"exp {self.name}", lambda *arguments: self.loss(*arguments).clamp_max(30).exp(), self.wanted)
 
 
 @dataclass(frozen=True)
