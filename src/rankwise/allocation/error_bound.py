@@ -4,7 +4,7 @@
 are no more than a uniform compression's. Here the budget is given, so this is its dual: the least sum of e^2 within the budget;
 and the knapsack is solved exactly, not over discretised errors.
 
-`UniformError`: PGSVD (arXiv 2510.05544, section on the Pareto-guided tolerance) shows that one relative error tolerance for
+`UniformError`: PGSVD (2025, arXiv 2510.05544) shows that one relative error tolerance for
 all layers is Pareto-optimal for a bound on the loss; the tolerance is found by bisection. Its ALS factors are left out.
 """
 

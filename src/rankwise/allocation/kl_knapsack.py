@@ -48,18 +48,22 @@ class KLKnapsack:
 
     def allocate(self, problem: Problem) -> Allocation:
         """One forward pass over the selection text per matrix and point, and one per trial."""
-        prices = {name: self._prices(problem, name) for name in tqdm(problem.shapes, desc="measuring matrices")}
-        best, best_kl, history = None, float("inf"), []
+        return self.priced(problem)[0]
+
+    def priced(self, problem: Problem) -> tuple[Allocation, dict[str, Tensor]]:
+        """The plan, and the prices [k] in nats per token that it was bought at, the bias of the best trial in them."""
+        unbiased = {name: self._prices(problem, name) for name in tqdm(problem.shapes, desc="measuring matrices")}
+        best, best_prices, best_kl, history = None, unbiased, float("inf"), []
         for alpha, gamma in self._trials(problem.student.seed):
             bias = depth_bias(problem.shapes, alpha, gamma)
-            ranks = knapsack({n: bias[n] * p for n, p in prices.items()}, problem.shapes, problem.budget)
-            plan = Allocation.of_prefixes(ranks, problem.spectra)
+            prices = {name: bias[name] * price for name, price in unbiased.items()}
+            plan = Allocation.of_prefixes(knapsack(prices, problem.shapes, problem.budget), problem.spectra)
             kl = problem.student.divergence(plan.masks)
             history.append({"step": f"alpha {alpha:.2f}, gamma {gamma:.2f}", "kl": kl})
             if best is None or kl < best_kl:
-                best, best_kl = plan, kl
+                best, best_prices, best_kl = plan, prices, kl
         assert best is not None
-        return Allocation(best.ranks, best.masks, history)
+        return Allocation(best.ranks, best.masks, history), best_prices
 
     def _prices(self, problem: Problem, name: str) -> Tensor:
         """The fall of the error curve [k] with each component, nats per token."""

@@ -1,11 +1,13 @@
 """LLRC, our preset: ranks learned by gradient at the hard masks, then the kept masks' values.
 
-1. Start: one backward pass prices every component (mask Fisher), and a knapsack with the dense option spends the budget.
+1. Start: the better of two plans of a knapsack with the dense option, one on prices from one backward pass (mask Fisher, exact
+   to second order), one on a measured KL per matrix (`kl_knapsack.py`, right about large errors).
 2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with
    the mask Fisher as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
-   -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Averaged with the prices before, they go to the knapsack
-   again: the budget is met exactly at each step, and no penalty weight has to be tuned.
-3. The state with the least KL on the selection text is kept, never worse than the start.
+   -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Prices move half the way there and go to the knapsack again: the
+   budget is met exactly at each step, and no penalty weight has to be tuned.
+3. A round that does not lower the KL on the selection text is taken back, and half as far is tried: the result is never worse
+   than the start.
 4. The kept masks' values are trained on the same KL and folded into the factors.
 
 The idea of training nothing but masks over singular values, against the original model, is LLRC's (Sundrani et al. 2025,
@@ -22,6 +24,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.masks.student import Masks
@@ -29,14 +32,17 @@ from rankwise.masks.values import ValueTraining, train_values
 
 logger = logging.getLogger(__name__)
 Prices = dict[str, Tensor]  # matrix -> [k] float64, nats per token
+STEP = 0.5  # from the prices before towards the new ones
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRC:
-    """rounds of re-pricing; steps of value training and its learning_rate. 0 rounds or steps leave that part out."""
+    """points: KLs measured per matrix for the second start; rounds of re-pricing; steps of value training and its
+    learning_rate. 0 points, rounds or steps leave that part out."""
 
     decomposition: ClassVar[str] = "kronecker"
-    rounds: NonNegativeInt = 3
+    points: NonNegativeInt = 1
+    rounds: NonNegativeInt = 4
     value_steps: NonNegativeInt = 60
     learning_rate: PositiveFloat = 0.01
 
@@ -47,16 +53,27 @@ class LLRC:
         prices = curvature
         best = choose(problem, prices)
         best_kl = student.divergence(best.masks)
-        history: list[dict[str, Any]] = [{"step": "start", "kl": best_kl}]
-        current = best
+        history: list[dict[str, Any]] = [{"step": "start by mask Fisher", "kl": best_kl}]
+        if self.points:
+            plan, measured = KLKnapsack(points=self.points).priced(problem)
+            kl = student.divergence(plan.masks)
+            history.append({"step": "start by measured KL", "kl": kl})
+            if kl < best_kl:
+                best, best_kl, prices = plan, kl, measured
+        step = STEP
+        worths: Prices | None = None
         for number in range(1, self.rounds + 1):
-            gradients = student.gradients(current.masks)
-            prices = {n: (prices[n] + worth(current.masks[n], gradients[n], curvature[n])) / 2 for n in prices}
-            current = choose(problem, prices)
-            kl = student.divergence(current.masks)
+            if worths is None:
+                gradients = student.gradients(best.masks)
+                worths = {n: worth(best.masks[n], gradients[n], curvature[n]) for n in prices}
+            moved = {n: (1 - step) * prices[n] + step * worths[n] for n in prices}
+            plan = choose(problem, moved)
+            kl = student.divergence(plan.masks)
             history.append({"step": f"round {number}", "kl": kl})
             if kl < best_kl:
-                best, best_kl = current, kl
+                best, best_kl, prices, worths, step = plan, kl, moved, None, STEP
+            else:
+                step /= 2
         masks = best.masks
         if self.value_steps:
             trained = train_values(student, masks, ValueTraining(self.value_steps, self.learning_rate))
