@@ -1,0 +1,48 @@
+"""LLRC's default: never worse than where it started, and each part can be left out."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankwise.allocation import llrc
+from rankwise.allocation.kl_knapsack import KLKnapsack
+from rankwise.allocation.llrc import LLRC
+from rankwise.allocation.mask_fisher import MaskFisher
+from rankwise.allocation.plan import parameters
+from rankwise.testing.allocators import tiny_problem
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4, 0.6])
+def test_no_worse_than_any_step_of_its_history(rate: float) -> None:
+    problem = tiny_problem("kronecker", rate)
+    answer = LLRC(rounds=3, value_steps=5).allocate(problem)
+    kl = problem.student.divergence(answer.masks)
+    assert kl == pytest.approx(min(record["kl"] for record in answer.history), rel=1e-5)
+    assert parameters(answer.ranks, problem.shapes) <= problem.budget.parameters
+    assert {name: None if mask is None else int(mask.count_nonzero()) for name, mask in answer.masks.items()} == answer.ranks
+
+
+def test_starts_from_the_better_of_two_plans() -> None:
+    problem = tiny_problem("kronecker", 0.4)
+    starts = [allocator.allocate(problem) for allocator in (MaskFisher(), KLKnapsack(points=1))]
+    expected = [problem.student.divergence(start.masks) for start in starts]
+    answer = LLRC(rounds=0, value_steps=0).allocate(problem)
+    assert [record["kl"] for record in answer.history] == pytest.approx(expected, rel=1e-6)
+    assert answer.ranks == starts[expected.index(min(expected))].ranks
+
+
+def test_a_round_that_does_not_help_is_taken_back_and_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = tiny_problem("kronecker", 0.4)
+    asked = []
+    true_gradients = problem.student.gradients
+
+    def misleading(masks: llrc.Masks) -> dict[str, llrc.Tensor]:
+        asked.append(masks)
+        return {name: -1e3 * gradient for name, gradient in true_gradients(masks).items()}
+
+    monkeypatch.setattr(problem.student, "gradients", misleading)
+    answer = LLRC(points=0, rounds=3, value_steps=0).allocate(problem)
+    rounds = [record["kl"] for record in answer.history if record["step"].startswith("round")]
+    assert len(rounds) == 3
+    assert len(asked) == 1  # the same gradients serve the smaller steps
+    assert answer.ranks == MaskFisher().allocate(problem).ranks
