@@ -15,6 +15,7 @@ from rankwise.allocation.plan import Budget, Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.compare import Comparison
+from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.size import Size
 from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.quantizer import RankwiseConfig, attach
@@ -152,5 +153,6 @@ def _report(
         "history": chosen.history,
         "effort": chosen.effort,
         "seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory(),
         "recipe": recipe.model_dump(),
     }

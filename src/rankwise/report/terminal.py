@@ -31,6 +31,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     where = f"on {report['text']}" if "text" in report else "on held-out calibration text"
     console.print(f"measured {where}: {report['windows']:,} windows, {report['tokens']:,} predicted tokens")
+    if "seconds" in report:
+        memory = "".join(f", {size / 2**20:,.0f} MiB of {kind} memory" for kind, size in report["peak_memory_bytes"].items())
+        console.print(f"took {sum(report['seconds'].values()):.0f} s{memory} at most")
     dense = [name for name, rank in report["ranks"].items() if rank is None]
     console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
     for reason, names in _by_reason(report.get("left_dense", {})).items():
