@@ -13,6 +13,7 @@ from rankwise import bundled, compress, evaluate
 
 RATE = 0.2
 OUTPUT = Path("demo")
+SAMPLES = 512  # half of the default: the demo is to be quick
 METHODS = {"uniform ranks": "uniform", "learned ranks": "llrc"}
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     for title, allocation in METHODS.items():
         folder = OUTPUT / title.replace(" ", "-")
         console.print(f"[bold]{title}[/bold], rate {RATE}")
-        compress(rate=RATE, output=folder, allocation=allocation)
+        compress(rate=RATE, output=folder, allocation=allocation, samples=SAMPLES)
         report = evaluate(folder, bundled.MODEL, "stdlib:held-out")
         size = report["parameters"]["model"]
         if not table.rows:
