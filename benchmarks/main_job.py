@@ -55,7 +55,7 @@ def table(model: str, results: list[dict[str, Any]], rates: list[float]) -> str:
     ]
     for method in dict.fromkeys(row["method"] for row in results):
         cells = {row["rate"]: f"{row['kl']:.4f} ({row['perplexity']:.3f})" for row in results if row["method"] == method}
-        lines.append(f"| {method} | " + " | ".join(cells[rate] for rate in rates) + " |")
+        lines.append(f"| {method} | " + " | ".join(cells.get(rate, "not run") for rate in rates) + " |")
     return "\n".join(lines) + "\n"
 
 
