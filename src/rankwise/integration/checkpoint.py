@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -26,7 +27,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_config(path: str | Path) -> Any:
     """The model's config. Raises `RankwiseError` where there is no such model."""
     try:
-        return AutoConfig.from_pretrained(path)
+        with _quiet():
+            return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise RankwiseError(f"no such model: {str(path)!r} is neither a model folder nor a model's name ({reason})") from None
@@ -95,13 +97,17 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report of keys that do not fit: what is wrong with them becomes an error's message."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Without transformers' own report of keys that do not fit and the hub's of its retries: what is wrong becomes an error's
+    message."""
+    loggers = (transformers.logging, huggingface_hub.logging)
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
 
 
 def load_compressed(path: str | Path, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
