@@ -3,7 +3,7 @@
     python scripts/train_bundled_model.py [--output DIR] [--steps 6000]
 
 Seeded; writes a checkpoint every 200 steps and resumes from it. Matrices are trained by Muon, which keeps their
-spectra flat: a model whose every direction works is one that compression really hurts. About 45 minutes on 4 cores.
+spectra flat: a model whose every direction works is one that compression really hurts. About an hour on 2 threads.
 """
 
 from __future__ import annotations
