@@ -122,7 +122,9 @@ def _recipe(
     recipe = Recipe.of(rate=rate, calibration=source, allocation=name, **options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
-    return recipe.model_copy(update={"decomposition": recipe.decomposition or allocation.decomposition}), allocation
+    return recipe.model_copy(
+        update={"decomposition": allocation.decomposition if recipe.decomposition is None else recipe.decomposition}
+    ), allocation
 
 
 def _factorise(student: Student, chosen: Allocation, experts: list[str]) -> RankwiseConfig:
