@@ -18,7 +18,7 @@ from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.recipe import Recipe
-from rankwise.run_folder import RunFolder, digest
+from rankwise.run_folder import RunFolder, digest, write_whole
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
@@ -94,7 +94,7 @@ def hold_contest(
     statistics = stages.collect_statistics(run, needs)
     results = []
     for metric in dict.fromkeys(method.metric for method in methods):
-        student = stages.student_of(run, stages.decompose_all(run, statistics, metric))
+        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
             for rate in rates:
                 budget = Budget.of(run.shapes, rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
@@ -120,6 +120,6 @@ def hold_contest(
                     }
                 )
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])
-                output.mkdir(parents=True, exist_ok=True)
-                (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+                text = json.dumps(results, indent=1) + "\n"
+                write_whole(output / RESULTS, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
     return results

@@ -87,15 +87,16 @@ def compress(
     metric_named(metric)
     folder = RunFolder()
     if output is not None:
-        refuse_output(Path(output), overwrite, model)
         folder = RunFolder.beside(Path(output), resume, overwrite)
+        overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
+        refuse_output(Path(output), overwrite, model)
 
     clock = _Clock()
     run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder)
     clock.lap("loading")
     statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
     clock.lap("calibration")
-    student = stages.student_of(run, stages.decompose_all(run, statistics, metric))
+    student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
     clock.lap("decomposition")
     budget = Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
     chosen = stages.allocate(run, student, metric, allocator, budget)
@@ -108,6 +109,7 @@ def compress(
     report = _report(recipe, run, size, comparison, chosen, clock)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
     if output is not None:
+        folder.finish()
         result.save(output, overwrite)
         folder.remove()
     return result

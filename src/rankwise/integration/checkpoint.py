@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from transformers import (
 from rankwise.errors import RankwiseError
 from rankwise.integration.files import judge_config, read_json, reason, refuse_foreign_weights, refuse_odd_files
 from rankwise.integration.quantizer import METHOD, RankwiseConfig, RankwiseQuantizer
+from rankwise.run_folder import flush
 
 TOKENIZERS = ("token*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -245,23 +247,25 @@ def refuse_output(folder: Path, overwrite: bool, source: object = None) -> None:
 
 @contextmanager
 def written_whole(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place on leaving without an error, and is removed otherwise."""
+    """A new folder beside `folder` that takes its place on leaving without an error, and is removed otherwise; one that a killed
+    process has left there too."""
     refuse_output(folder, overwrite)
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.part")
     try:
-        temporary.chmod(0o755)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        for path in (*temporary.rglob("*"), temporary):
+            flush(path)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
-    except OSError as error:
-        raise RankwiseError(f"cannot write {folder}: {error.strerror or error}") from None
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise RankwiseError(f"cannot write {folder}: {getattr(error, 'strerror', None) or reason(error)}") from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(temporary)
