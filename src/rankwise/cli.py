@@ -9,16 +9,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rankwise.errors import RankwiseError
 
+UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
+
 app = typer.Typer(
     name="rankwise",
     help="Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -119,7 +120,7 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text to judge on: as --calibration of compress, but not self.")] = "stdlib:held-out",
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
     text_column: TextColumn = "text",
     dataset_option: DatasetOption = None,
     dtype: Dtype = "auto",
@@ -262,10 +263,12 @@ def main() -> None:
     """The entry point: what users can put right ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
     except RankwiseError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,16 @@ def read_documents(source: str, column: str = "text", dataset_options: Mapping[s
     """
     if source in ("stdlib:train", "stdlib:held-out"):
         documents = bundled.standard_library("train" if source.endswith("train") else "held-out")
-    elif Path(source).is_dir():
+    elif os.path.isdir(source):
         files = sorted(p for p in Path(source).rglob("*") if p.is_file() and not p.name.startswith("."))
         documents = list(itertools.chain.from_iterable(_read_file(p, column) for p in files))
-    elif Path(source).is_file():
+    elif os.path.isfile(source):
         documents = _read_file(Path(source), column)
     elif Path(source).suffix in {*JSON_LINES, ".txt", ".md", ".raw"} or source.startswith((".", "/", "~")):
         raise RankwiseError(f"no such text: {source!r} is neither a file nor a folder")
     else:
         documents = _load_dataset(source, column, dict(dataset_options or {}))
-    documents = [d for d in documents if d.strip()]
+    documents = [d.encode(errors="replace").decode() for d in documents if d.strip()]  # JSON may write half a character
     if not documents:
         raise RankwiseError(f"the text {source!r} is empty")
     return documents
@@ -54,7 +55,7 @@ def _read_file(path: Path, column: str) -> list[str]:
         if line.strip():
             try:
                 documents.append(json.loads(line)[column])
-            except (json.JSONDecodeError, KeyError, TypeError, IndexError):
+            except (ValueError, RecursionError, KeyError, TypeError, IndexError):
                 raise RankwiseError(f"{path}, line {number}: not a JSON object with a {column!r} field") from None
             if not isinstance(documents[-1], str):
                 raise RankwiseError(f"{path}, line {number}: the field {column!r} is not a text")
@@ -68,6 +69,8 @@ def _load_dataset(name: str, column: str, options: dict[str, Any]) -> list[str]:
         raise RankwiseError(
             f"no such text: {name!r} is no file or folder; to load a data set of that name: pip install 'rankwise[data]'"
         ) from None
+    if name == "pandas" or "trust_remote_code" in options:
+        raise RankwiseError(f"no such text: the data set {name!r} would run code (a pickle, or a script of its own)")
     options.setdefault("split", "train")
     if "streaming" in options:
         options["streaming"] = str(options["streaming"]).lower() == "true"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from rankwise.calibration.signal import frozen, values_of
 from rankwise.calibration.text import read_documents
@@ -16,7 +15,7 @@ from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.size import Size
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
-from rankwise.integration.result import RECIPE, read_ranks, read_shapes
+from rankwise.integration.result import read_ranks, read_recipe, read_shapes
 from rankwise.layers.matrices import unstack_experts
 
 
@@ -43,6 +42,7 @@ def evaluate(
     refuse_compressed(reference, config)
     ranks = read_ranks(Path(path))
     shapes = read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
+    recipe = read_recipe(Path(path))
     tokenizer = load_tokenizer(reference)
     if tokenizer is None:
         raise RankwiseError(f"{reference} has no tokenizer")
@@ -62,11 +62,10 @@ def evaluate(
         )
     unstack_experts(dense)
     size = Size.of(dense, shapes, ranks)
-    recipe = yaml.safe_load((Path(path) / RECIPE).read_text()) if (Path(path) / RECIPE).exists() else {}
     return {
         "reference": str(reference),
-        "rate": recipe.get("rate", size.achieved("linear")),
-        "scope": recipe.get("scope", "linear"),
+        "rate": recipe.rate if recipe else size.achieved("linear"),
+        "scope": recipe.scope if recipe else "linear",
         **size.to_dict(),
         "bytes_on_disk": {"reference": weights_on_disk(Path(reference)), "compressed": weights_on_disk(Path(path))},
         "text": text,
