@@ -50,7 +50,7 @@ def compress(
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
     scope: Annotated[str, typer.Option(help="What the rate is counted over: linear (the matrices) or model (all).")] = "linear",
     decomposition: Annotated[
-        str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
+        str | None, typer.Option(help="The metric; a wrong name lists all (default: the allocation's own).")
     ] = None,
     allocation: Annotated[str, typer.Option(help="How ranks are chosen; a wrong name lists all.")] = "llrc",
     preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
