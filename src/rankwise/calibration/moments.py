@@ -19,6 +19,8 @@ from rankwise.calibration.signal import frozen, sampled_loss, signal_of, token_m
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 
+GRAM_BLOCK = 256  # columns of a product's block: the larger, the more of its upper half is computed for nothing
+
 
 @dataclass
 class Moments:
@@ -157,6 +159,16 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
+def _gram(x: Tensor) -> Tensor:
+    """x^T x [n, n] for x [T, n], computed on and below the diagonal and mirrored."""
+    gram = x.new_empty(x.shape[1], x.shape[1])
+    for i in range(0, len(gram), GRAM_BLOCK):
+        j = i + GRAM_BLOCK
+        torch.mm(x[:, i:j].T, x[:, :j], out=gram[i:j, :j])
+        gram[:i, i:j] = gram[i:j, :i].T
+    return gram
+
+
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part.double() if total is None else total.add_(part)
 
@@ -166,7 +178,7 @@ def _input_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Col
         x = _tokens(inputs[0].detach(), state["mask"])
         moments.count += len(x)
         if "second" in needs:
-            moments.second = _add(moments.second, x.T @ x)
+            moments.second = _add(moments.second, _gram(x))
         if "absolute" in needs:
             moments.absolute = _add(moments.absolute, x.abs().sum(0))
 
@@ -182,7 +194,7 @@ def _output_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Co
         def see_gradient(gradient: Tensor) -> None:
             if "output" in needs:
                 g = _tokens(gradient, state["mask"])
-                moments.output = _add(moments.output, g.T @ g)
+                moments.output = _add(moments.output, _gram(g))
             if x is not None:
                 moments.fisher = _add(moments.fisher, _squared_weight_gradients(x, gradient))
 

@@ -1,16 +1,23 @@
-"""One solver for every metric.
+"""One solver for every metric: one eigen-decomposition, on the smaller side of the matrix.
 
 Legend: W [m, n] the weight, R R^T the metric on outputs [m, m], L L^T the metric on inputs [n, n], k = min(m, n).
 The best rank-r approximation in the norm ||R^T (W - W') L|| is (Eckart-Young, with M = R^T W L = U S V^T)
 
     W'_r = R^-T U_r U_r^T R^T W        B = R^-T U   [m, k]        A = U^T R^T W   [k, n]
 
-so that B[:, :r] A[:r] is the rank-r model for every r, the error of dropping component i is exactly S_i^2, and L is never
-inverted: a singular H is normal.
+so that B[:, :r] A[:r] is the rank-r model for every r, and the error of dropping component i is exactly S_i^2. V is nowhere in
+it: U and S^2 are the eigenvectors and eigenvalues of M M^T = R^T W (L L^T) W^T R. So the metric on inputs is only multiplied
+by, never factorised, and may be singular. A tall R^T W = Q T [n, n] is reduced first: U = Q times the eigenvectors of
+T (L L^T) T^T.
+
+Precision: M M^T holds the squares of S and is float64 throughout, where S below 1e-8 S_1 is rounding: far less than what float32
+activations leave uncertain. The factors are products with orthonormal matrices, which are no worse than the weight's own
+rounding in float32, and are float32 unless the weight is float64 or R is there to be undone.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,26 +28,45 @@ from rankwise.errors import RankwiseError
 
 @dataclass(frozen=True)
 class Root:
-    """A square root Q diag(scale) of a metric: Q orthonormal [d, d] (None is the identity), scale [d] positive, float64."""
+    """A square root F of the metric F F^T = full + diag(scale^2) [d, d]: `full` positive semidefinite (None is zero), scale [d].
+    All float64."""
 
     scale: Tensor
-    basis: Tensor | None = None
+    full: Tensor | None = None
 
     @classmethod
     def of(cls, metric: Tensor, damping: float) -> Root:
-        """The root of a symmetric [d, d] float64 metric plus `damping` times the mean of its diagonal."""
-        values, basis = torch.linalg.eigh(metric)
-        level = metric.diagonal().mean().clamp_min(torch.finfo(metric.dtype).tiny)
-        return cls((values.clamp_min(0) + damping * level).sqrt(), basis)
+        """The root of a positive semidefinite [d, d] float64 metric plus `damping` times the mean of its diagonal, of a zero
+        metric the root of `damping` times the identity."""
+        level = metric.diagonal().mean()
+        level = torch.where(level > torch.finfo(metric.dtype).tiny / damping, level, 1.0)
+        return cls((damping * level).sqrt().expand(len(metric)), metric)
+
+    def gram(self, X: Tensor) -> Tensor:
+        """(X F) (X F)^T for X [c, d]; needs no root."""
+        if self.full is None:
+            X = X * self.scale
+            return X @ X.T
+        return (X @ self.full).addcmul_(X, self.scale.square()) @ X.T
 
     def apply(self, X: Tensor) -> Tensor:
-        """Root^T X for X [d, c]."""
-        return self.scale[:, None] * (X if self.basis is None else self.basis.T @ X)
+        """F^T X for X [d, c]."""
+        return self.scale[:, None] * X if self.full is None else self._factor.T @ X
 
     def solve(self, X: Tensor) -> Tensor:
-        """Root^-T X for X [d, c]."""
-        X = X / self.scale[:, None]
-        return X if self.basis is None else self.basis @ X
+        """F^-T X for X [d, c]."""
+        return X / self.scale[:, None] if self.full is None else torch.linalg.solve_triangular(self._factor.T, X, upper=True)
+
+    @functools.cached_property
+    def _factor(self) -> Tensor:
+        """F, lower triangular. Where rounding leaves the metric indefinite, its negative eigenvalues are taken as zero."""
+        assert self.full is not None
+        factor, failed = torch.linalg.cholesky_ex(self.full + self.scale.square().diag())
+        if failed:
+            values, basis = torch.linalg.eigh(self.full)
+            root = (values.clamp_min(0) + self.scale.square()).sqrt()
+            factor = torch.linalg.qr(root[:, None] * basis.T, mode="r").R.T
+        return factor
 
 
 @dataclass(frozen=True)
@@ -60,14 +86,20 @@ class Decomposition:
 
 
 def decompose(W: Tensor, left: Root | None, right: Root | None) -> Decomposition:
-    """Decompose W [m, n] in the metric of the roots (None is the identity), in float64.
+    """Decompose W [m, n] in the metric of the roots (None is the identity).
 
-    Raises `RankwiseError` where W is not finite.
+    The factors are float64 where W is or `left` is there, else float32; the spectrum is float64. Raises `RankwiseError`
+    where W is not finite.
     """
-    W = W.detach().double()
+    W = W.detach().to(torch.float64 if left is not None else torch.promote_types(W.dtype, torch.float32))
     if not torch.isfinite(W).all():
         raise RankwiseError("the weight has values that are not finite")
-    RW = W if left is None else left.apply(W)
-    M = RW if right is None else right.apply(RW.T).T
-    U, S, _ = torch.linalg.svd(M, full_matrices=False)
-    return Decomposition(second=U if left is None else left.solve(U), first=U.T @ RW, spectrum=S)
+    T = W if left is None else left.apply(W)
+    Q = None
+    if len(T) > T.shape[1]:
+        Q, T = torch.linalg.qr(T)
+    exact = T.double()
+    squares, U = torch.linalg.eigh(exact @ exact.T if right is None else right.gram(exact))
+    U = U.flip(1).to(T.dtype)
+    B = U if Q is None else Q @ U
+    return Decomposition(second=B if left is None else left.solve(B), first=U.T @ T, spectrum=squares.flip(0).clamp_min(0).sqrt())
