@@ -59,6 +59,8 @@ ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
     "evolutionary": {"default": Evolutionary},
 }
 
+FROM_SPECTRA = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket)  # these never run the model
+
 
 def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Allocator:
     """The allocator `name` in `preset`, with `options` over its defaults.

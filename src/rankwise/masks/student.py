@@ -19,7 +19,7 @@ from rankwise.calibration.signal import Signal, device_of, divergence, frozen, s
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
-from rankwise.layers.linear import bias_of, swapped
+from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 
 Masks = dict[str, Tensor | None]
@@ -198,6 +198,10 @@ class Student:
         """Note the tokens of a call in `effort`."""
         self.effort["forward_tokens"] += len(signal.values)
         self.effort["backward_tokens"] += len(signal.values) * backward
+
+    def weight(self, name: str) -> Tensor:
+        """The original weight [m, n] of a matrix."""
+        return weight_of(self.model.get_submodule(name))
 
     def bias(self, name: str) -> Tensor | None:
         return bias_of(self.model.get_submodule(name))

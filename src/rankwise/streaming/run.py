@@ -1,0 +1,334 @@
+"""A run whose model never is in memory as a whole: the stages of `rankwise.stages`, block by block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise import bundled, stages
+from rankwise.allocation.allocator import FROM_SPECTRA, Allocator
+from rankwise.allocation.plan import Budget
+from rankwise.allocation.problem import Allocation
+from rankwise.calibration.moments import Moments, Statistics, find_sites, watching
+from rankwise.calibration.signal import frozen, token_mask
+from rankwise.calibration.text import read_documents
+from rankwise.calibration.tokens import Batch, vocabulary_of
+from rankwise.decomposition.metric import metric_named
+from rankwise.decomposition.solver import Decomposition, decompose
+from rankwise.errors import RankwiseError
+from rankwise.evaluation.compare import Comparison, compare
+from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_compressed, resolve_device
+from rankwise.integration.quantizer import RankwiseConfig, attach
+from rankwise.integration.weights import Read, empty_model
+from rankwise.layers.experts import is_stacked
+from rankwise.layers.linear import bias_of, swapped, weight_of
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import find_matrices
+from rankwise.masks.student import Student, factorised
+from rankwise.recipe import Recipe
+from rankwise.run_folder import RunFolder, digest
+from rankwise.stages import Calibration, Run
+from rankwise.streaming.activations import Activations, Room, finite
+from rankwise.streaming.blocks import Blocks
+from rankwise.streaming.memory import Share, bytes_of, share_out
+
+GRADIENTS = frozenset({"output", "fisher"})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A decomposition in the run folder, each of its tensors read anew when asked for. The fields of `Decomposition`."""
+
+    file: Path
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+        return tensor
+
+    @property
+    def second(self) -> Tensor:
+        return self._read("second")
+
+    @property
+    def first(self) -> Tensor:
+        return self._read("first")
+
+    @property
+    def spectrum(self) -> Tensor:
+        return self._read("spectrum")
+
+
+@dataclass
+class StreamedStudent(Student):
+    """A student that answers what can be read off weights and factors."""
+
+    blocks: Blocks = field(kw_only=True)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight [m, n] of a matrix, read from disk."""
+        with self.blocks.loaded([f"{name}.weight"]):
+            return super().weight(name)
+
+
+@dataclass
+class Stream:
+    """A `Run` on an empty model, and how its blocks are run."""
+
+    run: Run
+    blocks: Blocks
+    share: Share
+
+    @property
+    def scratch(self) -> Path:
+        assert self.run.folder.path is not None
+        return self.run.folder.path / "activations"
+
+    def matrices_of(self, index: int) -> list[str]:
+        """The matrices of a block that may be compressed."""
+        return [name for name in self.run.shapes if name.startswith(f"{self.blocks.path}.{index}.")]
+
+    def activations(self, name: str, room: Room, batches: Sequence[Batch]) -> Activations:
+        """The hidden states that reach the first block."""
+        hidden = Activations(name, room)
+        outside = self.blocks.outside()
+        with self.blocks.loaded(outside["embedding"]):
+            for index, batch in enumerate(batches):
+                hidden[index] = self.blocks.enter(batch)
+        return hidden
+
+    def room(self) -> Room:
+        return Room(self.scratch, self.share.activations)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The model as it computes: nothing asks for a gradient, what is outside of blocks is loaded but for both ends."""
+        with frozen(self.run.model), torch.no_grad(), self.blocks.loaded(self.blocks.outside()["rest"]):
+            yield
+
+
+def start(
+    model: str | Path | PreTrainedModel,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    allocator: Allocator,
+    folder: RunFolder,
+) -> Stream:
+    """As `stages.start`, for a model on disk. Raises `RankwiseError` also for what streaming cannot do, and where the memory
+    that was promised is not enough, with what would be."""
+    assert recipe.memory is not None
+    memory = bytes_of(recipe.memory)
+    if isinstance(model, PreTrainedModel):
+        raise RankwiseError("memory is for models on disk: give the model's folder or name, or leave memory out")
+    if calibration == "self":
+        raise RankwiseError("a model that is larger than the memory does not write its own text: name a calibration text")
+    refuse_gradients(recipe, allocator)
+    if isinstance(calibration, str | Path):
+        calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
+    config = load_config(model)
+    refuse_compressed(model, config)
+    empty, source = empty_model(model, config, recipe.dtype)
+    if any(is_stacked(module) for module in empty.modules()):
+        raise RankwiseError(f"{type(empty).__name__} has stacked experts, which streaming does not take apart: leave out memory")
+    shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
+    Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
+    blocks = Blocks.of(empty, shapes, source, resolve_device(recipe.device))
+    tokenizer = tokenizer or load_tokenizer(model)
+    data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
+    everything = (*data.training, *data.selection, *data.measuring)
+    share = share_out(memory, blocks, shapes, everything, vocabulary_of(empty))
+    names = [name for name, _ in empty.named_parameters()]
+    values = [digest(name, source.read(name)) for name in tqdm(names, desc="reading the model")]
+    identity = digest(str(config), *values, *data.tensors, recipe.seed)
+    base = "the bundled model" if model == bundled.MODEL else str(model)
+    run = Run(empty, tokenizer, base, shapes, left_dense, [], data, folder, identity, recipe.seed)
+    return Stream(run, blocks, share)
+
+
+def refuse_gradients(recipe: Recipe, allocator: Allocator) -> None:
+    """Raises `RankwiseError` where the metric or the allocator asks for a backward pass, which needs the whole model."""
+    metric = str(recipe.decomposition)
+    gradients = GRADIENTS & metric_named(metric).NEEDS
+    what = f"the decomposition {metric!r}" if gradients else f"the allocation {recipe.allocation!r}"
+    if gradients or not isinstance(allocator, FROM_SPECTRA):
+        raise RankwiseError(
+            f"{what} runs the whole model with its gradients or masks, which must then be in memory: leave out memory, or choose "
+            "--allocation uniform, energy, knapsack, error-bound, effective-rank or heavy-tail on --decomposition whitened, "
+            "activation or svd"
+        )
+
+
+def decompose_all(stream: Stream, metric: str) -> dict[str, Stored]:
+    """Every matrix in the named metric, its statistics collected and forgotten block by block."""
+    run, needs = stream.run, metric_named(metric).NEEDS
+    key = digest(run.identity, metric)
+    missing = {name for name in tqdm(run.shapes, desc="looking for results") if not _is_kept(run.folder, metric, name, key)}
+    last = max((i for i in range(len(stream.blocks)) if missing & set(stream.matrices_of(i))), default=-1)
+    if last >= 0:
+        with stream.opened():
+            hidden = stream.activations("training", stream.room(), run.data.training) if needs else None
+            for index in tqdm(range(last + 1), desc="decomposing blocks"):
+                with stream.blocks.loaded(stream.blocks.names(index)):
+                    wanted = [name for name in stream.matrices_of(index) if name in missing]
+                    _decompose_block(stream, index, wanted, hidden, metric, key, forward=index < last)
+            if hidden is not None:
+                hidden.clear()
+    assert run.folder.path is not None
+    return {name: Stored(run.folder.path / f"decomposition/{metric}/{name}-{key}.safetensors") for name in run.shapes}
+
+
+def _is_kept(folder: RunFolder, metric: str, name: str, key: str) -> bool:
+    def missing() -> dict[str, Tensor]:
+        raise KeyError(name)
+
+    try:
+        folder.cached(f"decomposition/{metric}/{name}", key, missing)
+    except KeyError:
+        return False
+    return True
+
+
+def _decompose_block(
+    stream: Stream, index: int, wanted: list[str], hidden: Activations | None, metric: str, key: str, forward: bool
+) -> None:
+    """Decompose the `wanted` matrices of a loaded block, as many sites at once as there is room for; with `forward`, move the
+    hidden states on to the next block."""
+    run, roots = stream.run, metric_named(metric).roots
+    needs = metric_named(metric).NEEDS
+    groups = _groups(stream, index, wanted, hidden) if hidden is not None else [{name: name for name in wanted}]
+    for number, group in enumerate(groups):
+        on = forward and number == len(groups) - 1
+        if hidden is not None:
+            statistics = _collect(stream, index, group, hidden, needs, on)
+        else:
+            statistics = Statistics(group, {name: Moments() for name in group})
+        for name in group:
+            moments = statistics.of(name)
+            if needs and not moments.holds(needs):
+                run.left_dense[name] = "the calibration text does not reach it"
+                del run.shapes[name]
+                continue
+            weight = weight_of(run.model.get_submodule(name))
+
+            def compute(moments: Moments = moments, weight: Tensor = weight) -> dict[str, Tensor]:
+                return vars(decompose(weight, *roots(moments)).to(dtype=weight.dtype))
+
+            try:
+                run.folder.cached(f"decomposition/{metric}/{name}", key, compute)
+            except RankwiseError as error:
+                raise RankwiseError(f"{name}: {error}") from None
+    if hidden is not None and forward and not groups:
+        _collect(stream, index, {}, hidden, needs, True)
+
+
+def _groups(stream: Stream, index: int, wanted: list[str], hidden: Activations) -> list[dict[str, str]]:
+    """The wanted matrices and their sites, in groups whose moments have room together."""
+    if not wanted:
+        return []
+    probe = {name: tensor[:1] for name, tensor in stream.run.data.training[0].items()}
+    call = stream.blocks.call_of(index, probe)
+    site_of = find_sites(stream.run.model, wanted, lambda: stream.blocks.run(index, hidden[0][:1], call))
+    groups: list[dict[str, str]] = []
+    left = 0
+    for site in dict.fromkeys(site_of.values()):
+        size = 8 * stream.run.shapes[site].in_features ** 2
+        if not groups or size > left:
+            groups.append({})
+            left = stream.share.statistics
+        groups[-1] |= {name: s for name, s in site_of.items() if s == site}
+        left -= size
+    return groups
+
+
+def _collect(
+    stream: Stream, index: int, site_of: Mapping[str, str], hidden: Activations, needs: frozenset[str], forward: bool
+) -> Statistics:
+    """The moments of these sites of a loaded block over the training text."""
+    with watching(stream.run.model, site_of, needs) as watched:
+        for number, batch in enumerate(stream.run.data.training):
+            watched.mask = token_mask(batch)
+            output = stream.blocks.run(index, hidden[number], stream.blocks.call_of(index, batch))
+            if not finite(output):
+                raise RankwiseError("the model's outputs on the calibration text are not finite")
+            if forward:
+                hidden[number] = output
+    watched.statistics.refuse_not_finite()
+    return watched.statistics
+
+
+def student_of(stream: Stream, decompositions: Mapping[str, Stored]) -> StreamedStudent:
+    """The student for allocators that ask for spectra, factors and weights."""
+    kept: Mapping[str, Decomposition] = decompositions  # type: ignore[assignment]  # the same three tensors
+    run = stream.run
+    return StreamedStudent(run.model, kept, run.data.training, run.data.selection, run.seed, blocks=stream.blocks)
+
+
+def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Comparison:
+    """As `stages.measure`: both models over the measuring text, each block loaded once, the head window by window."""
+    batches, blocks, room = stream.run.data.measuring, stream.blocks, stream.room()
+    with stream.opened():
+        dense = stream.activations("dense", room, batches)
+        small = stream.activations("small", room, batches)
+        for index in tqdm(range(len(blocks)), desc="measuring blocks"):
+            with blocks.loaded(blocks.names(index)):
+                layers = {}
+                for name in stream.matrices_of(index):
+                    mask = chosen.masks[name]
+                    if mask is not None:
+                        bias = bias_of(stream.run.model.get_submodule(name))
+                        layers[name] = factorised(student.decompositions[name], mask, bias).to(blocks.device)
+                for number, batch in enumerate(batches):
+                    call = blocks.call_of(index, batch)
+                    dense[number] = blocks.run(index, dense[number], call)
+                    with swapped(stream.run.model, layers):
+                        small[number] = blocks.run(index, small[number], call)
+        windows = [(number, i) for number, batch in enumerate(batches) for i in range(len(next(iter(batch.values()))))]
+        pieces = [{name: tensor[i : i + 1] for name, tensor in batches[number].items()} for number, i in windows]
+        place = {id(piece): at for piece, at in zip(pieces, windows, strict=True)}
+
+        def values(hidden: Activations, piece: Batch) -> tuple[Tensor, bool]:
+            number, i = place[id(piece)]
+            return blocks.leave(piece, hidden[number][i : i + 1])
+
+        with blocks.loaded(blocks.outside()["head"]):
+            comparison = compare(
+                functools.partial(values, dense), functools.partial(values, small), pieces, stream.run.model.can_generate()
+            )
+        dense.clear()
+        small.clear()
+    return comparison
+
+
+def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Read:
+    """Give the empty model the low-rank layers of the result; returns where the values of its tensors come from."""
+    model, source = stream.run.model, stream.blocks.source
+    masks = {name: mask for name, mask in chosen.masks.items() if mask is not None}
+    for name, mask in masks.items():
+        dense = model.get_submodule(name)
+        (m, n), dtype, rank = weight_of(dense).shape, weight_of(dense).dtype, int(mask.count_nonzero())
+        model.set_submodule(name, LowRankLinear(n, m, rank, bias_of(dense) is not None, device="meta", dtype=dtype))
+    attach(model, RankwiseConfig(ranks={name: rank for name, rank in chosen.ranks.items() if rank is not None}))
+
+    @functools.lru_cache(maxsize=1)
+    def layer(name: str) -> dict[str, Tensor]:
+        return factorised(student.decompositions[name], masks[name], None).state_dict()
+
+    def read(name: str) -> Tensor:
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if path in masks and leaf in ("first", "second"):
+            return layer(path)[f"{leaf}.weight"]
+        if path.removesuffix(".second") in masks:
+            return source.read(path.removesuffix(".second") + ".bias")
+        return source.read(name)
+
+    return read
