@@ -6,13 +6,14 @@ The published one (Wang et al. 2024, arXiv 2403.07378): per matrix, the second m
 float64, S^-1, the full SVD of W S, and of these the truncated factors U_r sqrt(s_r) and sqrt(s_r) V_r^T S^-1. The SVD is taken in
 float64 and, as in the authors' code, in float32. Ours: the second moment once per site, one eigen-decomposition per matrix.
 
-Random weights; activations with variances that fall as 1 / i and a few features a hundred times the rest, as language models have.
+Random weights; activations with variances that fall as 1 / i and a few features a hundred times the rest, as in language models.
 Both sides run in turn in one process. Writes benchmarks/results/decomposition_speed.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.calibration.moments import Moments
+from rankwise.calibration.moments import Moments, add_gram
+from rankwise.calibration.tokens import TOKENS_PER_BATCH
 from rankwise.decomposition import whitened
 from rankwise.decomposition.solver import decompose
 
@@ -48,8 +50,19 @@ def activations(tokens: int, features: int, generator: torch.Generator, device: 
     return x.to(device)
 
 
+def plain_second_moment(x: Tensor) -> Tensor:
+    H = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for part in x.split(TOKENS_PER_BATCH):
+        H += part.T @ part
+    return H
+
+
 def second_moment(x: Tensor) -> Tensor:
-    return sum((part.T @ part).double() for part in x.split(8192))  # type: ignore[return-value]
+    H = None
+    for part in x.split(TOKENS_PER_BATCH):
+        H = add_gram(H, part)
+    assert H is not None
+    return H
 
 
 def published(W: Tensor, H: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,9 +102,9 @@ class Timer:
         return result
 
 
-METHODS = {
-    "published, SVD in float64": lambda W, H, r: published(W, H, r, torch.float64),
-    "published, SVD in float32": lambda W, H, r: published(W, H, r, torch.float32),
+METHODS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
+    "published, SVD in float64": functools.partial(published, dtype=torch.float64),
+    "published, SVD in float32": functools.partial(published, dtype=torch.float32),
     "ours": ours,
 }
 
@@ -105,15 +118,15 @@ def measure(hidden: int, ffn: int, layers: int, tokens: int, device: str) -> str
     for _ in range(layers):
         for features, matrices in sites_of(hidden, ffn):
             x = activations(tokens, features, generator, device)
-            H = moments("ours", lambda x=x: second_moment(x))
+            H = moments("ours", functools.partial(second_moment, x))
             for kind, outputs in matrices.items():
-                moments("published", lambda x=x: second_moment(x))
+                moments("published", functools.partial(plain_second_moment, x))
                 W = (torch.randn(outputs, features, generator=generator) / features**0.5).to(device)
                 rank = int((1 - RATE) * outputs * features / (outputs + features))
                 errors = {}
                 for name, method in METHODS.items():
                     before = solving.seconds.get(name, 0.0)
-                    factors = solving(name, lambda m=method, W=W, H=H, r=rank: m(W, H, r))
+                    factors = solving(name, functools.partial(method, W, H, rank))
                     seconds = by_kind.setdefault(kind, {})
                     seconds[name] = seconds.get(name, 0.0) + solving.seconds[name] - before
                     errors[name] = error(W, H, factors)
@@ -126,9 +139,9 @@ def measure(hidden: int, ffn: int, layers: int, tokens: int, device: str) -> str
         "| | " + " | ".join(by_kind) + " | all | ours is faster | error over the first's, at most |",
         "|---|" + "---|" * (len(by_kind) + 3),
     ]
-    for name, seconds in solving.seconds.items():
+    for name, total in solving.seconds.items():
         kinds = " | ".join(f"{by_kind[kind][name]:.2f}" for kind in by_kind)
-        lines.append(f"| {name} | {kinds} | {seconds:.2f} | {seconds / mine:.1f}x | {worst[name]:+.1e} |")
+        lines.append(f"| {name} | {kinds} | {total:.2f} | {total / mine:.1f}x | {worst[name]:+.1e} |")
     per_matrix, per_site = moments.seconds["published"], moments.seconds["ours"]
     lines.append(
         f"\nSecond moments of {tokens:,} tokens: {per_matrix:.2f} s once per matrix (published), {per_site:.2f} s once per site "

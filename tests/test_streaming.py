@@ -52,6 +52,13 @@ def test_a_streamed_llama_is_the_same_to_the_byte(llama: Path, story: Path, tmp_
         assert streamed[key] == whole[key], key
 
 
+@pytest.mark.parametrize(("allocation", "options"), [("kl-knapsack", {"points": 2, "trials": 3}), ("strs", {"sequences": 4})])
+def test_allocators_that_measure_the_model(
+    llama: Path, story: Path, tmp_path: Path, allocation: str, options: dict[str, Any]
+) -> None:
+    both(llama, tmp_path, story, samples=60, length=16, allocation=allocation, decomposition="whitened", options=options)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_any_decoder_with_a_list_of_blocks(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "model")

@@ -59,7 +59,8 @@ ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
     "evolutionary": {"default": Evolutionary},
 }
 
-FROM_SPECTRA = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket)  # these never run the model
+FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, STRS)
+"""Those that ask the student for no more than weights, factors, spectra and `divergence`: the model may be on disk."""
 
 
 def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Allocator:

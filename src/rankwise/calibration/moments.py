@@ -178,7 +178,7 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
-def _add_gram(total: Tensor | None, x: Tensor) -> Tensor:
+def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
     """total [n, n] plus x^T x for x [T, n], computed block by block on and below the diagonal and mirrored."""
     if total is None:
         total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
@@ -198,7 +198,7 @@ def _input_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> C
         x = _tokens(inputs[0].detach(), watched.mask)
         moments.count += len(x)
         if "second" in needs:
-            moments.second = _add_gram(moments.second, x)
+            moments.second = add_gram(moments.second, x)
         if "absolute" in needs:
             moments.absolute = _add(moments.absolute, x.abs().sum(0))
 
@@ -214,7 +214,7 @@ def _output_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> 
         def see_gradient(gradient: Tensor) -> None:
             if "output" in needs:
                 g = _tokens(gradient, watched.mask)
-                moments.output = _add_gram(moments.output, g)
+                moments.output = add_gram(moments.output, g)
             if x is not None:
                 moments.fisher = _add(moments.fisher, _squared_weight_gradients(x, gradient))
 

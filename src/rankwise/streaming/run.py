@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, stages
-from rankwise.allocation.allocator import FROM_SPECTRA, Allocator
+from rankwise.allocation.allocator import FORWARD_ONLY, Allocator
 from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.moments import Moments, Statistics, find_sites, watching
-from rankwise.calibration.signal import frozen, token_mask
+from rankwise.calibration.signal import as_signal, divergence, frozen, token_mask
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, vocabulary_of
 from rankwise.decomposition.metric import metric_named
@@ -33,7 +33,7 @@ from rankwise.layers.experts import is_stacked
 from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import find_matrices
-from rankwise.masks.student import Student, factorised
+from rankwise.masks.student import Masks, Student, factorised
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest
 from rankwise.stages import Calibration, Run
@@ -69,45 +69,31 @@ class Stored:
 
 
 @dataclass
-class StreamedStudent(Student):
-    """A student that answers what can be read off weights and factors."""
-
-    blocks: Blocks = field(kw_only=True)
-
-    def weight(self, name: str) -> Tensor:
-        """The weight [m, n] of a matrix, read from disk."""
-        with self.blocks.loaded([f"{name}.weight"]):
-            return super().weight(name)
-
-
-@dataclass
 class Stream:
     """A `Run` on an empty model, and how its blocks are run."""
 
     run: Run
     blocks: Blocks
     share: Share
-
-    @property
-    def scratch(self) -> Path:
-        assert self.run.folder.path is not None
-        return self.run.folder.path / "activations"
+    room: Room
 
     def matrices_of(self, index: int) -> list[str]:
         """The matrices of a block that may be compressed."""
         return [name for name in self.run.shapes if name.startswith(f"{self.blocks.path}.{index}.")]
 
-    def activations(self, name: str, room: Room, batches: Sequence[Batch]) -> Activations:
+    def entered(self, name: str, batches: Sequence[Batch]) -> Activations:
         """The hidden states that reach the first block."""
-        hidden = Activations(name, room)
+        hidden = Activations(name, self.room)
         outside = self.blocks.outside()
         with self.blocks.loaded(outside["embedding"]):
             for index, batch in enumerate(batches):
                 hidden[index] = self.blocks.enter(batch)
         return hidden
 
-    def room(self) -> Room:
-        return Room(self.scratch, self.share.activations)
+    def advance(self, index: int, hidden: Activations, batches: Sequence[Batch]) -> None:
+        """Move the hidden states through the loaded block."""
+        for number, batch in enumerate(batches):
+            hidden[number] = self.blocks.run(index, hidden[number], self.blocks.call_of(index, batch))
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -152,7 +138,8 @@ def start(
     identity = digest(str(config), *values, *data.tensors, recipe.seed)
     base = "the bundled model" if model == bundled.MODEL else str(model)
     run = Run(empty, tokenizer, base, shapes, left_dense, [], data, folder, identity, recipe.seed)
-    return Stream(run, blocks, share)
+    assert folder.path is not None
+    return Stream(run, blocks, share, Room(folder.path / "activations", share.activations))
 
 
 def refuse_gradients(recipe: Recipe, allocator: Allocator) -> None:
@@ -160,11 +147,11 @@ def refuse_gradients(recipe: Recipe, allocator: Allocator) -> None:
     metric = str(recipe.decomposition)
     gradients = GRADIENTS & metric_named(metric).NEEDS
     what = f"the decomposition {metric!r}" if gradients else f"the allocation {recipe.allocation!r}"
-    if gradients or not isinstance(allocator, FROM_SPECTRA):
+    if gradients or not isinstance(allocator, FORWARD_ONLY):
         raise RankwiseError(
             f"{what} runs the whole model with its gradients or masks, which must then be in memory: leave out memory, or choose "
-            "--allocation uniform, energy, knapsack, error-bound, effective-rank or heavy-tail on --decomposition whitened, "
-            "activation or svd"
+            "--allocation uniform, energy, knapsack, error-bound, effective-rank, heavy-tail, strs or kl-knapsack on "
+            "--decomposition whitened, activation or svd"
         )
 
 
@@ -176,7 +163,7 @@ def decompose_all(stream: Stream, metric: str) -> dict[str, Stored]:
     last = max((i for i in range(len(stream.blocks)) if missing & set(stream.matrices_of(i))), default=-1)
     if last >= 0:
         with stream.opened():
-            hidden = stream.activations("training", stream.room(), run.data.training) if needs else None
+            hidden = stream.entered("training", run.data.training) if needs else None
             for index in tqdm(range(last + 1), desc="decomposing blocks"):
                 with stream.blocks.loaded(stream.blocks.names(index)):
                     wanted = [name for name in stream.matrices_of(index) if name in missing]
@@ -266,44 +253,117 @@ def _collect(
     return watched.statistics
 
 
+@dataclass
+class StreamedStudent(Student):
+    """A student that runs forward only, block by block.
+
+    It keeps the original's hidden states before every block, so that a measurement starts at the first block with a mask.
+    """
+
+    stream: Stream = field(kw_only=True)
+    _dense: dict[tuple[int, ...], list[Activations]] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight [m, n] of a matrix, read from disk."""
+        with self.stream.blocks.loaded([f"{name}.weight"]):
+            return super().weight(name)
+
+    def layers(self, index: int, masks: Masks) -> dict[str, nn.Module]:
+        """The low-rank layers of a loaded block under `masks`."""
+        layers: dict[str, nn.Module] = {}
+        for name in self.stream.matrices_of(index):
+            mask = masks.get(name)
+            if mask is not None:
+                layers[name] = factorised(self.decompositions[name], mask, self.bias(name)).to(self.stream.blocks.device)
+        return layers
+
+    @torch.no_grad()
+    def divergence(self, masks: Masks, batches: Sequence[Batch] | None = None) -> float:
+        """As of `Student`; the sum is taken window by window."""
+        batches = self.selection if batches is None else batches
+        stream, blocks = self.stream, self.stream.blocks
+        with stream.opened():
+            dense = self._dense_states(batches)
+            touched = [i for i in range(len(blocks)) if any(masks.get(name) is not None for name in stream.matrices_of(i))]
+            first = min(touched, default=len(blocks))
+            small = Activations("student", stream.room)
+            for number in range(len(batches)):
+                small[number] = dense[first][number]
+            for index in range(first, len(blocks)):
+                with blocks.loaded(blocks.names(index)), swapped(self.model, self.layers(index, masks)):
+                    stream.advance(index, small, batches)
+            total, tokens = 0.0, 0
+            with blocks.loaded(blocks.outside()["head"]):
+                for piece, number, i in windows(batches):
+                    reference, other = (
+                        as_signal(*blocks.leave(piece, hidden[number][i : i + 1]), piece) for hidden in (dense[-1], small)
+                    )
+                    total += divergence(reference, other).item()
+                    self.count(other)
+                    tokens += len(reference.values)
+            small.clear()
+        return total / tokens
+
+    def forget(self) -> None:
+        """Give back what the hidden states take."""
+        for states in self._dense.values():
+            for hidden in states:
+                hidden.clear()
+        self._dense.clear()
+
+    def _dense_states(self, batches: Sequence[Batch]) -> list[Activations]:
+        """The original's hidden states before every block and after the last."""
+        key = tuple(map(id, batches))
+        if key not in self._dense:
+            stream = self.stream
+            states = [stream.entered(f"dense-{len(self._dense)}-0", batches)]
+            for index in tqdm(range(len(stream.blocks)), desc="running the original"):
+                states.append(Activations(f"dense-{len(self._dense)}-{index + 1}", stream.room))
+                with stream.blocks.loaded(stream.blocks.names(index)):
+                    for number, batch in enumerate(batches):
+                        call = stream.blocks.call_of(index, batch)
+                        states[-1][number] = stream.blocks.run(index, states[-2][number], call)
+            self._dense[key] = states
+        return self._dense[key]
+
+
+def windows(batches: Sequence[Batch]) -> list[tuple[Batch, int, int]]:
+    """Every single sequence as a batch of its own, with its batch's number and its place there."""
+    return [
+        ({name: tensor[i : i + 1] for name, tensor in batch.items()}, number, i)
+        for number, batch in enumerate(batches)
+        for i in range(len(next(iter(batch.values()))))
+    ]
+
+
 def student_of(stream: Stream, decompositions: Mapping[str, Stored]) -> StreamedStudent:
-    """The student for allocators that ask for spectra, factors and weights."""
+    """The student for allocators that need no backward pass."""
     kept: Mapping[str, Decomposition] = decompositions  # type: ignore[assignment]  # the same three tensors
     run = stream.run
-    return StreamedStudent(run.model, kept, run.data.training, run.data.selection, run.seed, blocks=stream.blocks)
+    return StreamedStudent(run.model, kept, run.data.training, run.data.selection, run.seed, stream=stream)
 
 
 def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Comparison:
     """As `stages.measure`: both models over the measuring text, each block loaded once, the head window by window."""
-    batches, blocks, room = stream.run.data.measuring, stream.blocks, stream.room()
+    student.forget()
+    batches, blocks = stream.run.data.measuring, stream.blocks
     with stream.opened():
-        dense = stream.activations("dense", room, batches)
-        small = stream.activations("small", room, batches)
+        dense, small = (stream.entered(name, batches) for name in ("original", "compressed"))
         for index in tqdm(range(len(blocks)), desc="measuring blocks"):
             with blocks.loaded(blocks.names(index)):
-                layers = {}
-                for name in stream.matrices_of(index):
-                    mask = chosen.masks[name]
-                    if mask is not None:
-                        bias = bias_of(stream.run.model.get_submodule(name))
-                        layers[name] = factorised(student.decompositions[name], mask, bias).to(blocks.device)
-                for number, batch in enumerate(batches):
-                    call = blocks.call_of(index, batch)
-                    dense[number] = blocks.run(index, dense[number], call)
-                    with swapped(stream.run.model, layers):
-                        small[number] = blocks.run(index, small[number], call)
-        windows = [(number, i) for number, batch in enumerate(batches) for i in range(len(next(iter(batch.values()))))]
-        pieces = [{name: tensor[i : i + 1] for name, tensor in batches[number].items()} for number, i in windows]
-        place = {id(piece): at for piece, at in zip(pieces, windows, strict=True)}
+                stream.advance(index, dense, batches)
+                with swapped(stream.run.model, student.layers(index, chosen.masks)):
+                    stream.advance(index, small, batches)
+        pieces = windows(batches)
+        place = {id(piece): (number, i) for piece, number, i in pieces}
 
         def values(hidden: Activations, piece: Batch) -> tuple[Tensor, bool]:
             number, i = place[id(piece)]
             return blocks.leave(piece, hidden[number][i : i + 1])
 
         with blocks.loaded(blocks.outside()["head"]):
-            comparison = compare(
-                functools.partial(values, dense), functools.partial(values, small), pieces, stream.run.model.can_generate()
-            )
+            original, compressed = (functools.partial(values, hidden) for hidden in (dense, small))
+            comparison = compare(original, compressed, [piece for piece, _, _ in pieces], stream.run.model.can_generate())
         dense.clear()
         small.clear()
     return comparison
