@@ -1,6 +1,6 @@
 """How long the published SVD-LLM procedure and ours take for the same matrices and the same activations, at the same error.
 
-    python benchmarks/decomposition_speed.py [--sizes 1024x2816x4 4096x11008x1] [--tokens 16384] [--device cpu] [--threads 2]
+    python benchmarks/decomposition_speed.py [--sizes 1024x2816x4 4096x11008x1] [--once 4096x11008x1] [--device cpu] [--threads 2]
 
 The published one (Wang et al. 2024, arXiv 2403.07378): per matrix, the second moment of its inputs, its Cholesky factor S in
 float64, S^-1, the full SVD of W S, and of these the truncated factors U_r sqrt(s_r) and sqrt(s_r) V_r^T S^-1. The SVD is taken in
@@ -31,8 +31,10 @@ HERE = Path(__file__).parent
 RATE = 0.2
 
 
-def sites_of(hidden: int, ffn: int) -> list[tuple[int, dict[str, int]]]:
-    """The input points of a Llama block: features, and the outputs of each matrix there."""
+def sites_of(hidden: int, ffn: int, once: bool) -> list[tuple[int, dict[str, int]]]:
+    """The input points of a Llama block: features, and the outputs of each matrix there; with `once`, one of each shape."""
+    if once:
+        return [(hidden, {"q": hidden, "gate": ffn}), (ffn, {"down": hidden})]
     return [
         (hidden, {"q": hidden, "k": hidden, "v": hidden}),
         (hidden, {"o": hidden}),
@@ -109,14 +111,14 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
 }
 
 
-def measure(hidden: int, ffn: int, layers: int, tokens: int, device: str) -> str:
-    """The table of one size, as Markdown."""
+def measure(hidden: int, ffn: int, layers: int, tokens: int, device: str, once: bool = False) -> str:
+    """The table of one size, as Markdown; with `once`, of a block's seven matrices one of each shape."""
     generator = torch.Generator().manual_seed(0)
     solving, moments = Timer(device), Timer(device)
     by_kind: dict[str, dict[str, float]] = {}
     worst: dict[str, float] = {}
     for _ in range(layers):
-        for features, matrices in sites_of(hidden, ffn):
+        for features, matrices in sites_of(hidden, ffn, once):
             x = activations(tokens, features, generator, device)
             H = moments("ours", functools.partial(second_moment, x))
             for kind, outputs in matrices.items():
@@ -135,7 +137,8 @@ def measure(hidden: int, ffn: int, layers: int, tokens: int, device: str) -> str
             del x, H
     mine = solving.seconds["ours"]
     lines = [
-        f"### hidden {hidden}, ffn {ffn}, {layers} layer{'s' * (layers > 1)}: seconds for all matrices\n",
+        f"### hidden {hidden}, ffn {ffn}, {layers} layer{'s' * (layers > 1)}: seconds for "
+        f"{'one matrix of each shape' if once else 'all matrices'}\n",
         "| | " + " | ".join(by_kind) + " | all | ours is faster | error over the first's, at most |",
         "|---|" + "---|" * (len(by_kind) + 3),
     ]
@@ -153,6 +156,7 @@ def measure(hidden: int, ffn: int, layers: int, tokens: int, device: str) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1024x2816x4", "4096x11008x1"], metavar="HIDDENxFFNxLAYERS")
+    parser.add_argument("--once", nargs="*", default=[], help="sizes of which one matrix of each shape is enough")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -162,7 +166,7 @@ def main() -> None:
     parts = [f"{args.threads} threads, {args.device}, torch {torch.__version__}, rate {RATE}.\n"]
     for size in args.sizes:
         hidden, ffn, layers = map(int, size.split("x"))
-        parts.append(measure(hidden, ffn, layers, args.tokens, args.device))
+        parts.append(measure(hidden, ffn, layers, args.tokens, args.device, size in args.once))
         print(parts[-1], flush=True)
     (HERE / "results" / "decomposition_speed.md").write_text("\n".join(parts))
 
