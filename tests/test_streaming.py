@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,13 +115,32 @@ def test_an_interrupted_run_goes_on(llama: Path, story: Path, tmp_path: Path, mo
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "streamed")
 
 
+def test_the_promise_is_kept_at_the_very_figure_that_a_refusal_names(tmp_path: Path) -> None:
+    config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 20_000}
+    build("llama", **config).save_pretrained(tmp_path / "model")
+    code = """
+import re, sys, torch, rankwise
+def compress(memory):
+    windows = torch.arange(40 * 64).view(40, 64)
+    return rankwise.compress("model", calibration=windows, allocation="energy", output="small", memory=memory)
+try:
+    compress("1MB")
+except rankwise.RankwiseError as refused:
+    needed = float(re.search(r"([0-9.]+) GB are needed", str(refused))[1]) + 0.03  # what the first call left behind
+    print(needed * 1e9, compress(f"{needed}GB").report["peak_memory_bytes"]["host"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    promised, peak = map(float, done.stdout.split())
+    assert peak <= promised
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"memory": "8 potatoes"}, "memory='8 potatoes'"),
         ({"memory": "100MB"}, r"0\.10 GB is not enough, \d\.\d\d GB are needed"),
         ({"calibration": "self"}, "name a calibration text"),
-        ({"allocation": "llrc"}, "decomposition 'kronecker' runs the whole model"),
+        ({"allocation": "llrc"}, r"decomposition 'kronecker' runs the whole model .* takes \d+\.\d GB"),
         ({"allocation": "mask-fisher", "decomposition": "whitened"}, "allocation 'mask-fisher' runs the whole model"),
         ({"output": None}, "name an output folder"),
     ],

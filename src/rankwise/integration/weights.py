@@ -107,6 +107,14 @@ def empty_model(model: str | Path, config: Any, dtype: str) -> tuple[PreTrainedM
     with init_empty_weights():
         empty = build(config, dtype=target)
     empty.tie_weights()
+    exact = {
+        *(empty._keep_in_fp32_modules_strict or ()),
+        *((empty._keep_in_fp32_modules or ()) if target == torch.float16 else ()),
+    }
+    if exact and target != torch.float32:
+        raise RankwiseError(
+            f"{type(empty).__name__} keeps {', '.join(sorted(exact))} in float32 beside {target}: leave out memory"
+        )
     tied = set(getattr(empty, "all_tied_weights_keys", {}) or {})
     expected = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     renamed = sorted(revert_weight_conversion(empty, empty.state_dict()).keys() - expected.keys())

@@ -6,10 +6,12 @@ Legend: m, n a matrix's outputs and inputs, T the tokens of a batch, d the hidde
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
@@ -84,6 +86,15 @@ def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, 
         "a block and its factors": outside["rest"] + 2 * block + largest + working,
         "the output head": 2 * outside["head"] + outside["rest"] + length * vocabulary * (2 * e + 24),
     }
+
+
+def whole_run(model: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str]) -> int:
+    """Bytes that a run in memory takes: the model, its full-length factors and the moments; no site is taken as shared."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    e = max(p.element_size() for p in model.parameters())
+    factors = sum(e * shape.full_rank * shape.per_rank for shape in shapes.values())
+    sides = (("second", "in_features"), ("output", "out_features"))
+    return size + factors + sum(8 * getattr(s, side) ** 2 for need, side in sides if need in needs for s in shapes.values())
 
 
 def workspace(shape: Shape) -> int:

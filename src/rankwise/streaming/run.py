@@ -32,14 +32,14 @@ from rankwise.integration.weights import Read, empty_model
 from rankwise.layers.experts import is_stacked
 from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.layers.lowrank import LowRankLinear
-from rankwise.layers.matrices import find_matrices
+from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.masks.student import Masks, Student, factorised
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest
 from rankwise.stages import Calibration, Run
 from rankwise.streaming.activations import Activations, Room, finite
 from rankwise.streaming.blocks import Blocks
-from rankwise.streaming.memory import Share, bytes_of, share_out
+from rankwise.streaming.memory import Share, bytes_of, share_out, whole_run
 
 GRADIENTS = frozenset({"output", "fisher"})
 
@@ -118,7 +118,6 @@ def start(
         raise RankwiseError("memory is for models on disk: give the model's folder or name, or leave memory out")
     if calibration == "self":
         raise RankwiseError("a model that is larger than the memory does not write its own text: name a calibration text")
-    refuse_gradients(recipe, allocator)
     if isinstance(calibration, str | Path):
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
     config = load_config(model)
@@ -128,6 +127,7 @@ def start(
         raise RankwiseError(f"{type(empty).__name__} has stacked experts, which streaming does not take apart: leave out memory")
     shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
     Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
+    refuse_gradients(recipe, allocator, empty, shapes)
     blocks = Blocks.of(empty, shapes, source, resolve_device(recipe.device))
     tokenizer = tokenizer or load_tokenizer(model)
     data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
@@ -142,16 +142,17 @@ def start(
     return Stream(run, blocks, share, Room(folder.path / "activations", share.activations))
 
 
-def refuse_gradients(recipe: Recipe, allocator: Allocator) -> None:
+def refuse_gradients(recipe: Recipe, allocator: Allocator, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
     """Raises `RankwiseError` where the metric or the allocator asks for a backward pass, which needs the whole model."""
-    metric = str(recipe.decomposition)
-    gradients = GRADIENTS & metric_named(metric).NEEDS
-    what = f"the decomposition {metric!r}" if gradients else f"the allocation {recipe.allocation!r}"
+    needs = metric_named(str(recipe.decomposition)).NEEDS
+    gradients = GRADIENTS & needs
+    what = f"the decomposition {recipe.decomposition!r}" if gradients else f"the allocation {recipe.allocation!r}"
     if gradients or not isinstance(allocator, FORWARD_ONLY):
+        figure = f"{whole_run(model, shapes, needs) / 1e9:.1f} GB"
         raise RankwiseError(
-            f"{what} runs the whole model with its gradients or masks, which must then be in memory: leave out memory, or choose "
-            "--allocation uniform, energy, knapsack, error-bound, effective-rank, heavy-tail, strs or kl-knapsack on "
-            "--decomposition whitened, activation or svd"
+            f"{what} runs the whole model with its gradients or masks, which takes {figure} and the activations of a batch: leave "
+            "out memory where there is as much, or choose --allocation uniform, energy, knapsack, error-bound, effective-rank, "
+            "heavy-tail, strs or kl-knapsack on --decomposition whitened, activation or svd"
         )
 
 
