@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,7 @@ def measure(hidden: int, ffn: int, layers: int, tokens: int, device: str, once: 
                     seconds = by_kind.setdefault(kind, {})
                     seconds[name] = seconds.get(name, 0.0) + solving.seconds[name] - before
                     errors[name] = error(W, H, factors)
+                    print(f"{kind}, {name}: {solving.seconds[name] - before:.2f} s", file=sys.stderr, flush=True)
                 for name, value in errors.items():
                     worst[name] = max(worst.get(name, 0.0), value / errors["published, SVD in float64"] - 1, key=abs)
             del x, H

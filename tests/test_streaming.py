@@ -13,6 +13,7 @@ import pytest
 import torch
 from architectures import build
 from safetensors.torch import save_file
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rankwise import RankwiseError, compress
 from rankwise.integration.weights import write_safetensors
@@ -168,6 +169,20 @@ def test_other_architectures_are_refused(name: str, message: str, tmp_path: Path
     build(name).save_pretrained(tmp_path / "model")
     with pytest.raises(RankwiseError, match=message):
         compress(tmp_path / "model", 0.2, calibration=torch.ones(9, 8).long(), output=tmp_path / "out", memory=ENOUGH, **SMALL)
+
+
+def test_blocks_that_are_handed_embeddings_are_refused(
+    llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaRotaryEmbedding.forward
+
+    def dependent(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        cos, sin = forward(self, x, position_ids)
+        return cos + x.mean(), sin
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", dependent)
+    with pytest.raises(RankwiseError, match="more than the hidden states"):
+        compress(llama, 0.25, calibration=story, output=tmp_path / "out", memory=ENOUGH, **SMALL)
 
 
 def test_missing_weights_are_named(llama: Path, story: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from rankwise.calibration.tokens import Batch
@@ -32,6 +33,10 @@ class Call:
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in it, in order."""
+        return [leaf for leaf in tree_leaves((self.arguments, self.keywords)) if isinstance(leaf, Tensor)]
 
 
 @dataclass
@@ -113,6 +118,15 @@ class Blocks:
         but for the head."""
         hidden, _ = self._reach(0, batch)
         return hidden
+
+    def refuse_other_inputs(self, batch: Batch) -> None:
+        """Raises `RankwiseError` where blocks are handed more of the embeddings than their hidden states, which would be lost.
+        Needs what `enter` needs."""
+        _, real = self._reach(0, batch)
+        call = self.call_of(0, batch)
+        if not all(torch.equal(a, b) for a, b in zip(real.tensors(), call.tensors(), strict=True)):
+            name = type(self.model).__name__
+            raise RankwiseError(f"{name} hands its blocks more than the hidden states of the one before: leave out memory")
 
     def call_of(self, index: int, batch: Batch) -> Call:
         """How block `index` is called for `batch`. Needs the "rest" loaded."""

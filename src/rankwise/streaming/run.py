@@ -86,6 +86,7 @@ class Stream:
         hidden = Activations(name, self.room)
         outside = self.blocks.outside()
         with self.blocks.loaded(outside["embedding"]):
+            self.blocks.refuse_other_inputs(batches[0])
             for index, batch in enumerate(batches):
                 hidden[index] = self.blocks.enter(batch)
         return hidden
@@ -150,9 +151,9 @@ def refuse_gradients(recipe: Recipe, allocator: Allocator, model: PreTrainedMode
     if gradients or not isinstance(allocator, FORWARD_ONLY):
         figure = f"{whole_run(model, shapes, needs) / 1e9:.1f} GB"
         raise RankwiseError(
-            f"{what} runs the whole model with its gradients or masks, which takes {figure} and the activations of a batch: leave "
-            "out memory where there is as much, or choose --allocation uniform, energy, knapsack, error-bound, effective-rank, "
-            "heavy-tail, strs or kl-knapsack on --decomposition whitened, activation or svd"
+            f"{what} runs the whole model with its gradients or masks, which takes {figure} and the activations of a batch: "
+            "leave out memory where there is as much, or choose --allocation uniform, energy, knapsack, error-bound, "
+            "effective-rank, heavy-tail, strs or kl-knapsack on --decomposition whitened, activation or svd"
         )
 
 
