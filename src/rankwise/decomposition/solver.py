@@ -25,6 +25,8 @@ from torch import Tensor
 
 from rankwise.errors import RankwiseError
 
+LEAST = 1e-290  # a smaller mean is no metric, but what is left of one below the range of float64
+
 
 @dataclass(frozen=True)
 class Root:
@@ -39,7 +41,7 @@ class Root:
         """The root of a positive semidefinite [d, d] float64 metric plus `damping` times the mean of its diagonal, of a zero
         metric the root of `damping` times the identity."""
         level = metric.diagonal().mean()
-        level = torch.where(level > torch.finfo(metric.dtype).tiny / damping, level, 1.0)
+        level = torch.where(level > LEAST, level, 1.0)
         return cls((damping * level).sqrt().expand(len(metric)), metric)
 
     def gram(self, X: Tensor) -> Tensor:
