@@ -61,12 +61,13 @@ class Root:
 
     @functools.cached_property
     def _factor(self) -> Tensor:
-        """F, lower triangular. Where rounding leaves the metric indefinite, its negative eigenvalues are taken as zero."""
+        """F, lower triangular. Where rounding leaves the metric indefinite, no eigenvalue is taken below the least of scale^2."""
         assert self.full is not None
-        factor, failed = torch.linalg.cholesky_ex(self.full + self.scale.square().diag())
+        damped = self.full + self.scale.square().diag()
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
-            values, basis = torch.linalg.eigh(self.full)
-            root = (values.clamp_min(0) + self.scale.square()).sqrt()
+            values, basis = torch.linalg.eigh(damped)
+            root = values.clamp_min(self.scale.square().min()).sqrt()
             factor = torch.linalg.qr(root[:, None] * basis.T, mode="r").R.T
         return factor
 
