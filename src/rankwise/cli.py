@@ -67,6 +67,10 @@ def compress(
     dataset_option: DatasetOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the run may take, as 8GB: the model is read block by block, and may be larger than that."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn: same seed, same ranks.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
@@ -99,6 +103,7 @@ def compress(
                 dataset_options=pairs(dataset_option),
                 dtype=dtype,
                 device=device,
+                memory=memory,
                 seed=seed,
             )
     except KeyboardInterrupt:
