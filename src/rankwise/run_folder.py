@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import RankwiseError
 
+NOTES = "__notes__"  # plain values, beside tensors that are named after matrices
+
 
 def digest(*parts: Any) -> str:
     """A short digest of values with a stable text form, and of tensors by their dtype, shape and bytes."""
@@ -34,6 +37,12 @@ def digest(*parts: Any) -> str:
             state.update(repr(part).encode())
         state.update(b"\0")
     return state.hexdigest()
+
+
+def user_cache() -> Path:
+    """The folder for results that belong to no run: $RANKWISE_CACHE, else rankwise in the user's cache folder."""
+    own = os.environ.get("RANKWISE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -91,6 +100,14 @@ class RunFolder:
                 temporary.unlink()
             raise RankwiseError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
         return tensors
+
+    def cached_values(self, stage: str, key: str, compute: Callable[[], Any]) -> Any:
+        """As `cached`, for plain values: what JSON makes of them, whether read or just computed."""
+
+        def as_bytes() -> dict[str, Tensor]:
+            return {NOTES: torch.tensor(list(json.dumps(compute()).encode()), dtype=torch.uint8)}
+
+        return json.loads(bytes(self.cached(stage, key, as_bytes)[NOTES].tolist()))
 
     def remove(self) -> None:
         """Forget the run."""
