@@ -5,14 +5,13 @@ Perplexity is measured on given text; a damaged model may follow that well and y
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.calibration.tokens import window_length
 from rankwise.errors import RankwiseError
@@ -43,13 +42,14 @@ def continuation(model: Any, prompt: Tensor, limit: int) -> list[int]:
     own = model.generation_config
     ends = own.eos_token_id if own is not None else None
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    config = copy.deepcopy(own)
-    config.update(do_sample=False, num_beams=1, max_length=None, max_new_tokens=limit, pad_token_id=ends[0] if ends else 0)
-    config.update(temperature=None, top_p=None, top_k=None, repetition_penalty=None)  # greedy, whatever the model prefers
+    config = GenerationConfig(max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
     prompt = prompt[None].to(model.device)
-    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[
-        0, prompt.shape[1] :
-    ].tolist()
+    model.generation_config = config  # `generate` takes what the given one leaves open from here
+    try:
+        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    finally:
+        model.generation_config = own
+    written = written[0, prompt.shape[1] :].tolist()
     return next((written[:i] for i, token in enumerate(written) if token in ends), written)
 
 

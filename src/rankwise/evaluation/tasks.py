@@ -53,18 +53,18 @@ def load_tasks(names: Sequence[str], limit: int | None = None, shots: int | None
     manager = _harness().tasks.TaskManager(include_path=sorted({str(f.parent) for f in files}), include_defaults=bool(named))
     found: dict[str, Any] = {"tasks": {}, "groups": {}}
     for spec in [*named, *files]:
+        known = [n for n, e in manager.task_index.items() if e.yaml_path == spec] if isinstance(spec, Path) else [spec]
+        if not known or known[0] not in manager.task_index:
+            raise RankwiseError(
+                f"no such task: {str(spec)!r} is no task, group or tag that lm-evaluation-harness knows or can read"
+            )
         try:
-            with _quiet(), contextlib.chdir(spec.parent) if isinstance(spec, Path) else contextlib.nullcontext():
-                loaded = manager.load([spec.name if isinstance(spec, Path) else spec])
+            with _quiet(), contextlib.chdir(spec.parent if isinstance(spec, Path) else "."):
+                loaded = manager.load(known)
                 for task in loaded["tasks"].values():
                     own = task.get_config("num_fewshot")
-                    task.set_config("num_fewshot", own if shots is None or own == 0 else shots)
-                    task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
+                    task.set_config("num_fewshot", (own or 0) if shots is None or own == 0 else shots)
                     _build(task, limit)
-        except KeyError as error:
-            if isinstance(spec, Path):
-                raise RankwiseError(f"{spec} is no task that the harness can read: it has no {error}") from None
-            raise RankwiseError(f"no such task: {spec!r} is neither a YAML file nor a task of lm-evaluation-harness") from None
         except Exception as error:  # a data set fails in many ways, and so does a task's template
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise RankwiseError(f"the task {str(spec)!r} cannot be loaded: {reason}") from None
@@ -165,12 +165,13 @@ def _ask(lm: Any, task: Any, limit: int | None) -> Items:
     """
     with _quiet():
         task.set_fewshot_seed(FEWSHOT_SEED)
-        found = _harness().simple_evaluate(lm, tasks=[task], limit=limit, bootstrap_iters=0)
+        # Not `simple_evaluate`, which asks the system for all it knows about itself, every time.
+        found = _harness().evaluate(lm, {"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0)
     samples, results = found["samples"][task.task_name], found["results"][task.task_name]
     means = {name for name, function in task.aggregation().items() if getattr(function, "__name__", "") == "mean"}
     metrics: dict[str, list[float]] = {}
     for sample in samples:
-        for name in means & set(sample["metrics"]):
+        for name in (name for name in sample["metrics"] if name in means):
             label = name if sample["filter"] == "none" else f"{name},{sample['filter']}"
             metrics.setdefault(label, []).append(float(sample[name]))
     other = {k.removesuffix(",none"): float(v) for k, v in results.items() if k.split(",")[0] in task.aggregation()}
