@@ -35,6 +35,7 @@ def main() -> None:
         for method, points in methods.items():
             axis.plot(list(points), list(points.values()), "o-", color=COLOURS[method], label=TITLES[method], markersize=4)
         axis.set(yscale="log", xlabel="rate: fraction of parameters removed", title=model, xticks=[0.1, 0.2, 0.3, 0.4])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("KL to the original, nats per token")
