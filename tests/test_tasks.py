@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise import compress
+from rankwise.evaluation import tasks as evaluation_tasks
 from rankwise.evaluation.intervals import mcnemar, of_paired_difference, of_proportion
 
 Run = Callable[..., Any]
@@ -137,6 +139,33 @@ metric_list: [{{metric: acc}}]
         assert few["both"]["metrics"]["acc"][kind] == pytest.approx(sum(parts) / 2)
 
 
+def test_free_answers(rankwise: Run, here: Path, shared: Path, tmp_path: Path) -> None:
+    """Written out greedily and compared as text; there is no chance level."""
+    (tmp_path / "free.jsonl").write_text("".join(json.dumps({"ctx": ctx}) + "\n" for ctx in ("Once upon a", "Tom and")))
+    (tmp_path / "free.yaml").write_text(
+        """task: free
+dataset_path: json
+dataset_kwargs: {data_files: {test: free.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: ctx
+doc_to_target: "time"
+generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+    )
+    found = evaluated(rankwise, here, shared, "--tasks", tmp_path / "free.yaml")["free"]
+    tokenizer, written = AutoTokenizer.from_pretrained(here / "small"), []
+    for folder in (shared / "models" / "stories260k", here / "small"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        prompts = [tokenizer(ctx, return_tensors="pt") for ctx in ("Once upon a", "Tom and")]
+        answers = [model.generate(**p, max_new_tokens=4, do_sample=False)[0, p.input_ids.shape[1] :] for p in prompts]
+        written.append([tokenizer.decode(tokens, skip_special_tokens=True).split(".")[0] for tokens in answers])
+    assert found["chance"] is None
+    assert found["metrics"]["exact_match"]["above_chance"] is None
+    assert found["answer_changes"] == sum(a != b for a, b in zip(*written, strict=True)) / 2
+
+
 def test_what_was_answered_is_not_asked_again(
     rankwise: Run, here: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +182,7 @@ def test_what_was_answered_is_not_asked_again(
     changed = (tmp_path / "tasks" / "piqa_val.jsonl").read_text().replace("Question", "Query")
     (tmp_path / "tasks" / "piqa_val.jsonl").write_text(changed)
     asked = []
-    ask = pytest.importorskip("rankwise.evaluation.tasks")._ask
+    ask = evaluation_tasks._ask
     monkeypatch.setattr("rankwise.evaluation.tasks._ask", lambda *a: asked.append(a) or ask(*a))
     evaluated(rankwise, here, shared, "--tasks", tmp_path / "tasks" / "piqa.yaml", "--limit", 4)
     assert len(asked) == 2
@@ -181,8 +210,6 @@ def test_the_terminal_says_what_is_chance(rankwise: Run, here: Path, shared: Pat
 def test_bad_tasks(
     rankwise: Run, here: Path, shared: Path, tasks: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     Path("broken.yaml").write_text("no: task\n")
     Path("no-data.yaml").write_text((EXAMPLES / "arc_easy.yaml").read_text().replace("arc_easy_test", "absent"))
