@@ -178,14 +178,16 @@ def test_what_was_answered_is_not_asked_again(
     with monkeypatch.context() as patch:
         patch.setattr("rankwise.evaluation.tasks._ask", again)
         assert evaluated(rankwise, here, shared, *task) == first
-    shutil.copytree(here / "tasks", tmp_path / "tasks")
-    changed = (tmp_path / "tasks" / "piqa_val.jsonl").read_text().replace("Question", "Query")
-    (tmp_path / "tasks" / "piqa_val.jsonl").write_text(changed)
     asked = []
     ask = evaluation_tasks._ask
     monkeypatch.setattr("rankwise.evaluation.tasks._ask", lambda *a: asked.append(a) or ask(*a))
-    evaluated(rankwise, here, shared, "--tasks", tmp_path / "tasks" / "piqa.yaml", "--limit", 4)
-    assert len(asked) == 2
+    for number, change in enumerate((("Question", "Query"), ('"gold": 0', '"gold": 1'))):  # other items; other right answers
+        folder = tmp_path / str(number)
+        shutil.copytree(here / "tasks", folder)
+        rows = (folder / "piqa_val.jsonl").read_text()
+        (folder / "piqa_val.jsonl").write_text(rows.replace(*change))
+        evaluated(rankwise, here, shared, "--tasks", folder / "piqa.yaml", "--limit", 4)
+        assert len(asked) == 2 * (number + 1)
 
 
 def test_the_terminal_says_what_is_chance(rankwise: Run, here: Path, shared: Path) -> None:

@@ -74,13 +74,14 @@ def load_tasks(names: Sequence[str], limit: int | None = None, shots: int | None
 
 
 def _files_of(name: str) -> list[Path]:
-    """The YAML files that `name` stands for: itself, those of a folder, or those that match. Raises `RankwiseError` for none."""
-    if not (name.endswith((".yaml", ".yml")) or Path(name).is_dir()):
-        return []
-    files = sorted(Path(name).glob("*.yaml")) if Path(name).is_dir() else [Path(f) for f in sorted(glob.glob(name))]
-    if not files:
+    """The YAML files that `name` stands for: itself, those of a folder, or those that match; none for a name of the harness's.
+
+    Raises `RankwiseError` where there is no such file.
+    """
+    files = [Path(f).resolve() for f in sorted(glob.glob(f"{name}/*.yaml" if Path(name).is_dir() else name))]
+    if name.endswith((".yaml", ".yml")) and not files:
         raise RankwiseError(f"no such task: no YAML file {name!r}")
-    return [file.resolve() for file in files]
+    return [file for file in files if file.suffix in (".yaml", ".yml")]
 
 
 def _harness() -> Any:
@@ -117,8 +118,7 @@ def answer(
     harnessed: dict[str, Any] = {}
     items: dict[str, dict[str, Items]] = {}
     for name, task in tasks.tasks.items():
-        requests = [(i.request_type, i.doc_id, i.args) for i in task.instances]
-        content = digest(requests, task.OUTPUT_TYPE, sorted(task.aggregation()), version("lm_eval"), tokens_of(tokenizer))
+        content = digest(_content(task), version("lm_eval"), tokens_of(tokenizer))
         items[name] = {}
         for kind in KINDS:
 
@@ -137,6 +137,13 @@ def answer(
         pooled = [_pool([items[name][kind] for name in members]) for kind in KINDS]
         results[group] = {"items": len(pooled[0]["answers"]), "tasks": members} | figures_of(*pooled)
     return results
+
+
+def _content(task: Any) -> str:
+    """All that answers and figures depend on: the items, what is asked of each, and how answers are judged."""
+    asked = [(i.request_type, i.doc_id, i.args) for i in task.instances]
+    judged = {key: value for key, value in task.dump_config().items() if key != "metadata"}  # which has the file's path
+    return digest(asked, {i.doc_id: i.doc for i in task.instances}, judged)
 
 
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
