@@ -130,7 +130,7 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     settings = {
         "docs_dir": str(tmp_path / "pages"),
         "site_dir": str(tmp_path / "site"),
-        "nav": None,
+        "nav": ["index.md"],
         "plugins": [],
         "theme": "mkdocs",
     }
