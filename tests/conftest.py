@@ -19,6 +19,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHARACTERS = string.ascii_letters + string.digits + " .,;:!?'\n"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of evaluations go here, not to the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["RANKWISE_CACHE"] = str(folder)
+    return folder
+
+
 def pytest_configure() -> None:
     import torch
 

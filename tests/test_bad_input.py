@@ -187,7 +187,7 @@ def test_bad_input(line: str, message: str, bad: Path, rankwise: Callable[..., A
     def long_work(*_: Any, **__: Any) -> None:
         pytest.fail("the long work has begun")
 
-    for where in ("stages.collect_statistics", "stages.sampled_windows", "evaluation.evaluate.compare"):
+    for where in ("stages.collect_statistics", "stages.sampled_windows", "evaluation.pair.compare"):
         if where != "stages.sampled_windows" or "bert" not in line:
             monkeypatch.setattr(f"rankwise.{where}", long_work)
     monkeypatch.chdir(bad)

@@ -122,40 +122,70 @@ def compress(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
     reference: Annotated[str | None, typer.Option(help="The original model; without it, the bundled one.")] = None,
-    text: Annotated[str, typer.Option(help="Text to judge on: as --calibration of compress, but not self.")] = "stdlib:held-out",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to judge on: as --calibration of compress, but not self; or wikitext2, c4, ptb put together as the field "
+            "does, with :FILE for a local copy. Repeatable; the first is the headline (default: stdlib:held-out)."
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, with commas between: names, YAML files or folders. Repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task, the first ones (default: all).")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each item (default: as the task says).")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="To be continued by both. Repeatable (default: beginnings out of the first text).")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where results are kept (default: $RANKWISE_CACHE, or rankwise in the user's cache).")
+    ] = None,
     text_column: TextColumn = "text",
     dataset_option: DatasetOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure what compression cost: perplexity, KL, agreement, size; original and compressed on the same tokens."""
+    """Measure what compression cost, original and compressed on the same tokens: perplexity, KL, agreement, tasks, generations.
+
+    Goes on where it was interrupted.
+    """
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
     from rankwise.recipe import pairs
 
-    with _silent(as_json):
-        report = evaluate(
-            folder,
-            reference or bundled.MODEL,
-            text,
-            length=length,
-            samples=samples,
-            seed=seed,
-            text_column=text_column,
-            dataset_options=pairs(dataset_option),
-            dtype=dtype,
-            device=device,
-        )
+    try:
+        with _silent(as_json):
+            report = evaluate(
+                folder,
+                reference or bundled.MODEL,
+                text or ["stdlib:held-out"],
+                tasks=[name for part in tasks or [] for name in _names(part)],
+                limit=limit,
+                shots=shots,
+                prompts=prompt or (),
+                length=length,
+                samples=samples,
+                seed=seed,
+                text_column=text_column,
+                dataset_options=pairs(dataset_option),
+                dtype=dtype,
+                device=device,
+                cache=cache,
+            )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(report))
         return
-    from rankwise.report.terminal import print_report
+    from rankwise.report.evaluation import print_evaluation
 
-    print_report(report)
+    print_evaluation(report)
 
 
 @app.command()

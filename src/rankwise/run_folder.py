@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ from rankwise.errors import RankwiseError
 
 logger = logging.getLogger(__name__)
 LOCK, FINISHED = "lock", "finished"
+NOTES = "__notes__"  # plain values, beside tensors that are named after matrices
 _locks: dict[Path, IO[str]] = {}  # run folders that this process holds; the system lets go of them when it ends, however it ends
 
 
@@ -45,6 +47,12 @@ def digest(*parts: Any) -> str:
             state.update(repr(part).encode())
         state.update(b"\0")
     return state.hexdigest()
+
+
+def user_cache() -> Path:
+    """The folder for results that belong to no run: $RANKWISE_CACHE, else rankwise in the user's cache folder."""
+    own = os.environ.get("RANKWISE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -92,9 +100,10 @@ def flush(path: Path) -> None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Results on disk; with no path, nothing is kept."""
+    """Results on disk; with no path, nothing is kept. One process at a time, unless it is `shared`."""
 
     path: Path | None = None
+    shared: bool = False
 
     @classmethod
     def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
@@ -111,7 +120,7 @@ class RunFolder:
 
     def hold(self) -> None:
         """Keep other processes out until this one has removed the folder, or ends. Raises `RankwiseError` where one is in it."""
-        if self.path is None or self.path in _locks or fcntl is None:
+        if self.path is None or self.shared or self.path in _locks or fcntl is None:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -157,6 +166,14 @@ class RunFolder:
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
         write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
         return tensors
+
+    def cached_values(self, stage: str, key: str, compute: Callable[[], Any]) -> Any:
+        """As `cached`, for plain values: what JSON makes of them, whether read or just computed."""
+
+        def as_bytes() -> dict[str, Tensor]:
+            return {NOTES: torch.tensor(list(json.dumps(compute()).encode()), dtype=torch.uint8)}
+
+        return json.loads(bytes(self.cached(stage, key, as_bytes)[NOTES].tolist()))
 
     def remove(self) -> None:
         """Forget the run, and let others in."""

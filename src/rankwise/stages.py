@@ -39,9 +39,8 @@ from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.masks.student import Student, is_whole
 from rankwise.recipe import Recipe
-from rankwise.run_folder import RunFolder, digest, fingerprint
+from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
 
-NOTES = "__notes__"  # beside the masks, which are named after matrices
 Calibration = str | Path | Sequence[str] | Tensor | Sequence[Batch]
 
 
@@ -226,9 +225,5 @@ def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> C
 
 def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: Sequence[Batch], key: str) -> Comparison:
     """`measure`, or what it found the last time."""
-
-    def compute() -> dict[str, Tensor]:
-        text = json.dumps(measure(student, chosen, batches).to_dict())
-        return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)}
-
-    return Comparison(**json.loads(bytes(run.folder.cached("comparison", key, compute)[NOTES].tolist())))
+    found = run.folder.cached_values("comparison", key, lambda: measure(student, chosen, batches).to_dict())
+    return Comparison(**found)

@@ -24,21 +24,25 @@ def read_documents(source: str, column: str = "text", dataset_options: Mapping[s
         `datasets.load_dataset` with `dataset_options`.
     Raises `RankwiseError` where there is no such text, or it is empty.
     """
-    if source in ("stdlib:train", "stdlib:held-out"):
-        documents = bundled.standard_library("train" if source.endswith("train") else "held-out")
-    elif os.path.isdir(source):
-        files = sorted(p for p in Path(source).rglob("*") if p.is_file() and not p.name.startswith("."))
-        documents = list(itertools.chain.from_iterable(_read_file(p, column) for p in files))
-    elif os.path.isfile(source):
-        documents = _read_file(Path(source), column)
-    elif Path(source).suffix in {*JSON_LINES, ".txt", ".md", ".raw"} or source.startswith((".", "/", "~")):
-        raise RankwiseError(f"no such text: {source!r} is neither a file nor a folder")
-    else:
-        documents = _load_dataset(source, column, dict(dataset_options or {}))
-    documents = [d.encode(errors="replace").decode() for d in documents if d.strip()]  # JSON may write half a character
+    rows = read_rows(source, column, dataset_options)
+    documents = [d.encode(errors="replace").decode() for d in rows if d.strip()]  # JSON may write half a character
     if not documents:
         raise RankwiseError(f"the text {source!r} is empty")
     return documents
+
+
+def read_rows(source: str, column: str = "text", dataset_options: Mapping[str, str] | None = None) -> list[str]:
+    """As `read_documents`, blank ones included."""
+    if source in ("stdlib:train", "stdlib:held-out"):
+        return bundled.standard_library("train" if source.endswith("train") else "held-out")
+    if os.path.isdir(source):
+        files = sorted(p for p in Path(source).rglob("*") if p.is_file() and not p.name.startswith("."))
+        return list(itertools.chain.from_iterable(_read_file(p, column) for p in files))
+    if os.path.isfile(source):
+        return _read_file(Path(source), column)
+    if Path(source).suffix in {*JSON_LINES, ".txt", ".md", ".raw"} or source.startswith((".", "/", "~")):
+        raise RankwiseError(f"no such text: {source!r} is neither a file nor a folder")
+    return _load_dataset(source, column, dict(dataset_options or {}))
 
 
 def _read_file(path: Path, column: str) -> list[str]:
@@ -51,7 +55,7 @@ def _read_file(path: Path, column: str) -> list[str]:
     if path.suffix not in JSON_LINES:
         return [text]
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 documents.append(json.loads(line)[column])
