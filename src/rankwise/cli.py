@@ -206,6 +206,18 @@ def compare(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders, and folders that compare wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one page to look at and to show: what was gained, what it cost, which ranks, how to make it again."""
+    from rankwise.report.page import write_page
+
+    write_page(folders, output)
+    print(f"written to {output}: open it in a browser")
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")], as_json: AsJson = False) -> None:
     """Show the rank of every matrix."""
     from rankwise.report.inspect import inspect

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import rankwise
 from rankwise import bundled, stages
 from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Budget, Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.compare import Comparison
+from rankwise.evaluation.costs import costs_of_each
 from rankwise.evaluation.memory import peak_memory
+from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.size import Size
+from rankwise.evaluation.spectra import thinned_spectra
 from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.quantizer import RankwiseConfig, attach
-from rankwise.integration.result import write_result
+from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.layers.experts import restack
 from rankwise.layers.linear import bias_of
 from rankwise.masks.student import Student, factorised
-from rankwise.recipe import Recipe
+from rankwise.recipe import IN_MEMORY, Recipe
+from rankwise.report.page import page_of
+from rankwise.report.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
 
@@ -37,10 +46,14 @@ class Compressed:
     report: dict[str, Any]
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase | None = None
+    spectra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, output: str | Path, overwrite: bool = False) -> None:
         """Write an ordinary Hugging Face folder, whole or not at all. Raises `RankwiseError` where `output` is taken."""
-        write_result(Path(output), self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite)
+        output = Path(output)
+        page = page_of([Result(output.name, self.report, self.spectra)])
+        files = {SPECTRA: json.dumps(self.spectra) + "\n", PAGE: page}
+        write_result(output, self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite, files)
 
 
 @dataclass
@@ -102,11 +115,16 @@ def compress(
     clock.lap("allocation")
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
+    costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
+    samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+    spectra = thinned_spectra(student.decompositions, chosen.masks)
+    clock.lap("looking closer")
 
     size = Size.of(run.model, chosen.ranks)
     attach(run.model, _factorise(student, chosen, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
-    result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
+    report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
+    result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer, spectra)
     if output is not None:
         result.save(output, overwrite)
         folder.remove()
@@ -117,7 +135,7 @@ def _recipe(
     rate: float, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
 ) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
-    source = str(calibration) if isinstance(calibration, str | Path) else "given in memory"
+    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     name = allocation if isinstance(allocation, str) else type(allocation).__name__
     recipe = Recipe.of(rate=rate, calibration=source, allocation=name, **options)
     if isinstance(allocation, str):
@@ -149,10 +167,12 @@ def _report(
         **size.to_dict(),
         **comparison.to_dict(),
         "ranks": chosen.ranks,
+        "shapes": {name: [shape.out_features, shape.in_features] for name, shape in run.shapes.items()},
         "left_dense": run.left_dense,
         "history": chosen.history,
         "effort": chosen.effort,
         "seconds": clock.seconds,
         "peak_memory_bytes": peak_memory(),
         "recipe": recipe.model_dump(),
+        "versions": {module.__name__: module.__version__ for module in (rankwise, torch, transformers)},
     }

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from rankwise.errors import RankwiseError
 
+IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
+
 
 class Recipe(BaseModel):
     """What was asked for. Two equal recipes on the same model and text give the same ranks, bit for bit."""

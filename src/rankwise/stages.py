@@ -105,7 +105,7 @@ def _open(
         return model, tokenizer, base
     config = load_config(model)
     refuse_compressed(model, config)
-    base = "the bundled model" if model == bundled.MODEL else str(model)
+    base = bundled.NAME if model == bundled.MODEL else str(model)
     return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
 
 

@@ -22,9 +22,9 @@ class ValueTraining:
     betas: tuple[float, float] = (0.9, 0.95)
 
 
-def train_values(student: Student, masks: Masks, options: ValueTraining) -> Masks:
+def train_values(student: Student, masks: Masks, options: ValueTraining, losses: list[float] | None = None) -> Masks:
     """The masks with their non-zero weights trained on KL(original || student) over the training batches, one batch a step
-    in an order drawn from the student's seed."""
+    in an order drawn from the student's seed. The loss of each step, nats per token, is added to `losses`."""
     kept = {name: mask.nonzero().squeeze(-1) for name, mask in masks.items() if mask is not None}
     if not kept or not options.steps:
         return masks
@@ -52,6 +52,8 @@ def train_values(student: Student, masks: Masks, options: ValueTraining) -> Mask
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
+            if losses is not None:
+                losses.append(loss.item())
             bar.set_postfix(kl=f"{loss.item():.5f}", refresh=False)
     trained: Masks = dict(masks)
     for name, index in kept.items():
