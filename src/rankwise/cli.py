@@ -105,10 +105,12 @@ def compress(
     if as_json:
         print(json.dumps(result.report))
         return
+    from rankwise.integration.result import PAGE
     from rankwise.report.terminal import print_report
 
     print_report(result.report)
     print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
+    print(f"what it cost, to look at: {output / PAGE}")
 
 
 @app.command()
@@ -155,7 +157,7 @@ def compare(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
     rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
     text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the picture.")] = Path("contest"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the page.")] = Path("contest"),
     allocations: Annotated[str, typer.Option(help="With commas between: llrc, llrc:paper, ... (default: all).")] = "",
     decompositions: Annotated[str, typer.Option(help="With commas between (default: each allocation's own).")] = "",
     calibration: Annotated[str | None, typer.Option(help="The calibration text, as of compress.")] = None,
@@ -172,7 +174,9 @@ def compare(
 ) -> None:
     """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
     from rankwise.contest import hold_contest
-    from rankwise.report.contest import plot_contest, print_contest
+    from rankwise.integration.result import PAGE
+    from rankwise.report.contest import print_contest
+    from rankwise.report.page import write_page
 
     try:
         wanted = [float(rate) for rate in rates.split(",")]
@@ -197,12 +201,12 @@ def compare(
             device=device,
             seed=seed,
         )
+    write_page([output], output / PAGE)
     if as_json:
         print(json.dumps(results))
         return
     print_contest(results)
-    plot_contest(results, output / "contest.png")
-    print(f"written to {output}")
+    print(f"written to {output}: open {output / PAGE} in a browser")
 
 
 @app.command()

@@ -35,7 +35,7 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
 
 
 def first_tokens(batches: Iterable[Batch], tokens: int) -> list[Batch]:
-    """The first sequences, about so many tokens in all but at least one sequence; its length is cut where all inputs are alike."""
+    """The first sequences, about so many tokens in all; a longer one is cut where all its inputs are of one shape."""
     few: list[Batch] = []
     for batch in batches:
         if tokens <= 0:

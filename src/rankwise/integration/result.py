@@ -32,7 +32,10 @@ def write_result(
     overwrite: bool = False,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write everything to `output`, `files` (name -> text) too, whole or not at all. Raises `RankwiseError` where it is taken or cannot be written."""
+    """Write everything to `output`, `files` (name -> text) too, whole or not at all.
+
+    Raises `RankwiseError` where it is taken or cannot be written.
+    """
     with written_whole(output, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         if tokenizer is not None:

@@ -27,7 +27,7 @@ MARKERS = "osD^vPX*"
 SYMBOLS = "●■◆▲▼✚✖★"  # the same, as text for legends
 VARIABLES = {INK: "var(--ink)", QUIET: "var(--quiet)", LINE: "var(--line)"}
 VARIABLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": INK,
@@ -72,8 +72,13 @@ class Chart:
         low, high = self.axes.get_ylim()
         wide = high / low > 30
         self.axes.yaxis.set_major_locator(LogLocator(numticks=6) if wide else LogLocator(subs=(1, 2, 5)))
-        self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
         self.axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    """Without an exponent, down to a hundred thousandth."""
+    return f"{value:g}" if not 1e-5 <= value < 1e-3 else f"{value:.5f}".rstrip("0")
 
 
 @contextmanager
@@ -122,7 +127,7 @@ def paid_and_cost(name: str, points: Sequence[tuple[str, str, int, float]], kind
             )
         axes.set(xlabel="parameters removed", ylabel="KL alone, nats per token")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.set_xlim(left=0)
         drawing.log_scale()
     return drawing.svg
@@ -186,7 +191,7 @@ def curve(name: str, label: str, steps: Sequence[float], values: Sequence[float]
 def quality_against_rate(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
     """KL over the rate, a line of (rate, KL) per label."""
     floor = min((kl for points in series.values() for _, kl in points if kl > 0), default=1e-9)
-    with chart(name, "KL against the rate", 460, 320) as drawing:
+    with chart(name, "KL against the rate", 400, 290) as drawing:
         axes = drawing.axes
         for i, (label, points) in enumerate(series.items()):
             colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
@@ -196,8 +201,6 @@ def quality_against_rate(name: str, series: Mapping[str, Sequence[tuple[float, f
                 gid = drawing.titled(f"{label}, rate {rate:.3g}: KL {kl:.4g}")
                 axes.plot([rate], [max(kl, floor)], marker, color=colour, markersize=6, mew=0, gid=gid)
         axes.set(xlabel="rate (fraction of parameters removed)", ylabel="KL(original || compressed), nats per token")
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         drawing.log_scale()
     return drawing.svg
-
-

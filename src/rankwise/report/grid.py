@@ -30,7 +30,7 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 
 
 def _last_name(stack: str) -> str:
-    """"encoder" of "encoder.block", "layers" of "layers"."""
+    """ "encoder" of "encoder.block", "layers" of "layers"."""
     return stack.split(".")[-2] if "." in stack else stack
 
 
