@@ -30,6 +30,9 @@ DatasetOption = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=lambda wanted: _tell_more(wanted), help="Tell what is found on the way.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one.")]
 
 
@@ -70,38 +73,35 @@ def compress(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compress MODEL and write a folder that transformers loads like any other."""
     from rankwise.pipeline import compress
 
-    try:
-        with _silent(as_json):
-            result = compress(
-                model,
-                rate,
-                calibration=calibration,
-                output=output,
-                overwrite=overwrite,
-                resume=resume,
-                samples=samples,
-                length=length,
-                scope=scope,
-                decomposition=decomposition,
-                allocation=allocation,
-                preset=preset,
-                options=_pairs(option),
-                rank_multiple=rank_multiple,
-                include=tuple(include or ()),
-                exclude=tuple(exclude or ()),
-                text_column=text_column,
-                dataset_options=_pairs(dataset_option),
-                dtype=dtype,
-                device=device,
-                seed=seed,
-            )
-    except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with _silent(as_json), _interruptible("the same command with --resume goes on from here"):
+        result = compress(
+            model,
+            rate,
+            calibration=calibration,
+            output=output,
+            overwrite=overwrite,
+            resume=resume,
+            samples=samples,
+            length=length,
+            scope=scope,
+            decomposition=decomposition,
+            allocation=allocation,
+            preset=preset,
+            options=_pairs(option),
+            rank_multiple=rank_multiple,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            text_column=text_column,
+            dataset_options=_pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
     if as_json:
         print(json.dumps(result.report))
         return
@@ -126,6 +126,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure what compression cost: perplexity, KL, agreement, size; original and compressed on the same tokens."""
     from rankwise import bundled
@@ -171,6 +172,7 @@ def compare(
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
     from rankwise.contest import hold_contest
@@ -182,7 +184,7 @@ def compare(
         wanted = [float(rate) for rate in rates.split(",")]
     except ValueError:
         raise RankwiseError(f"--rates {rates!r}: numbers with commas between, as 0.1,0.2") from None
-    with _silent(as_json):
+    with _silent(as_json), _interruptible("the same command goes on from here"):
         results = hold_contest(
             model,
             wanted,
@@ -265,6 +267,20 @@ def _silent(as_json: bool) -> Iterator[None]:
         os.close(kept)
 
 
+@contextmanager
+def _interruptible(way_on: str) -> Iterator[None]:
+    """An interrupt from the keyboard ends the command with a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: {way_on}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _tell_more(wanted: bool) -> None:
+    logging.getLogger("rankwise").setLevel(logging.INFO if wanted else logging.WARNING)
+
+
 def _pairs(items: list[str] | None) -> dict[str, Any]:
     """KEY=VALUE strings as a dict."""
     pairs = {}
@@ -284,6 +300,8 @@ def _names(text: str) -> list[str]:
 def main() -> None:
     """The entry point: what users can put right ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # heeded by transformers too, for loading and writing
     try:
         app()
     except RankwiseError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +31,14 @@ from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.layers.experts import restack
 from rankwise.layers.linear import bias_of
 from rankwise.masks.student import Student, factorised
+from rankwise.progress import stage
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.report.page import page_of
 from rankwise.report.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,9 +67,10 @@ class _Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
-    def lap(self, stage: str) -> None:
+    def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[stage], self.since = round(now - self.since, 2), now
+        self.seconds[name], self.since = round(now - self.since, 2), now
+        logger.info("%s took %.1f s", name, self.seconds[name])
 
 
 def compress(
@@ -126,7 +131,8 @@ def compress(
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer, spectra)
     if output is not None:
-        result.save(output, overwrite)
+        with stage(f"writing {output}"):
+            result.save(output, overwrite)
         folder.remove()
     return result
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.calibration.signal import frozen, sampled_loss, signal_of, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
+from rankwise.progress import progress
 
 
 @dataclass
@@ -130,7 +130,7 @@ def collect(
                 see_out = _output_hook(statistics.matrices[name], state, needs)
                 stack.enter_context(_removed(module.register_forward_hook(see_out)))
         with torch.set_grad_enabled(backward):
-            for batch in tqdm(batches, desc="calibrating"):
+            for batch in progress(batches, "calibrating"):
                 state["mask"] = token_mask(batch)
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():

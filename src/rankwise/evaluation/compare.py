@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from rankwise.calibration.signal import Signal, divergence
 from rankwise.calibration.tokens import Batch
+from rankwise.progress import progress
 
 Values = Callable[[Batch], tuple[Tensor, bool]]  # as `values_of`: logits [sequences, length, vocabulary] or features
 
@@ -45,7 +45,7 @@ def compare(reference: Values, compressed: Values, batches: Iterable[Batch], cau
     kl, agree = 0.0, 0
     losses = [0.0, 0.0]
     tokens = windows = 0
-    for batch in tqdm(list(batches), desc="measuring"):
+    for batch in progress(list(batches), "measuring"):
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
         answers = [f(batch) for f in (reference, compressed)]

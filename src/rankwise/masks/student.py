@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.calibration.signal import Signal, device_of, divergence, frozen, sampled_loss, signal_of, text_labels
 from rankwise.calibration.tokens import Batch
@@ -21,6 +20,7 @@ from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, swapped
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.progress import progress
 
 Masks = dict[str, Tensor | None]
 TEACHER_BYTES = 2**30  # the teacher's signals are kept below this size, and recomputed above it
@@ -153,7 +153,7 @@ class Student:
         generator = torch.Generator().manual_seed(self.seed)
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in tqdm(self.training if batches is None else batches, desc="pricing components"):
+            for batch in progress(self.training if batches is None else batches, "pricing components"):
                 signal = signal_of(self.model, batch)
                 sampled_loss(signal, generator).backward()
                 self.count(signal, backward=True)
@@ -169,7 +169,7 @@ class Student:
         layers = self.masked(full)
         tokens = 0
         with self.frozen():
-            for batch in tqdm(self.training if batches is None else batches, desc="gradients at the hard masks"):
+            for batch in progress(self.training if batches is None else batches, "gradients at the hard masks"):
                 reference = self.teacher(batch)
                 with swapped(self.model, layers):
                     divergence(reference, signal_of(self.model, batch)).backward()
@@ -184,7 +184,7 @@ class Student:
         causal = getattr(self.model, "can_generate", lambda: False)()
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in tqdm(self.training if batches is None else batches, desc="gradients of the text's loss"):
+            for batch in progress(self.training if batches is None else batches, "gradients of the text's loss"):
                 signal = signal_of(self.model, batch)
                 if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
                     raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")

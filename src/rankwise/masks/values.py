@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from rankwise.calibration.signal import divergence, signal_of
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import MaskedLinear, Masks, Student
+from rankwise.progress import progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def train_values(student: Student, masks: Masks, options: ValueTraining, losses:
     generator = torch.Generator().manual_seed(student.seed)
     order: list[int] = []
     with student.frozen():
-        bar = tqdm(range(options.steps), desc="training mask values")
+        bar = progress(range(options.steps), "training mask values")
         for _ in bar:
             order = order or torch.randperm(len(student.training), generator=generator).tolist()
             batch = student.training[order.pop()]
