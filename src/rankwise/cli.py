@@ -31,6 +31,9 @@ DatasetOption = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=lambda wanted: _tell_more(wanted), help="Tell what is found on the way.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one.")]
 
 
@@ -75,47 +78,46 @@ def compress(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compress MODEL and write a folder that transformers loads like any other."""
     from rankwise.pipeline import compress
     from rankwise.recipe import pairs
 
-    try:
-        with _silent(as_json):
-            result = compress(
-                model,
-                rate,
-                calibration=calibration,
-                output=output,
-                overwrite=overwrite,
-                resume=resume,
-                samples=samples,
-                length=length,
-                scope=scope,
-                decomposition=decomposition,
-                allocation=allocation,
-                preset=preset,
-                options=pairs(option),
-                rank_multiple=rank_multiple,
-                include=tuple(include or ()),
-                exclude=tuple(exclude or ()),
-                text_column=text_column,
-                dataset_options=pairs(dataset_option),
-                dtype=dtype,
-                device=device,
-                memory=memory,
-                seed=seed,
-            )
-    except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with _silent(as_json), _interruptible("the same command with --resume goes on from here"):
+        result = compress(
+            model,
+            rate,
+            calibration=calibration,
+            output=output,
+            overwrite=overwrite,
+            resume=resume,
+            samples=samples,
+            length=length,
+            scope=scope,
+            decomposition=decomposition,
+            allocation=allocation,
+            preset=preset,
+            options=pairs(option),
+            rank_multiple=rank_multiple,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            text_column=text_column,
+            dataset_options=pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+            memory=memory,
+            seed=seed,
+        )
     if as_json:
         print(json.dumps(result.report))
         return
+    from rankwise.integration.result import PAGE
     from rankwise.report.terminal import print_report
 
     print_report(result.report)
     print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
+    print(f"what it cost, to look at: {output / PAGE}")
 
 
 @app.command()
@@ -149,6 +151,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure what compression cost, original and compressed on the same tokens: perplexity, KL, agreement, tasks, generations.
 
@@ -193,7 +196,7 @@ def compare(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
     rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
     text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the picture.")] = Path("contest"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the page.")] = Path("contest"),
     allocations: Annotated[
         str, typer.Option(help="With commas between, options after spaces: 'llrc, kl-knapsack points=3' (default: all).")
     ] = "",
@@ -209,16 +212,19 @@ def compare(
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
     from rankwise.contest import hold_contest
-    from rankwise.report.contest import plot_contest, print_contest
+    from rankwise.integration.result import PAGE
+    from rankwise.report.contest import print_contest
+    from rankwise.report.page import write_page
 
     try:
         wanted = [float(rate) for rate in rates.split(",")]
     except ValueError:
         raise RankwiseError(f"--rates {rates!r}: numbers with commas between, as 0.1,0.2") from None
-    with _silent(as_json):
+    with _silent(as_json), _interruptible("the same command goes on from here"):
         results = hold_contest(
             model,
             wanted,
@@ -237,12 +243,24 @@ def compare(
             device=device,
             seed=seed,
         )
+    write_page([output], output / PAGE)
     if as_json:
         print(json.dumps(results))
         return
     print_contest(results)
-    plot_contest(results, output / "contest.png")
-    print(f"written to {output}")
+    print(f"written to {output}: open {output / PAGE} in a browser")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders, and folders that compare wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one page to look at and to show: what was gained, what it cost, which ranks, how to make it again."""
+    from rankwise.report.page import write_page
+
+    write_page(folders, output)
+    print(f"written to {output}: open it in a browser")
 
 
 @app.command()
@@ -289,6 +307,20 @@ def _silent(as_json: bool) -> Iterator[None]:
         os.close(kept)
 
 
+@contextmanager
+def _interruptible(way_on: str) -> Iterator[None]:
+    """An interrupt from the keyboard ends the command with a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: {way_on}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _tell_more(wanted: bool) -> None:
+    logging.getLogger("rankwise").setLevel(logging.INFO if wanted else logging.WARNING)
+
+
 def _names(text: str) -> list[str]:
     """Names with commas between."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -297,6 +329,8 @@ def _names(text: str) -> list[str]:
 def main() -> None:
     """The entry point: what users can put right ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # heeded by transformers too, for loading and writing
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:

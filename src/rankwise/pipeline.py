@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import rankwise
 from rankwise import bundled, stages
 from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
@@ -16,18 +21,26 @@ from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison
+from rankwise.evaluation.costs import costs_of_each
 from rankwise.evaluation.memory import peak_memory
+from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.size import Size
+from rankwise.evaluation.spectra import thinned_spectra
 from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.quantizer import RankwiseConfig, attach
-from rankwise.integration.result import write_result
+from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.experts import restack
 from rankwise.masks.student import Student, folded
-from rankwise.recipe import Recipe
+from rankwise.progress import stage
+from rankwise.recipe import IN_MEMORY, Recipe
+from rankwise.report.page import page_of
+from rankwise.report.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
 from rankwise.streaming import run as streaming
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,12 +55,20 @@ class Compressed:
     report: dict[str, Any]
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase | None = None
+    spectra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, output: str | Path, overwrite: bool = False) -> None:
         """Write an ordinary Hugging Face folder, whole or not at all. Raises `RankwiseError` where `output` is taken."""
         if self.model is None:
             raise RankwiseError("the model was written to the output folder, it is not in memory")
-        write_result(Path(output), self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite)
+        output = Path(output)
+        files = to_look_at(output.name, self.report, self.spectra)
+        write_result(output, self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite, files)
+
+
+def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> dict[str, str]:
+    """The page of a result, and the spectra that it draws: file name -> content."""
+    return {SPECTRA: json.dumps(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
 
 
 @dataclass
@@ -57,9 +78,10 @@ class _Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
-    def lap(self, stage: str) -> None:
+    def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[stage], self.since = round(now - self.since, 2), now
+        self.seconds[name], self.since = round(now - self.since, 2), now
+        logger.info("%s took %.1f s", name, self.seconds[name])
 
 
 def compress(
@@ -113,14 +135,20 @@ def compress(
     clock.lap("allocation")
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
+    costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
+    samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+    spectra = thinned_spectra(student.decompositions, chosen.masks)
+    clock.lap("looking closer")
 
     size = Size.of(run.model, run.shapes, chosen.ranks)
     attach(run.model, _factorise(student, chosen, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
-    result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
+    report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
+    result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer, spectra)
     if output is not None:
         folder.finish()
-        result.save(output, overwrite)
+        with stage(f"writing {output}"):
+            result.save(output, overwrite)
         folder.remove()
     return result
 
@@ -151,7 +179,8 @@ def _compress_streamed(
     size = Size.of(run.model, run.shapes, chosen.ranks)
     report = _report(recipe, run, size, comparison, chosen, clock)
     with saving_from(streaming.factorise(stream, student, chosen)):
-        write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite)
+        files = to_look_at(Path(output).name, report, {})
+        write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
     folder.remove()
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
 
@@ -160,7 +189,7 @@ def _recipe(
     rate: float, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
 ) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
-    source = str(calibration) if isinstance(calibration, str | Path) else "given in memory"
+    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     name = allocation if isinstance(allocation, str) else type(allocation).__name__
     recipe = Recipe.of(rate=rate, calibration=source, allocation=name, **options)
     if isinstance(allocation, str):
@@ -195,10 +224,12 @@ def _report(
         **size.to_dict(),
         **comparison.to_dict(),
         "ranks": chosen.ranks,
+        "shapes": {name: [shape.out_features, shape.in_features] for name, shape in run.shapes.items()},
         "left_dense": run.left_dense,
         "history": chosen.history,
         "effort": chosen.effort,
         "seconds": clock.seconds,
         "peak_memory_bytes": peak_memory(),
         "recipe": recipe.model_dump(),
+        "versions": {module.__name__: module.__version__ for module in (rankwise, torch, transformers)},
     }

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from rankwise.errors import RankwiseError
 
 LARGEST = 2**31  # of what is counted out: more would never end
+IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
 
 
 class Recipe(BaseModel):

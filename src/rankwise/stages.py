@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled
@@ -38,6 +37,7 @@ from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.masks.student import Student, is_whole
+from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
 
@@ -104,8 +104,9 @@ def _open(
         return model, tokenizer, base
     config = load_config(model)
     refuse_compressed(model, config)
-    base = "the bundled model" if model == bundled.MODEL else str(model)
-    return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
+    base = bundled.NAME if model == bundled.MODEL else str(model)
+    with stage(f"loading {base}"):
+        return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
 
 
 def read_data(
@@ -165,7 +166,7 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
     chosen, key = metric_named(metric), digest(run.identity, metric)
     decompositions = {}
-    for name in tqdm(run.shapes, desc="decomposing"):
+    for name in progress(run.shapes, "decomposing"):
         weight = weight_of(run.model.get_submodule(name))
 
         def compute(name: str = name, weight: Tensor = weight) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.calibration.signal import frozen, sampled_loss, signal_of, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
+from rankwise.progress import progress
 
 GRAM_BLOCK = 256  # columns of a product's block: the larger, the more of its upper half is computed for nothing
 
@@ -143,7 +143,7 @@ def collect(
     with frozen(model), torch.set_grad_enabled(backward):
         site_of = find_sites(model, matrices, lambda: signal_of(model, probe))
         with watching(model, site_of, needs) as watched:
-            for batch in tqdm(batches, desc="calibrating"):
+            for batch in progress(batches, "calibrating"):
                 watched.mask = token_mask(batch)
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():

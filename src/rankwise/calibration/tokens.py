@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rankwise.errors import RankwiseError
+from rankwise.progress import progress
 
 Batch = dict[str, Tensor]
 
@@ -105,7 +105,7 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
         batch_size = max(1, 4 * TOKENS_PER_BATCH // length)
         model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
         try:
-            for count in tqdm([min(batch_size, samples - i) for i in range(0, samples, batch_size)], desc="writing text"):
+            for count in progress([min(batch_size, samples - i) for i in range(0, samples, batch_size)], "writing text"):
                 prompt = torch.randint(vocabulary, (count, 1), generator=generator)
                 prompt = prompt if first is None else torch.full((count, 1), first)
                 prompt = prompt.to(model.device)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from rankwise.calibration.signal import Signal, divergence
 from rankwise.calibration.tokens import Batch
 from rankwise.evaluation.intervals import Interval, clipped, of_ratio
+from rankwise.progress import progress
 
 Values = Callable[[Batch], tuple[Tensor, bool]]  # as `values_of`: logits [sequences, length, vocabulary] or features
 
@@ -51,7 +51,7 @@ def compare(reference: Values, compressed: Values, batches: Iterable[Batch], cau
     """Compare two models, given as functions from a batch to their values. `causal`: position t predicts token t + 1."""
     windows, has_head, has_loss = 0, False, False
     rows = []
-    for batch in tqdm(list(batches), desc="measuring"):
+    for batch in progress(list(batches), "measuring"):
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
         answers = [f(batch) for f in (reference, compressed)]
@@ -66,6 +66,7 @@ def compare(reference: Values, compressed: Values, batches: Iterable[Batch], cau
             agree = (p.values.argmax(-1) == q.values.argmax(-1)).sum().item() if has_head else 0
             row = [len(p.values), divergence(p, q).item(), agree]
             if has_loss:
+                assert ids is not None
                 targets = _positions(ids[cut].to(p.values.device).roll(-1, dims=1)[..., None], own, causal).squeeze(-1)
                 row += [F.cross_entropy(s.values.float(), targets, reduction="none").double().sum().item() for s in (p, q)]
             rows.append(row)

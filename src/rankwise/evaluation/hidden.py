@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.calibration.signal import call, frozen, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.evaluation.intervals import of_ratio
+from rankwise.progress import progress
 
 WINDOWS = 16  # the first ones: a decomposition each, and the spread over windows is small
 
@@ -61,7 +61,7 @@ def hidden_measures(models: Mapping[str, nn.Module], batches: Sequence[Batch]) -
     for kind, model in models.items():
         values: dict[str, list[float]] = {name: [] for name in MEASURES}
         with frozen(model):
-            for window in tqdm(windows, desc=f"hidden states, {kind}"):
+            for window in progress(windows, f"hidden states, {kind}"):
                 states = last_states(model, window)
                 if states is None:
                     return {}

@@ -21,7 +21,7 @@ from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.recipe import Recipe
 
 MAX_SHARD_SIZE = "5GB"
-RANKS, RECIPE, REPORT = "ranks.json", "recipe.yaml", "report.json"
+RANKS, RECIPE, REPORT, SPECTRA, PAGE = "ranks.json", "recipe.yaml", "report.json", "spectra.json", "report.html"
 
 
 def write_result(
@@ -32,8 +32,12 @@ def write_result(
     report: Mapping[str, Any],
     recipe: Recipe,
     overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write everything to `output`, whole or not at all. Raises `RankwiseError` where it is taken or cannot be written."""
+    """Write everything to `output`, `files` (name -> text) too, whole or not at all.
+
+    Raises `RankwiseError` where it is taken or cannot be written.
+    """
     with written_whole(output, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         if tokenizer is not None:
@@ -41,6 +45,8 @@ def write_result(
         write_ranks(folder / RANKS, ranks)
         (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         model_card(output.name, type(model).__name__, report, recipe).save(folder / "README.md")
 
 

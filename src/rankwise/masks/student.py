@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.calibration.signal import Signal, device_of, divergence, frozen, sampled_loss, signal_of, text_labels
@@ -25,6 +24,7 @@ from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, dense_linear, swapped, weight_of
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.progress import progress
 
 Masks = dict[str, Tensor | None]
 Kept = Callable[[str, Iterable[Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]  # what, of what, how -> found
@@ -242,7 +242,7 @@ class Student:
         generator = torch.Generator().manual_seed(self.seed)
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in tqdm(batches, desc="pricing components"):
+            for batch in progress(batches, "pricing components"):
                 signal = signal_of(self.model, batch)
                 sampled_loss(signal, generator).backward()
                 self.count(signal, backward=True)
@@ -262,7 +262,7 @@ class Student:
         layers = self.masked(full)
         tokens = 0
         with self.frozen():
-            for batch in tqdm(batches, desc="gradients at the hard masks"):
+            for batch in progress(batches, "gradients at the hard masks"):
                 reference = self.teacher(batch)
                 with swapped(self.model, layers):
                     divergence(reference, signal_of(self.model, batch)).backward()
@@ -280,7 +280,7 @@ class Student:
         causal = getattr(self.model, "can_generate", lambda: False)()
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in tqdm(batches, desc="gradients of the text's loss"):
+            for batch in progress(batches, "gradients of the text's loss"):
                 signal = signal_of(self.model, batch)
                 if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
                     raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, stages
@@ -34,6 +33,7 @@ from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.masks.student import Masks, Student, factorised
+from rankwise.progress import progress
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest
 from rankwise.stages import Calibration, Run
@@ -138,7 +138,7 @@ def start(
     everything = (*data.training, *data.selection, *data.measuring)
     share = share_out(memory, blocks, shapes, everything, vocabulary_of(empty))
     names = [name for name, _ in empty.named_parameters()]
-    values = [digest(name, source.read(name)) for name in tqdm(names, desc="reading the model")]
+    values = [digest(name, source.read(name)) for name in progress(names, "reading the model")]
     identity = digest(str(config), *values, *data.tensors, recipe.seed)
     base = "the bundled model" if model == bundled.MODEL else str(model)
     run = Run(empty, tokenizer, base, shapes, left_dense, [], data, folder, identity, recipe.seed)
@@ -169,12 +169,12 @@ def decompose_all(stream: Stream, metric: str) -> dict[str, Stored]:
     """Every matrix in the named metric, its statistics collected and forgotten block by block."""
     run, needs = stream.run, metric_named(metric).NEEDS
     key = digest(run.identity, metric)
-    missing = {name for name in tqdm(run.shapes, desc="looking for results") if not _is_kept(run.folder, metric, name, key)}
+    missing = {name for name in progress(run.shapes, "looking for results") if not _is_kept(run.folder, metric, name, key)}
     last = max((i for i in range(len(stream.blocks)) if missing & set(stream.matrices_of(i))), default=-1)
     if last >= 0:
         with stream.opened():
             hidden = stream.entered("training", run.data.training) if needs else None
-            for index in tqdm(range(last + 1), desc="decomposing blocks"):
+            for index in progress(range(last + 1), "decomposing blocks"):
                 with stream.blocks.loaded(stream.blocks.names(index)):
                     wanted = [name for name in stream.matrices_of(index) if name in missing]
                     _decompose_block(stream, index, wanted, hidden, metric, key, forward=index < last)
@@ -328,7 +328,7 @@ class StreamedStudent(Student):
         if key not in self._dense:
             stream = self.stream
             states = [stream.entered(f"dense-{len(self._dense)}-0", batches)]
-            for index in tqdm(range(len(stream.blocks)), desc="running the original"):
+            for index in progress(range(len(stream.blocks)), "running the original"):
                 states.append(Activations(f"dense-{len(self._dense)}-{index + 1}", stream.room))
                 with stream.blocks.loaded(stream.blocks.names(index)):
                     for number, batch in enumerate(batches):
@@ -360,7 +360,7 @@ def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Com
     batches, blocks = stream.run.data.measuring, stream.blocks
     with stream.opened():
         dense, small = (stream.entered(name, batches) for name in ("original", "compressed"))
-        for index in tqdm(range(len(blocks)), desc="measuring blocks"):
+        for index in progress(range(len(blocks)), "measuring blocks"):
             with blocks.loaded(blocks.names(index)):
                 stream.advance(index, dense, batches)
                 with swapped(stream.run.model, student.layers(index, chosen.masks)):
