@@ -79,6 +79,10 @@ class RankwiseQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
+        return model
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors and the guards."""
         return {**model.state_dict(), **guards(model, self.quantization_config)}, {}
@@ -120,7 +124,7 @@ def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
     model.config.quantization_config = config
     model.hf_quantizer = RankwiseQuantizer(config)
-    model.is_quantized = True
+    model.is_quantized = False
     model.quantization_method = METHOD
 
 
