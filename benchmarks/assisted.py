@@ -23,6 +23,7 @@ from rankwise import bundled, compress
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import windows_of
 
+DATA = HERE.parent.parent / "shared" / "data"
 DRAFTED, PROMPT, NEW = 4, 32, 96
 MODES: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 0, "top_p": 1.0}}
 
@@ -58,16 +59,28 @@ def speed(per_call: float, rate: float) -> float:
     return per_call / (1 + DRAFTED * (1 - rate))
 
 
+def compressed(model: str, rate: float, work: Path, data: Path = DATA) -> Path:
+    """The folder of `model` at `rate`, made where it is not there."""
+    folder = work / f"{model}-{rate}"
+    if not folder.exists():
+        calibration = "stdlib:train" if model == "bundled" else stories(data, work)[0]
+        compress(source_of(model, data), rate, calibration=calibration, output=folder, length=LENGTH, resume=True)
+    return folder
+
+
+def source_of(model: str, data: Path) -> Path:
+    """The original's folder."""
+    return bundled.MODEL if model == "bundled" else data / "models" / model
+
+
 def rows(model: str, rates: list[float], prompts: int, data: Path, work: Path) -> list[str]:
-    calibration, held_out = ("stdlib:train", "stdlib:held-out") if model == "bundled" else stories(data, work)
-    source = bundled.MODEL if model == "bundled" else data / "models" / model
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = windows_of(tokenizer, read_documents(held_out), PROMPT, prompts, seed=0)
+    """A line of the table for each rate."""
+    source = source_of(model, data)
+    held_out = "stdlib:held-out" if model == "bundled" else stories(data, work)[1]
+    windows = windows_of(AutoTokenizer.from_pretrained(source), read_documents(held_out), PROMPT, prompts, seed=0)
     lines = []
     for rate in rates:
-        folder = work / f"{model}-{rate}"
-        if not folder.exists():
-            compress(source, rate, calibration=calibration, output=folder, length=LENGTH, resume=True)
+        folder = compressed(model, rate, work, data)
         cells = []
         for mode in MODES.values():
             original, draft = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, folder))
@@ -83,7 +96,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["babyllama-tok105", "bundled"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rankwise-assisted")
     args = parser.parse_args()
     head = [

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -21,6 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rankwise.errors import RankwiseError
 from rankwise.layers.experts import stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
 from rankwise.layers.lowrank import LowRankLinear
@@ -84,7 +86,13 @@ class RankwiseQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The model's tensors and the guards."""
+        """The model's tensors and the guards. Raises `RankwiseError` where weights were quantized: the format holds floats."""
+        for name, weight in model.named_parameters():
+            if hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor):
+                raise RankwiseError(
+                    f"{name} is a {type(weight).__name__}, quantized after loading, which a rankwise folder cannot hold: "
+                    "keep the folder it was loaded from and quantize again after loading it"
+                )
         return {**model.state_dict(), **guards(model, self.quantization_config)}, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
