@@ -10,6 +10,7 @@ from torch import nn
 
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import is_linear
+from rankwise.layers.lowrank import LowRankLinear
 
 
 def lora_targets(model: nn.Module, *names: str) -> list[str]:
@@ -17,13 +18,12 @@ def lora_targets(model: nn.Module, *names: str) -> list[str]:
 
     names: as one writes for the dense model: "q_proj", "v_proj". Raises `RankwiseError` for a name that no linear layer has.
     """
-    found: dict[str, list[str]] = {name: [] for name in names}
-    for path, module in model.named_modules():
-        owner = path.removesuffix(".first").removesuffix(".second")
-        for name in names:
-            if is_linear(module) and f".{owner}".endswith(f".{name}"):
-                found[name].append(path)
-    for name, paths in found.items():
-        if not paths:
+    targets = []
+    for name in names:
+        layers = [(path, module) for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+        low_rank = [f"{path}.{factor}" for path, m in layers if isinstance(m, LowRankLinear) for factor in ("first", "second")]
+        dense = [path for path, module in layers if is_linear(module)]
+        if not low_rank + dense:
             raise RankwiseError(f"no linear layer of {type(model).__name__} is called {name!r}")
-    return [path for paths in found.values() for path in paths]
+        targets += low_rank + dense
+    return targets
