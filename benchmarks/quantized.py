@@ -2,7 +2,7 @@
 
     python benchmarks/quantized.py [--rates 0.1 0.2 0.3]
 
-torchao's int8 weight-only, and int4 in groups of 32 where a row is a whole number of groups, int8 elsewhere. The output
+torchao's int8 weight-only, and int4 in groups of 32 where the kernel takes the shape, int8 elsewhere. The output
 head is tied to the embedding and stays in float32, as do the norms: bytes are those of the decoder layers. Judged on 100 windows
 of the held-out split. Writes benchmarks/results/quantized.md; the compressed models are those of assisted.py.
 """
@@ -39,13 +39,18 @@ def int8(model: nn.Module, only: Any = lambda linear: True) -> None:
     quantize_(model, Int8WeightOnlyConfig(), lambda module, _: type(module) is nn.Linear and only(module))
 
 
+def fits(linear: nn.Linear) -> bool:
+    """What the int4 kernel takes: rows of whole groups, and a multiple of 16 of them."""
+    return linear.in_features % GROUP == 0 and linear.out_features % 16 == 0
+
+
 def int4(model: nn.Module) -> None:
     quantize_(
         model,
         PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False),
-        lambda module, _: type(module) is nn.Linear and module.in_features % GROUP == 0,
+        lambda module, _: type(module) is nn.Linear and fits(module),
     )
-    int8(model, only=lambda linear: linear.in_features % GROUP)
+    int8(model, only=lambda linear: not fits(linear))
 
 
 WAYS: dict[str, Any] = {"float32": lambda model: None, "int8": int8, "int4": int4}
