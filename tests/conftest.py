@@ -100,3 +100,13 @@ def small_llama(llama: Path, story: Path) -> Path:
     folder = llama.with_name("small-llama")
     compress(llama, 0.25, calibration=story, output=folder, allocation="uniform", samples=10, length=32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, compressed by a quarter: really trained, every kind of matrix low-rank."""
+    from rankwise import compress
+
+    folder = tmp_path_factory.mktemp("bundled") / "small"
+    compress(None, 0.25, output=folder, allocation="uniform", samples=16, length=64)
+    return folder

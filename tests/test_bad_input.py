@@ -209,4 +209,5 @@ def test_in_a_process_of_its_own(bad: Path) -> None:
     command = [sys.executable, "-m", "rankwise", "compress", str(bad / "missing"), "-o", str(bad / "new")]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout) == (2, "")
-    assert re.fullmatch("error: .*missing keys.*\n", process.stderr)
+    [line] = [line for line in process.stderr.splitlines() if "missing" in line.lower()]  # torchao, where there, talks, too
+    assert re.fullmatch("error: .*missing keys.*", line)

@@ -13,12 +13,13 @@ from rankwise.integration.registration import register_when_imported
 if TYPE_CHECKING:
     from rankwise.evaluation.evaluate import evaluate as evaluate
     from rankwise.integration.densify import densify as densify
+    from rankwise.integration.peft import lora_targets as lora_targets
     from rankwise.pipeline import Compressed as Compressed
     from rankwise.pipeline import compress as compress
     from rankwise.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Compressed", "RankwiseError", "Recipe", "compress", "densify", "evaluate"]
+__all__ = ["Compressed", "RankwiseError", "Recipe", "compress", "densify", "evaluate", "lora_targets"]
 
 _HOMES = {
     "compress": "rankwise.pipeline",
@@ -26,6 +27,7 @@ _HOMES = {
     "Recipe": "rankwise.recipe",
     "densify": "rankwise.integration.densify",
     "evaluate": "rankwise.evaluation.evaluate",
+    "lora_targets": "rankwise.integration.peft",
 }
 
 

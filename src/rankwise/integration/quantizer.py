@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -21,6 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rankwise.errors import RankwiseError
 from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
 from rankwise.layers.lowrank import LowRankLinear
@@ -93,15 +95,22 @@ class RankwiseQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for path in self.quantization_config.ranks:
             for name, parameter in model.get_submodule(path).named_parameters():
                 if not getattr(parameter, "_is_hf_initialized", False):  # transformers warns, and goes on with random values
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
+        model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The model's tensors and the guards."""
+        """The model's tensors and the guards. Raises `RankwiseError` where weights were quantized: the format holds floats."""
+        for name, weight in model.named_parameters():
+            if hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor):
+                raise RankwiseError(
+                    f"{name} is a {type(weight).__name__}, quantized after loading, which a rankwise folder cannot hold: "
+                    "keep the folder it was loaded from and quantize again after loading it"
+                )
         return {**model.state_dict(), **guards(model, self.quantization_config)}, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -141,7 +150,7 @@ def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
     model.config.quantization_config = config
     model.hf_quantizer = RankwiseQuantizer(config)
-    model.is_quantized = True
+    model.is_quantized = False
     model.quantization_method = METHOD
 
 
