@@ -22,7 +22,7 @@ CASES = [
     ("compress nowhere", "no such model.*nowhere"),
     ("compress text", "no such model.*text"),
     ("compress story.txt", "no such model.*story.txt"),
-    ("compress broken-config", "no such model.*broken-config"),
+    ("compress broken-config", "cannot load broken-config: its config.json"),
     ("compress nan", "NaN"),
     ("compress truncated", "cannot load truncated"),
     ("compress missing", "missing keys: .*down_proj"),

@@ -9,16 +9,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rankwise.errors import RankwiseError
 
+UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
+
 app = typer.Typer(
     name="rankwise",
     help="Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -49,7 +50,7 @@ def compress(
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
     scope: Annotated[str, typer.Option(help="What the rate is counted over: linear (the matrices) or model (all).")] = "linear",
     decomposition: Annotated[
-        str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
+        str | None, typer.Option(help="The metric; a wrong name lists all (default: the allocation's own).")
     ] = None,
     allocation: Annotated[str, typer.Option(help="How ranks are chosen; a wrong name lists all.")] = "llrc",
     preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
@@ -134,7 +135,7 @@ def evaluate(
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
     cache: Annotated[
         Path | None, typer.Option(help="Where results are kept (default: $RANKWISE_CACHE, or rankwise in the user's cache).")
     ] = None,
@@ -292,10 +293,12 @@ def main() -> None:
     """The entry point: what users can put right ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
     except RankwiseError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rankwise.errors import RankwiseError
 from rankwise.evaluation.protocols import read_judging_text
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.recipe import Recipe, pairs
-from rankwise.run_folder import RunFolder, digest
+from rankwise.run_folder import RunFolder, digest, write_whole
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
@@ -101,7 +101,7 @@ def hold_contest(
     results = []
     for metric in metrics:
         here = stages.in_metric(run, metric)
-        student = stages.student_of(here, stages.decompose_all(here, statistics, metric))
+        student = stages.student_of(here, stages.decompose_all(here, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
             for rate, budget in budgets[metric].items():
                 chosen = stages.allocate(here, student, metric, method.allocator, budget)
@@ -126,6 +126,6 @@ def hold_contest(
                     }
                 )
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])
-                output.mkdir(parents=True, exist_ok=True)
-                (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+                text = json.dumps(results, indent=1) + "\n"
+                write_whole(output / RESULTS, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
     return results

@@ -86,8 +86,9 @@ def compress(
     metric_named(metric)
     folder = RunFolder()
     if output is not None:
-        refuse_output(Path(output), overwrite, model)
         folder = RunFolder.beside(Path(output), resume, overwrite)
+        overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
+        refuse_output(Path(output), overwrite, model)
 
     clock = _Clock()
     run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder)
@@ -96,7 +97,7 @@ def compress(
     clock.lap("loading")
     statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
     clock.lap("calibration")
-    student = stages.student_of(run, stages.decompose_all(run, statistics, metric))
+    student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
     clock.lap("decomposition")
     chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
     clock.lap("allocation")
@@ -108,6 +109,7 @@ def compress(
     report = _report(recipe, run, size, comparison, chosen, clock)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
     if output is not None:
+        folder.finish()
         result.save(output, overwrite)
         folder.remove()
     return result
@@ -122,7 +124,9 @@ def _recipe(
     recipe = Recipe.of(rate=rate, calibration=source, allocation=name, **options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
-    return recipe.model_copy(update={"decomposition": recipe.decomposition or allocation.decomposition}), allocation
+    return recipe.model_copy(
+        update={"decomposition": allocation.decomposition if recipe.decomposition is None else recipe.decomposition}
+    ), allocation
 
 
 def _factorise(student: Student, chosen: Allocation, experts: list[str]) -> RankwiseConfig:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from rankwise.errors import RankwiseError
 
+LARGEST = 2**31  # of what is counted out: more would never end
+
 
 class Recipe(BaseModel):
     """What was asked for. Two equal recipes on the same model and text give the same ranks, bit for bit."""
@@ -20,8 +22,12 @@ class Recipe(BaseModel):
     calibration: str = Field("self", description="the text: a file, a folder, a data set's name, self, stdlib:train")
     text_column: str = Field("text", description="the text's field in JSON lines and data sets")
     dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset")
-    samples: PositiveInt | None = Field(None, description="windows of calibration text; by default 262,144 tokens' worth")
-    length: int | None = Field(None, ge=2, description="tokens of a window; by default the model's context, at most 2048")
+    samples: int | None = Field(
+        None, ge=1, le=LARGEST, description="windows of calibration text; by default 262,144 tokens' worth"
+    )
+    length: int | None = Field(
+        None, ge=2, le=LARGEST, description="tokens of a window; by default the model's context, at most 2048"
+    )
     decomposition: str | None = Field(None, description="the metric; by default the allocation's own")
     allocation: str = Field("llrc", description="how ranks are chosen")
     preset: str = Field("default", description="which defaults of the allocation")
@@ -31,7 +37,7 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = Field((), description="matrices to leave dense, likewise")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the model")
     device: str = Field("auto", description="where to compute")
-    seed: int = Field(0, ge=0, description="of everything drawn")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything drawn")
 
     @classmethod
     def of(cls, **fields: Any) -> Self:

@@ -1,7 +1,8 @@
 """Where a run keeps what it has computed, so that it can be killed and resumed.
 
 Every result is a safetensors file named after its stage and the digest of all it was computed from: a changed option leaves
-the results that do not depend on it in use.
+the results that do not depend on it in use. It holds a digest of its own content too: what a crash or a disk has damaged is
+computed again.
 """
 
 from __future__ import annotations
@@ -9,21 +10,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from rankwise.errors import RankwiseError
 
 NOTES = "__notes__"  # plain values, beside tensors that are named after matrices
+logger = logging.getLogger(__name__)
+LOCK, FINISHED = "lock", "finished"
+_locks: dict[Path, IO[str]] = {}  # run folders that this process holds; the system lets go of them when it ends, however it ends
 
 
 def digest(*parts: Any) -> str:
@@ -57,48 +67,107 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
+def _digest_of(tensors: dict[str, Tensor]) -> str:
+    return digest(*(part for item in sorted(tensors.items()) for part in item))
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file beside `file` and put it in its place: after a crash, of the machine too, it is the old or the
+    new one. Raises `RankwiseError` where it cannot be written."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, file)
+        flush(file.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RankwiseError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file, or a folder's list of names, on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Results on disk; with no path, nothing is kept."""
+    """Results on disk; with no path, nothing is kept.
+
+    shared: several processes may use it at once, which at worst compute the same twice.
+    """
 
     path: Path | None = None
+    shared: bool = False
 
     @classmethod
     def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
         """The run folder of an output folder. What it holds is used where it fits, whoever computed it.
 
-        Raises `RankwiseError` where an interrupted run is there, which may still be running, and neither flag was given.
+        Raises `RankwiseError` where an interrupted run is there and neither flag was given, and where it is still running.
         """
-        path = output.resolve().with_name(output.resolve().name + ".run")
-        if path.exists() and not (resume or overwrite):
-            raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume), or overwrite it (--overwrite)")
+        path = Path(os.path.realpath(output) + ".run")
+        if os.path.exists(path):
+            if not (resume or overwrite):
+                raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume), or overwrite it (--overwrite)")
+            cls(path).hold()
         return cls(path)
+
+    def hold(self) -> None:
+        """Keep other processes out until this one has removed the folder, or ends. Raises `RankwiseError` where one is in it."""
+        if self.path is None or self.shared or self.path in _locks or fcntl is None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / LOCK, "a")  # noqa: SIM115  open for as long as it is held
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RankwiseError(f"another run is at work in {self.path}: wait for it, or name another output") from None
+        except OSError as error:
+            raise RankwiseError(f"cannot write {self.path}: {error.strerror}") from None
+        _locks[self.path] = lock
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came so far that its result may be in place, and only this folder is left to be removed."""
+        return self.path is not None and (self.path / FINISHED).exists()
+
+    def finish(self) -> None:
+        """Note that from here on the result may be in place."""
+        if self.path is not None:
+            write_whole(self.path / FINISHED, Path.touch)
 
     def cached(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of `stage` for `key`: read where they are whole on disk, else computed and written atomically.
 
         Either way they are contiguous: another layout would be multiplied in another order, to other last bits. Raises
-        `RankwiseError` where they cannot be written.
+        `RankwiseError` where they cannot be written, and where another process is at work in the folder.
         """
         if self.path is None:
             return _contiguous(compute())
+        self.hold()
         file = self.path / f"{stage}-{key}.safetensors"
         if file.exists():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
-            except SafetensorError:
-                file.unlink(missing_ok=True)  # cut short by a full disk or a crash of the machine
-        tensors = _contiguous(compute())
-        temporary = file.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same result
+            kept = _read(file)
+            if kept is not None:
+                return kept
+            logger.warning("%s is damaged: it is computed again", file)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.cpu() for name, t in tensors.items()}, temporary)
-            os.replace(temporary, file)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise RankwiseError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
+            tensors = _contiguous(compute())
+        except BaseException:
+            if not self.shared and [file.name for file in self.path.iterdir()] == [LOCK]:
+                self.remove()
+            raise
+        on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
+        write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
         return tensors
 
     def cached_values(self, stage: str, key: str, compute: Callable[[], Any]) -> Any:
@@ -110,6 +179,20 @@ class RunFolder:
         return json.loads(bytes(self.cached(stage, key, as_bytes)[NOTES].tolist()))
 
     def remove(self) -> None:
-        """Forget the run."""
+        """Forget the run, and let others in."""
         if self.path is not None and self.path.exists():
             shutil.rmtree(self.path)
+            flush(self.path.parent)
+            if self.path in _locks:
+                _locks.pop(self.path).close()
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file, or None where it is not as it was written."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+            written = (opened.metadata() or {}).get("digest")
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError):  # a damaged header fails in many ways
+        return None
+    return tensors if written == _digest_of(tensors) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,14 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
     return decompositions
 
 
-def student_of(run: Run, decompositions: dict[str, Decomposition]) -> Student:
-    """The masked model over the run's calibration text."""
-    return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed)
+def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:
+    """The masked model over the run's calibration text; what it measures is kept, so that a killed allocation goes on."""
+
+    def kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        key = digest(run.identity, metric, *parts) if run.folder.path else ""
+        return run.folder.cached(f"measured/{what}", key, compute)
+
+    return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed, kept=kept)
 
 
 def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget) -> Allocation:
@@ -189,9 +194,9 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
-        before, since = dict(student.effort), time.perf_counter()
+        before, since = dict(student.effort), time.perf_counter() - student.spared
         chosen = allocator.allocate(Problem(run.shapes, spectra, budget, student))
-        effort = {"seconds": round(time.perf_counter() - since, 2)}
+        effort = {"seconds": round(time.perf_counter() + student.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
         text = json.dumps({"history": chosen.history, "effort": effort})
         return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)} | {

@@ -55,7 +55,10 @@ def windows_of(
     order = torch.randperm(len(documents), generator=generator).tolist() if samples else range(len(documents))
     ids: list[int] = []
     for index in order:
-        ids += tokenizer(documents[index], verbose=False)["input_ids"]
+        try:
+            ids += tokenizer(documents[index], verbose=False)["input_ids"]
+        except Exception as error:  # the tokenizers library raises plain exceptions
+            raise RankwiseError(f"the tokenizer cannot read the text: {error}") from None
         if samples and len(ids) >= samples * length:
             break
     if len(ids) < length:

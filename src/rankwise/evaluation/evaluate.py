@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from rankwise.calibration.tokens import refuse_foreign, window_length, windows_of
 from rankwise.errors import RankwiseError
@@ -18,7 +17,7 @@ from rankwise.evaluation.protocols import read_judging_text
 from rankwise.evaluation.size import Size
 from rankwise.evaluation.tasks import load_tasks
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
-from rankwise.integration.result import RECIPE, read_ranks, read_shapes
+from rankwise.integration.result import read_ranks, read_recipe, read_shapes
 from rankwise.layers.matrices import unstack_experts
 from rankwise.run_folder import RunFolder, user_cache
 
@@ -59,6 +58,7 @@ def evaluate(
     refuse_compressed(reference, config)
     ranks = read_ranks(Path(path))
     shapes = read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
+    recipe = read_recipe(Path(path))
     tokenizer = load_tokenizer(reference)
     if tokenizer is None:
         raise RankwiseError(f"{reference} has no tokenizer")
@@ -75,7 +75,7 @@ def evaluate(
     for part in windows.values():
         refuse_foreign(dense, part)
     given = tokenised(dense, tokenizer, prompts)
-    pair = Pair(dense, compressed, tokenizer, RunFolder(Path(cache) if cache else user_cache()))
+    pair = Pair(dense, compressed, tokenizer, RunFolder(Path(cache) if cache else user_cache(), shared=True))
     measured = {name: pair.compare(part) for name, part in windows.items()}
     first = windows[texts[0]]
     extra: dict[str, Any] = {"hidden_states": pair.hidden_measures(first)}
@@ -85,15 +85,14 @@ def evaluate(
         extra["tasks"] = pair.tasks(asked)
     unstack_experts(dense)
     size = Size.of(dense, shapes, ranks)
-    recipe = yaml.safe_load((Path(path) / RECIPE).read_text()) if (Path(path) / RECIPE).exists() else {}
     return {
         "reference": str(reference),
-        "rate": recipe.get("rate", size.achieved("linear")),
-        "scope": recipe.get("scope", "linear"),
+        "rate": recipe.rate if recipe else size.achieved("linear"),
+        "scope": recipe.scope if recipe else "linear",
         **size.to_dict(),
         "bytes_on_disk": {"reference": weights_on_disk(Path(reference)), "compressed": weights_on_disk(Path(path))},
         "text": texts[0],
-        "calibration": recipe.get("calibration"),
+        "calibration": recipe.calibration if recipe else None,
         "length": length,
         "stride": length,
         **measured[texts[0]],

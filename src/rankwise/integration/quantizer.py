@@ -21,7 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankwise.layers.experts import stacked_shapes, unstack
+from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 
@@ -48,13 +48,20 @@ class RankwiseConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Raises ValueError for a folder written by a later rankwise, or by nobody."""
         version = config_dict.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
                 f"this folder has rankwise format {version!r}, this rankwise reads {FORMAT_VERSION}: upgrade with pip"
             )
         unknown = set(config_dict) - {"ranks", "experts", "affine", "format_version", "quant_method"}
         if unknown:
             raise ValueError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
+        ranks, experts = config_dict.get("ranks"), config_dict.get("experts", [])
+        if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+            raise ValueError("in quantization_config, ranks is not an object of matrices and their ranks, positive numbers")
+        if not isinstance(experts, list) or not all(isinstance(path, str) for path in experts):
+            raise ValueError("in quantization_config, experts is not a list of paths")
+        if not isinstance(config_dict.get("affine", False), bool):
+            raise ValueError("in quantization_config, affine is neither true nor false")
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -68,17 +75,29 @@ class RankwiseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         for path in config.experts:
-            unstack(_submodule(model, path))
+            module = _submodule(model, path)
+            if not is_stacked(module):
+                raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
+            unstack(module)
         for path, rank in config.ranks.items():
             linear = _submodule(model, path)
             if not is_linear(linear):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
             (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
+            if rank > min(out_features, in_features):
+                raise ValueError(f"the folder has rank {rank:,} for {path!r}, which is {out_features} x {in_features}")
             dtype = weight_of(linear).dtype
             model.set_submodule(path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype))
         ignored: Any = model._keys_to_ignore_on_load_unexpected
         expected = (f"^{re.escape(name)}$" for name in guards(model, config))
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for path in self.quantization_config.ranks:
+            for name, parameter in model.get_submodule(path).named_parameters():
+                if not getattr(parameter, "_is_hf_initialized", False):  # transformers warns, and goes on with random values
+                    raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.allocation.plan import write_ranks
 from rankwise.errors import RankwiseError
-from rankwise.integration.checkpoint import load_config, quantization_of, skeleton, written_whole
+from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
+from rankwise.integration.files import read_json, reason, refuse_odd_files
 from rankwise.layers.linear import is_linear
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.recipe import Recipe
@@ -45,12 +47,10 @@ def write_result(
 def read_ranks(folder: Path) -> dict[str, int | None]:
     """The ranks of a result folder. Raises `RankwiseError` where they are missing, no ranks, or not those of its weights."""
     file = folder / RANKS
-    try:
-        ranks = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise RankwiseError(f"{folder} has no {RANKS}: it was not written by rankwise") from None
-    except (OSError, ValueError) as error:
-        raise RankwiseError(f"{file} cannot be read: {error}") from None
+    refuse_odd_files(folder)
+    if not os.path.exists(file):
+        raise RankwiseError(f"{folder} has no {RANKS}: it was not written by rankwise")
+    ranks = read_json(file)
     good = isinstance(ranks, dict) and all(r is None or (type(r) is int and r > 0) for r in ranks.values())
     if not good:
         raise RankwiseError(f"{file} is not an object of matrices and their ranks (a positive number, or null for dense)")
@@ -63,9 +63,28 @@ def read_ranks(folder: Path) -> dict[str, int | None]:
     return ranks
 
 
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a result folder, or None where it has none. Raises `RankwiseError` for one that is none."""
+    file = folder / RECIPE
+    if not os.path.exists(file):
+        return None
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RankwiseError(f"{file} cannot be read: {reason(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RankwiseError(f"{file} is not a list of options and their values")
+    try:
+        return Recipe.of(**content)
+    except RankwiseError as error:
+        raise RankwiseError(f"{file}: {error}") from None
+
+
 def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shape]:
-    """The shape of every matrix in `ranks`. Raises `RankwiseError` for one that the model does not have."""
+    """The shape of every matrix in `ranks`. Raises `RankwiseError` for one that the model does not have, and where the
+    weights in the folder are not those that its config describes."""
     config = load_config(folder)
+    refuse_foreign(folder, config)
     model, affine = skeleton(config), quantization_of(config).get("affine", False)
     unstack_experts(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
