@@ -100,7 +100,10 @@ def flush(path: Path) -> None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Results on disk; with no path, nothing is kept. One process at a time, unless it is `shared`."""
+    """Results on disk; with no path, nothing is kept.
+
+    shared: several processes may use it at once, which at worst compute the same twice.
+    """
 
     path: Path | None = None
     shared: bool = False
@@ -160,7 +163,7 @@ class RunFolder:
         try:
             tensors = _contiguous(compute())
         except BaseException:
-            if [file.name for file in self.path.iterdir()] == [LOCK]:
+            if not self.shared and [file.name for file in self.path.iterdir()] == [LOCK]:
                 self.remove()
             raise
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}

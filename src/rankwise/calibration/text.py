@@ -24,8 +24,7 @@ def read_documents(source: str, column: str = "text", dataset_options: Mapping[s
         `datasets.load_dataset` with `dataset_options`.
     Raises `RankwiseError` where there is no such text, or it is empty.
     """
-    rows = read_rows(source, column, dataset_options)
-    documents = [d.encode(errors="replace").decode() for d in rows if d.strip()]  # JSON may write half a character
+    documents = [d for d in read_rows(source, column, dataset_options) if d.strip()]
     if not documents:
         raise RankwiseError(f"the text {source!r} is empty")
     return documents
@@ -34,15 +33,17 @@ def read_documents(source: str, column: str = "text", dataset_options: Mapping[s
 def read_rows(source: str, column: str = "text", dataset_options: Mapping[str, str] | None = None) -> list[str]:
     """As `read_documents`, blank ones included."""
     if source in ("stdlib:train", "stdlib:held-out"):
-        return bundled.standard_library("train" if source.endswith("train") else "held-out")
-    if os.path.isdir(source):
+        rows = bundled.standard_library("train" if source.endswith("train") else "held-out")
+    elif os.path.isdir(source):
         files = sorted(p for p in Path(source).rglob("*") if p.is_file() and not p.name.startswith("."))
-        return list(itertools.chain.from_iterable(_read_file(p, column) for p in files))
-    if os.path.isfile(source):
-        return _read_file(Path(source), column)
-    if Path(source).suffix in {*JSON_LINES, ".txt", ".md", ".raw"} or source.startswith((".", "/", "~")):
+        rows = list(itertools.chain.from_iterable(_read_file(p, column) for p in files))
+    elif os.path.isfile(source):
+        rows = _read_file(Path(source), column)
+    elif Path(source).suffix in {*JSON_LINES, ".txt", ".md", ".raw"} or source.startswith((".", "/", "~")):
         raise RankwiseError(f"no such text: {source!r} is neither a file nor a folder")
-    return _load_dataset(source, column, dict(dataset_options or {}))
+    else:
+        rows = _load_dataset(source, column, dict(dataset_options or {}))
+    return [row.encode(errors="replace").decode() for row in rows]  # JSON may write half a character
 
 
 def _read_file(path: Path, column: str) -> list[str]:
