@@ -319,7 +319,7 @@ def test_losses_of_value_training_are_told() -> None:
     losses: list[float] = []
     train_values(student, masks, ValueTraining(steps=30), losses)
     assert len(losses) == 30
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-10:]) < sum(losses[:10])  # ten batches: the same text at the end as at the start
 
 
 def test_places() -> None:

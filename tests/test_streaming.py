@@ -28,8 +28,10 @@ DECODERS = ["llama", "llama-gqa-tied", "mistral", "qwen2", "qwen3", "gemma3", "p
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    """The files that must be the same: all but the recipe, the report, which has times, and the card, which has its figures."""
-    files = {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in ("recipe.yaml", "report.json", "README.md")}
+    """The files that must be the same: all but the recipe, the report and its page, which have times, and the card, which has
+    figures."""
+    other = ("recipe.yaml", "report.json", "report.html", "README.md")
+    files = {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in other}
     assert "config.json" in files
     assert any(name.endswith(".safetensors") for name in files)
     return files

@@ -179,7 +179,7 @@ def _compress_streamed(
     size = Size.of(run.model, run.shapes, chosen.ranks)
     report = _report(recipe, run, size, comparison, chosen, clock)
     with saving_from(streaming.factorise(stream, student, chosen)):
-        files = to_look_at(Path(output).name, report, {})
+        files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
         write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
     folder.remove()
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)

@@ -8,7 +8,7 @@ import torch
 
 from rankwise.calibration.signal import divergence, signal_of
 from rankwise.calibration.tokens import Batch
-from rankwise.masks.student import Masks, Student
+from rankwise.masks.student import Masks, Student, is_whole
 from rankwise.progress import progress
 
 TOKENS = 2**18  # through the model, all matrices together: as many as one pass over the calibration text
@@ -21,7 +21,7 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
 
     Of `batches` only the first tokens are read: 262,144 shared among the matrices, but from 128 to 4096 for each.
     """
-    names = [name for name, mask in masks.items() if mask is not None]
+    names = [name for name, mask in masks.items() if not is_whole(mask)]
     few = first_tokens(batches, min(MOST, max(LEAST, TOKENS // max(len(names), 1))))
     totals, tokens = dict.fromkeys(names, 0.0), 0
     with student.frozen():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rankwise.decomposition.solver import Decomposition
-from rankwise.masks.student import Masks
+from rankwise.masks.student import Masks, is_whole
 
 POINTS = 48
 
@@ -19,7 +19,7 @@ def thinned_spectra(decompositions: Mapping[str, Decomposition], masks: Masks) -
     spectra = {}
     for name, decomposition in decompositions.items():
         values, mask = decomposition.spectrum.double().cpu(), masks[name]
-        kept = None if mask is None else mask.nonzero().squeeze(-1)
+        kept = None if mask is None or is_whole(mask) else mask.nonzero().squeeze(-1)
         rank = None if kept is None else len(kept)
         at = set(torch.linspace(0, len(values) - 1, min(POINTS, len(values))).round().long().tolist())
         at |= {rank - 1} if rank else set()

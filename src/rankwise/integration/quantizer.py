@@ -98,7 +98,8 @@ class RankwiseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for path in self.quantization_config.ranks:
             for name, parameter in model.get_submodule(path).named_parameters():
-                if not getattr(parameter, "_is_hf_initialized", False):  # transformers warns, and goes on with random values
+                absent = not getattr(parameter, "_is_hf_initialized", False)  # transformers warns, and goes on with random values
+                if absent and not parameter.is_meta:  # what is offloaded is still on its way
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
         model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
         return model
