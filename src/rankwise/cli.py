@@ -72,7 +72,11 @@ def compress(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compress MODEL and write a folder that transformers loads like any other."""
+    """Compress MODEL and write a folder that transformers loads like any other.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m rankwise compress ...) its processes share the work.
+    """
+    from rankwise import distributed
     from rankwise.pipeline import compress
 
     try:
@@ -103,6 +107,8 @@ def compress(
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
+    if distributed.rank() > 0:
+        return
     if as_json:
         print(json.dumps(result.report))
         return
@@ -269,13 +275,24 @@ def _names(text: str) -> list[str]:
 def main() -> None:
     """The entry point: what users can put right ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    others = os.environ.get("RANK", "0") != "0"  # of several processes, the first alone shows how far it is
+    if others:
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
     except RankwiseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not others or _joined():
+            print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def _joined() -> bool:
+    """Whether this process works with others: what is wrong before that is wrong with all, and the first one says it."""
+    from rankwise import distributed
+
+    return distributed.joined()
 
 
 if __name__ == "__main__":

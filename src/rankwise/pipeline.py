@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, stages
+from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Budget, Ranks
 from rankwise.allocation.problem import Allocation
@@ -108,7 +108,7 @@ def compress(
     attach(run.model, _factorise(student, chosen, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
-    if output is not None:
+    if output is not None and distributed.rank() == 0:
         folder.finish()
         result.save(output, overwrite)
         folder.remove()

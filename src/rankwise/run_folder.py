@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from rankwise import distributed
 from rankwise.errors import RankwiseError
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class RunFolder:
         Raises `RankwiseError` where an interrupted run is there and neither flag was given, and where it is still running.
         """
         path = Path(os.path.realpath(output) + ".run")
-        if os.path.exists(path):
+        if distributed.rank() == 0 and os.path.exists(path):
             if not (resume or overwrite):
                 raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume), or overwrite it (--overwrite)")
             cls(path).hold()
@@ -111,7 +112,7 @@ class RunFolder:
 
     def hold(self) -> None:
         """Keep other processes out until this one has removed the folder, or ends. Raises `RankwiseError` where one is in it."""
-        if self.path is None or self.path in _locks or fcntl is None:
+        if self.path is None or self.path in _locks or fcntl is None or distributed.rank() > 0:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -158,9 +159,23 @@ class RunFolder:
         write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
         return tensors
 
+    def shared(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As `cached`, for all processes of a run at once: all compute where the first finds nothing, and go on with what it
+        has written."""
+        if self.path is None or distributed.size() == 1:
+            return self.cached(stage, key, compute)
+        file = self.path / f"{stage}-{key}.safetensors"
+        tensors: dict[str, Tensor] | None = None
+        if not distributed.first_ones(file.exists() and _read(file) is not None):
+            tensors = compute()
+        if distributed.rank() == 0:
+            self.cached(stage, key, lambda: tensors or {})
+        distributed.wait()
+        return self.cached(stage, key, lambda: tensors or {})
+
     def remove(self) -> None:
         """Forget the run, and let others in."""
-        if self.path is not None and self.path.exists():
+        if self.path is not None and self.path.exists() and distributed.rank() == 0:
             shutil.rmtree(self.path)
             flush(self.path.parent)
             if self.path in _locks:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled
+from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation, Problem
@@ -124,7 +124,7 @@ def _data(
     if calibration == "self":
         key = digest(identity, length, samples, recipe.seed)
         with frozen(model):
-            written = folder.cached("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
+            written = folder.shared("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
         return Data.of_windows(model, written["windows"])
     documents: Any = calibration
     if documents and isinstance(documents[0], str):
@@ -138,7 +138,7 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
     """The moments that `needs` names. Matrices that the text does not reach are left dense from here on."""
     if not needs:
         return Statistics({name: name for name in run.shapes}, {name: Moments() for name in run.shapes})
-    saved = run.folder.cached(
+    saved = run.folder.shared(
         "statistics",
         digest(run.identity, *run.shapes, *sorted(needs)),
         lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors(),
@@ -153,19 +153,24 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
     roots, key = metric_named(metric).roots, digest(run.identity, metric)
-    decompositions = {}
-    for name in tqdm(run.shapes, desc="decomposing"):
+
+    def decomposed(name: str) -> Decomposition:
         weight = weight_of(run.model.get_submodule(name))
 
-        def compute(name: str = name, weight: Tensor = weight) -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
             return vars(decompose(weight, *roots(statistics.of(name))).to(dtype=weight.dtype))
 
         try:
             saved = run.folder.cached(f"decomposition/{metric}/{name}", key, compute)
         except RankwiseError as error:
             raise RankwiseError(f"{name}: {error}") from None
-        decompositions[name] = Decomposition(**saved).to(weight.device)
-    return decompositions
+        return Decomposition(**saved).to(weight.device)
+
+    if run.folder.path is not None and distributed.size() > 1:  # each process its part; the others read it
+        for name in tqdm(distributed.dealt(list(run.shapes)), desc="decomposing"):
+            decomposed(name)
+        distributed.wait()
+    return {name: decomposed(name) for name in tqdm(run.shapes, desc="decomposing")}
 
 
 def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:
@@ -173,7 +178,7 @@ def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) 
 
     def kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         key = digest(run.identity, metric, *parts) if run.folder.path else ""
-        return run.folder.cached(f"measured/{what}", key, compute)
+        return run.folder.shared(f"measured/{what}", key, compute)
 
     return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed, kept=kept)
 
@@ -192,7 +197,7 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
             name: mask for name, mask in chosen.masks.items() if mask is not None
         }
 
-    saved = run.folder.cached("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
+    saved = run.folder.shared("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankwise.calibration.signal import frozen, sampled_loss, signal_of, token_mask
+from rankwise import distributed
+from rankwise.calibration.signal import frozen, sampled_loss, signal_of, skip_labels, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 
@@ -130,14 +131,20 @@ def collect(
                 see_out = _output_hook(statistics.matrices[name], state, needs)
                 stack.enter_context(_removed(module.register_forward_hook(see_out)))
         with torch.set_grad_enabled(backward):
-            for batch in tqdm(batches, desc="calibrating"):
+            for number, batch in enumerate(tqdm(batches, desc="calibrating")):
+                if number % distributed.size() != distributed.rank():
+                    skip_labels(batch, generator)
+                    continue
                 state["mask"] = token_mask(batch)
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
                 if backward:
                     sampled_loss(signal, generator).backward()
-    for path, moments in (*statistics.sites.items(), *statistics.matrices.items()):
+    groups = (*statistics.sites.items(), *statistics.matrices.items())
+    for _, moments in groups:
+        _add_up(moments)
+    for path, moments in groups:
         if not all(torch.isfinite(value).all() for value in vars(moments).values() if isinstance(value, Tensor)):
             raise RankwiseError(
                 f"{path}: activations or gradients on the calibration text are not finite, or their squares are not"
@@ -159,6 +166,17 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part.double() if total is None else total.add_(part)
+
+
+def _add_up(moments: Moments) -> None:
+    """The sums of all processes, also where this one has seen no token."""
+    parts = distributed.everyones({name: getattr(value, "shape", value) for name, value in vars(moments).items()})
+    moments.count = sum(part["count"] for part in parts)
+    for name in ("second", "absolute", "output", "fisher"):
+        shape = next((part[name] for part in parts if part[name] is not None), None)
+        if shape is not None and len(parts) > 1:
+            own = getattr(moments, name)
+            setattr(moments, name, distributed.add_up(torch.zeros(shape, dtype=torch.float64) if own is None else own))
 
 
 def _input_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Collection[str]) -> Callable[..., None]:

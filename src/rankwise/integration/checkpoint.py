@@ -188,8 +188,11 @@ def resolve_device(device: str) -> torch.device:
     """Raises `RankwiseError` for a device that torch does not have, and for "meta", which holds no values."""
     if device.startswith("meta"):
         raise RankwiseError(f"device {device!r} cannot be used: it computes nothing")
+    if device == "auto" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # as torchrun numbers the processes of a machine
+        return torch.device("cuda", torch.cuda.current_device())
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         torch.empty(0, device=device)
         return torch.device(device)
