@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from rankwise.errors import RankwiseError
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
+PATIENCE = 3  # seconds that other processes leave the first one to say what is wrong with all: with it torchrun ends them too
 
 app = typer.Typer(
     name="rankwise",
@@ -283,16 +285,12 @@ def main() -> None:
     except UsageError as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
     except RankwiseError as error:
-        if not others or _joined():
+        if others:
+            time.sleep(PATIENCE)
+            print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
+        else:
             print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-
-
-def _joined() -> bool:
-    """Whether this process works with others: what is wrong before that is wrong with all, and the first one says it."""
-    from rankwise import distributed
-
-    return distributed.joined()
 
 
 if __name__ == "__main__":

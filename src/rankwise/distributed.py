@@ -31,18 +31,13 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def joined() -> bool:
-    """Whether this process has begun to work with others."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def _together(work: Callable[..., T]) -> Callable[..., T]:
     """`work` as a collective operation. Raises `RankwiseError` where another process has died."""
 
     @functools.wraps(work)
     def act(*arguments: Any) -> T:
         try:
-            if not joined():
+            if not dist.is_initialized():
                 dist.init_process_group()
                 atexit.register(dist.destroy_process_group)
             return work(*arguments)

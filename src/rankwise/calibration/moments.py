@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankwise import distributed
-from rankwise.calibration.signal import frozen, sampled_loss, signal_of, skip_labels, token_mask
+from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, skip_labels, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 
@@ -143,7 +143,7 @@ def collect(
                     sampled_loss(signal, generator).backward()
     groups = (*statistics.sites.items(), *statistics.matrices.items())
     for _, moments in groups:
-        _add_up(moments)
+        _add_up(moments, device_of(model))
     for path, moments in groups:
         if not all(torch.isfinite(value).all() for value in vars(moments).values() if isinstance(value, Tensor)):
             raise RankwiseError(
@@ -168,7 +168,7 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part.double() if total is None else total.add_(part)
 
 
-def _add_up(moments: Moments) -> None:
+def _add_up(moments: Moments, device: torch.device) -> None:
     """The sums of all processes, also where this one has seen no token."""
     parts = distributed.everyones({name: getattr(value, "shape", value) for name, value in vars(moments).items()})
     moments.count = sum(part["count"] for part in parts)
@@ -176,7 +176,8 @@ def _add_up(moments: Moments) -> None:
         shape = next((part[name] for part in parts if part[name] is not None), None)
         if shape is not None and len(parts) > 1:
             own = getattr(moments, name)
-            setattr(moments, name, distributed.add_up(torch.zeros(shape, dtype=torch.float64) if own is None else own))
+            own = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
+            setattr(moments, name, distributed.add_up(own))
 
 
 def _input_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Collection[str]) -> Callable[..., None]:

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rankwise import distributed
 from rankwise.errors import RankwiseError
 from rankwise.integration.files import judge_config, read_json, reason, refuse_foreign_weights, refuse_odd_files
 from rankwise.integration.quantizer import METHOD, RankwiseConfig, RankwiseQuantizer
@@ -188,11 +189,10 @@ def resolve_device(device: str) -> torch.device:
     """Raises `RankwiseError` for a device that torch does not have, and for "meta", which holds no values."""
     if device.startswith("meta"):
         raise RankwiseError(f"device {device!r} cannot be used: it computes nothing")
-    if device == "auto" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # as torchrun numbers the processes of a machine
-        return torch.device("cuda", torch.cuda.current_device())
-    if device == "auto":
+    if device == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
+    if device == "auto":
+        device = "cuda" if distributed.size() == 1 else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # as torchrun numbers them
     try:
         torch.empty(0, device=device)
         return torch.device(device)
