@@ -80,6 +80,7 @@ def compress(
     """
     from rankwise import distributed
     from rankwise.pipeline import compress
+    from rankwise.recipe import pairs
 
     try:
         with _silent(as_json):
@@ -96,12 +97,12 @@ def compress(
                 decomposition=decomposition,
                 allocation=allocation,
                 preset=preset,
-                options=_pairs(option),
+                options=pairs(option),
                 rank_multiple=rank_multiple,
                 include=tuple(include or ()),
                 exclude=tuple(exclude or ()),
                 text_column=text_column,
-                dataset_options=_pairs(dataset_option),
+                dataset_options=pairs(dataset_option),
                 dtype=dtype,
                 device=device,
                 seed=seed,
@@ -137,6 +138,7 @@ def evaluate(
     """Measure what compression cost: perplexity, KL, agreement, size; original and compressed on the same tokens."""
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
+    from rankwise.recipe import pairs
 
     with _silent(as_json):
         report = evaluate(
@@ -147,7 +149,7 @@ def evaluate(
             samples=samples,
             seed=seed,
             text_column=text_column,
-            dataset_options=_pairs(dataset_option),
+            dataset_options=pairs(dataset_option),
             dtype=dtype,
             device=device,
         )
@@ -165,7 +167,9 @@ def compare(
     rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
     text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the picture.")] = Path("contest"),
-    allocations: Annotated[str, typer.Option(help="With commas between: llrc, llrc:paper, ... (default: all).")] = "",
+    allocations: Annotated[
+        str, typer.Option(help="With commas between, options after spaces: 'llrc, kl-knapsack points=3' (default: all).")
+    ] = "",
     decompositions: Annotated[str, typer.Option(help="With commas between (default: each allocation's own).")] = "",
     calibration: Annotated[str | None, typer.Option(help="The calibration text, as of compress.")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
@@ -256,17 +260,6 @@ def _silent(as_json: bool) -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _pairs(items: list[str] | None) -> dict[str, Any]:
-    """KEY=VALUE strings as a dict."""
-    pairs = {}
-    for item in items or []:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise RankwiseError(f"{item!r} is not KEY=VALUE")
-        pairs[key] = value
-    return pairs
 
 
 def _names(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import Allocator, allocator_named
-from rankwise.allocation.plan import Budget, Ranks
+from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.compare import Comparison
@@ -21,8 +21,7 @@ from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.quantizer import RankwiseConfig, attach
 from rankwise.integration.result import write_result
 from rankwise.layers.experts import restack
-from rankwise.layers.linear import bias_of
-from rankwise.masks.student import Student, factorised
+from rankwise.masks.student import Student, folded
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
@@ -93,18 +92,19 @@ def compress(
 
     clock = _Clock()
     run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder)
+    run = stages.in_metric(run, metric)
+    stages.budget_of(run, recipe, recipe.rate)  # that there is one, before the long work
     clock.lap("loading")
     statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
     clock.lap("calibration")
     student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
     clock.lap("decomposition")
-    budget = Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
-    chosen = stages.allocate(run, student, metric, allocator, budget)
+    chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
     clock.lap("allocation")
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
 
-    size = Size.of(run.model, chosen.ranks)
+    size = Size.of(run.model, run.shapes, chosen.ranks)
     attach(run.model, _factorise(student, chosen, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
@@ -130,16 +130,17 @@ def _recipe(
 
 
 def _factorise(student: Student, chosen: Allocation, experts: list[str]) -> RankwiseConfig:
-    """Put the low-rank layers into the model for good; experts that are all left dense are stacked again."""
+    """Put the chosen layers into the model for good; experts that are all left dense are stacked again."""
     for name, mask in chosen.masks.items():
         if mask is not None:
-            bias = bias_of(student.model.get_submodule(name))
-            student.model.set_submodule(name, factorised(student.decompositions[name], mask, bias))
+            linear = student.model.get_submodule(name)
+            student.model.set_submodule(name, folded(linear, student.decompositions[name], mask))
     ranks = {n: r for n, r in chosen.ranks.items() if r is not None}
     kept = [path for path in experts if any(n.startswith(f"{path}.") for n in ranks)]
     for path in set(experts) - set(kept):
         restack(student.model.get_submodule(path))
-    return RankwiseConfig(ranks=ranks, experts=kept)
+    affine = any(d.centre is not None for d in student.decompositions.values())
+    return RankwiseConfig(ranks=ranks, experts=kept, affine=affine)
 
 
 def _report(

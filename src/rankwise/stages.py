@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import device_of, frozen, values_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, default_samples, sampled_windows, window_length, windows_of
-from rankwise.decomposition.metric import metric_named
-from rankwise.decomposition.solver import Decomposition, decompose
+from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
+from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
 from rankwise.integration.checkpoint import (
@@ -37,7 +37,7 @@ from rankwise.integration.checkpoint import (
 from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
-from rankwise.masks.student import Student
+from rankwise.masks.student import Student, is_whole
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest, fingerprint
 
@@ -150,15 +150,27 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
     return statistics
 
 
+def in_metric(run: Run, metric: str) -> Run:
+    """The run with the shapes that matrices have in the named metric: affine factors bring a bias."""
+    affine = is_affine(metric_named(metric))
+    return replace(run, shapes={name: Shape.of(run.model.get_submodule(name), affine) for name in run.shapes})
+
+
+def budget_of(run: Run, recipe: Recipe, rate: float) -> Budget:
+    """What `rate` leaves to spend. Raises `RankwiseError` for a rate that cannot be reached."""
+    return Budget.of(run.shapes, rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
+
+
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
-    roots, key = metric_named(metric).roots, digest(run.identity, metric)
+    chosen, key = metric_named(metric), digest(run.identity, metric)
 
     def decomposed(name: str) -> Decomposition:
         weight = weight_of(run.model.get_submodule(name))
 
         def compute() -> dict[str, Tensor]:
-            return vars(decompose(weight, *roots(statistics.of(name))).to(dtype=weight.dtype))
+            d = decompose_in(chosen, weight, statistics.of(name)).to(dtype=weight.dtype)
+            return {name: value for name, value in vars(d).items() if value is not None}
 
         try:
             saved = run.folder.cached(f"decomposition/{metric}/{name}", key, compute)
@@ -188,9 +200,9 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
-        before, since = dict(student.effort), time.perf_counter()
+        before, since = dict(student.effort), time.perf_counter() - student.spared
         chosen = allocator.allocate(Problem(run.shapes, spectra, budget, student))
-        effort = {"seconds": round(time.perf_counter() - since, 2)}
+        effort = {"seconds": round(time.perf_counter() + student.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
         text = json.dumps({"history": chosen.history, "effort": effort})
         return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)} | {
@@ -199,7 +211,7 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
 
     saved = run.folder.shared("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
-    ranks = {name: None if mask is None else int(mask.count_nonzero()) for name, mask in masks.items()}
+    ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))
 
 

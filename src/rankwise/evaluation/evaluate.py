@@ -41,7 +41,7 @@ def evaluate(
     config = load_config(reference)
     refuse_compressed(reference, config)
     ranks = read_ranks(Path(path))
-    read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
+    shapes = read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
     recipe = read_recipe(Path(path))
     tokenizer = load_tokenizer(reference)
     if tokenizer is None:
@@ -61,7 +61,7 @@ def evaluate(
             dense.can_generate(),
         )
     unstack_experts(dense)
-    size = Size.of(dense, ranks)
+    size = Size.of(dense, shapes, ranks)
     return {
         "reference": str(reference),
         "rate": recipe.rate if recipe else size.achieved("linear"),

@@ -35,10 +35,12 @@ class RankwiseConfig(QuantizationConfigMixin):
 
     ranks: path of each factorised linear layer -> its rank.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
+    affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
+    affine: bool = False
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD  # type: ignore[assignment]  # their enumeration is open to any name
 
@@ -50,7 +52,7 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"this folder has rankwise format {version!r}, this rankwise reads {FORMAT_VERSION}: upgrade with pip"
             )
-        unknown = set(config_dict) - {"ranks", "experts", "format_version", "quant_method"}
+        unknown = set(config_dict) - {"ranks", "experts", "affine", "format_version", "quant_method"}
         if unknown:
             raise ValueError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
         ranks, experts = config_dict.get("ranks"), config_dict.get("experts", [])
@@ -58,6 +60,8 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError("in quantization_config, ranks is not an object of matrices and their ranks, positive numbers")
         if not isinstance(experts, list) or not all(isinstance(path, str) for path in experts):
             raise ValueError("in quantization_config, experts is not a list of paths")
+        if not isinstance(config_dict.get("affine", False), bool):
+            raise ValueError("in quantization_config, affine is neither true nor false")
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -79,7 +83,7 @@ class RankwiseQuantizer(HfQuantizer):
             linear = _submodule(model, path)
             if not is_linear(linear):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
-            (out_features, in_features), bias = weight_of(linear).shape, bias_of(linear) is not None
+            (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
             if rank > min(out_features, in_features):
                 raise ValueError(f"the folder has rank {rank:,} for {path!r}, which is {out_features} x {in_features}")
             dtype = weight_of(linear).dtype

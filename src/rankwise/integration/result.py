@@ -16,7 +16,7 @@ from rankwise.allocation.plan import write_ranks
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
 from rankwise.integration.files import read_json, reason, refuse_odd_files
-from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.linear import is_linear
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.recipe import Recipe
 
@@ -85,13 +85,13 @@ def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shap
     weights in the folder are not those that its config describes."""
     config = load_config(folder)
     refuse_foreign(folder, config)
-    model = skeleton(config)
+    model, affine = skeleton(config), quantization_of(config).get("affine", False)
     unstack_experts(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     unknown = sorted(ranks.keys() - linear.keys())
     if unknown:
         raise RankwiseError(f"{folder / RANKS} has a rank for {unknown[0]}, a matrix that {type(model).__name__} does not have")
-    return {name: Shape(*weight_of(linear[name]).shape) for name in ranks}
+    return {name: Shape.of(linear[name], affine) for name in ranks}
 
 
 def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -> ModelCard:

@@ -1,11 +1,13 @@
 """The student: the model with a mask over the singular components of every matrix, judged against the model as it was.
 
-Legend: one mask per matrix, [k] float32, one weight per component; 0 drops it. A matrix without a mask is dense.
+Legend: one mask per matrix, [k] float32, one weight per component; 0 drops it. A matrix without a mask is dense; so is one
+whose mask drops nothing: its components are weighted, and it is stored as one matrix.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from rankwise import distributed
 from rankwise.calibration.signal import (
@@ -30,7 +33,7 @@ from rankwise.calibration.signal import (
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
-from rankwise.layers.linear import bias_of, swapped
+from rankwise.layers.linear import bias_of, dense_linear, swapped, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 
 Masks = dict[str, Tensor | None]
@@ -40,11 +43,12 @@ TEACHER_BYTES = 2**30  # the teacher's signals are kept below this size, and rec
 
 
 class MaskedLinear(nn.Module):
-    """y = B (mask * A x) + bias, for B [m, k], A [k, n] and mask [k]."""
+    """y = B (mask * A x) + bias, for B [m, k], A [k, n] and mask [k]; affine factors keep their centre c [k] instead of 0:
+    y = B (mask * (A x - c) + c) + bias."""
 
-    def __init__(self, second: Tensor, first: Tensor, bias: Tensor | None, mask: Tensor) -> None:
+    def __init__(self, second: Tensor, first: Tensor, bias: Tensor | None, mask: Tensor, centre: Tensor | None = None) -> None:
         super().__init__()
-        self.second, self.first, self.bias, self.mask = second, first, bias, mask
+        self.second, self.first, self.bias, self.mask, self.centre = second, first, bias, mask, centre
         self.on_gradient: Callable[[Tensor], None] | None = None
 
     @property
@@ -58,7 +62,9 @@ class MaskedLinear(nn.Module):
         if self.on_gradient is not None:  # one mask per sequence, so that each shows its own gradient
             mask = mask.expand(len(x) if x.ndim == 3 else 1, *[1] * (x.ndim - 2), -1)
             mask.register_hook(self.on_gradient)
-        return F.linear(F.linear(x, self.first) * mask, self.second, self.bias)
+        z = F.linear(x, self.first)
+        z = z * mask if self.centre is None else torch.lerp(self.centre, z, mask)
+        return F.linear(z, self.second, self.bias)
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:
@@ -78,16 +84,57 @@ def _mean_gradients(layers: Mapping[str, MaskedLinear], tokens: int) -> dict[str
     }
 
 
+class WeightedLinear(nn.Module):
+    """y = W x + B ((mask - 1) * A x) + bias: a dense matrix [m, n] with its components weighted, W itself where mask [k] is 1."""
+
+    def __init__(self, linear: nn.Module, second: Tensor, first: Tensor, mask: Tensor) -> None:
+        super().__init__()
+        self.linear, self.second, self.first, self.mask = linear, second, first, mask
+
+    @property
+    def weight(self) -> Tensor:
+        """[m, n], computed at each read."""
+        return weight_of(self.linear) + (self.second * (self.mask - 1).to(self.second)) @ self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m]."""
+        y: Tensor = self.linear(x)
+        return y + F.linear(F.linear(x, self.first) * (self.mask - 1).to(x), self.second)
+
+
+def is_whole(mask: Tensor | None) -> bool:
+    """Whether the matrix of this mask stays dense."""
+    return mask is None or bool(mask.all())
+
+
 def hard_mask(rank: int, length: int) -> Tensor:
     """The mask [length] that keeps the first `rank` components."""
     return (torch.arange(length) < rank).float()
 
 
+def add(bias: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Their sum; None counts as zero."""
+    return more if bias is None else bias if more is None else bias + more
+
+
+def folded(linear: nn.Module, decomposition: Decomposition, mask: Tensor) -> nn.Module:
+    """The layer to ship in place of `linear`: of the kept components, the mask's values folded into its first factor; or
+    dense, with the values folded into its weight."""
+    if not is_whole(mask):
+        return factorised(decomposition, mask, bias_of(linear))
+    second, first = decomposition.second.float(), decomposition.first.float()
+    weight = weight_of(linear)
+    change = (second * (mask - 1).to(second)) @ first
+    return dense_linear((weight.float() + change).to(weight.dtype), bias_of(linear), isinstance(linear, Conv1D))
+
+
 def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None) -> LowRankLinear:
-    """The layer of the kept components, the mask's values folded into its first factor."""
+    """The layer of the kept components."""
     kept = mask.nonzero().squeeze(-1).to(decomposition.first.device)
     values = mask.to(decomposition.first)[kept]
-    return LowRankLinear.from_factors(decomposition.second[:, kept], values[:, None] * decomposition.first[kept], bias)
+    return LowRankLinear.from_factors(
+        decomposition.second[:, kept], values[:, None] * decomposition.first[kept], add(bias, decomposition.dropped(mask))
+    )
 
 
 def not_kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -102,6 +149,7 @@ class Student:
     decompositions: matrix -> factors in the model's dtype and on its device.
     training, selection: disjoint batches of calibration text; masks are trained on the one and chosen by the other.
     effort: tokens that went through the student so far, forward and backward.
+    spared: seconds that were not spent, because a measurement was found.
     kept: (what is measured, all that it depends on, a function that measures it) -> the measurement, made now or earlier.
     """
 
@@ -111,6 +159,7 @@ class Student:
     selection: Sequence[Batch]
     seed: int = 0
     effort: dict[str, int] = field(default_factory=lambda: {"forward_tokens": 0, "backward_tokens": 0})
+    spared: float = 0.0
     _signals: dict[int, Signal] = field(default_factory=dict)
     kept: Kept = not_kept
 
@@ -121,7 +170,9 @@ class Student:
     def with_masks(self, masks: Masks) -> AbstractContextManager[None]:
         """The model with the kept components only, as it would be shipped, while inside."""
         modules = {
-            name: factorised(self.decompositions[name], mask, self.bias(name)) for name, mask in masks.items() if mask is not None
+            name: folded(self.model.get_submodule(name), self.decompositions[name], mask)
+            for name, mask in masks.items()
+            if mask is not None
         }
         return swapped(self.model, modules)
 
@@ -134,6 +185,7 @@ class Student:
                 self.decompositions[name].first,
                 self.bias(name),
                 mask.detach().float().to(device).requires_grad_(True),
+                self.decompositions[name].centre,
             )
             for name, mask in masks.items()
         }
@@ -154,15 +206,18 @@ class Student:
         self, what: str, masks: Masks, batches: Sequence[Batch], measure: Callable[[Sequence[Batch]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """`measure` of the batches, or what it found before; the effort it took counts either way."""
-        before = dict(self.effort)
+        before, since = dict(self.effort), time.perf_counter()
 
         def compute() -> dict[str, Tensor]:
             found = measure(batches)
-            return found | {EFFORT: distributed.add_up(torch.tensor([self.effort[name] - before[name] for name in before]))}
+            tokens = distributed.add_up(torch.tensor([self.effort[name] - before[name] for name in before])).tolist()
+            return found | {EFFORT: torch.tensor([*tokens, time.perf_counter() - since], dtype=torch.float64)}
 
         of = (*(part for item in masks.items() for part in item), *(tensor for batch in batches for tensor in batch.values()))
         found = dict(self.kept(what, of, compute))
-        self.effort.update({name: before[name] + more for name, more in zip(before, found.pop(EFFORT).tolist(), strict=True)})
+        *tokens, seconds = found.pop(EFFORT).tolist()
+        self.effort.update({name: before[name] + int(more) for name, more in zip(before, tokens, strict=True)})
+        self.spared += seconds - (time.perf_counter() - since)
         return found
 
     def divergence(self, masks: Masks, batches: Sequence[Batch] | None = None) -> float:
