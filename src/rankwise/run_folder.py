@@ -142,7 +142,8 @@ class RunFolder:
         """
         if self.path is None:
             return _contiguous(compute())
-        self.hold()
+        if self.path.parent.exists():  # else nobody is in it, and should the computation fail, nothing shall be left behind
+            self.hold()
         file = self.path / f"{stage}-{key}.safetensors"
         if file.exists():
             kept = _read(file)
@@ -152,9 +153,10 @@ class RunFolder:
         try:
             tensors = _contiguous(compute())
         except BaseException:
-            if [file.name for file in self.path.iterdir()] == [LOCK]:
+            if self.path in _locks and [file.name for file in self.path.iterdir()] == [LOCK]:
                 self.remove()
             raise
+        self.hold()
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
         write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
         return tensors
