@@ -33,7 +33,7 @@ from rankwise.allocation.uniform import Uniform
 from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.calibration.signal import text_labels
 from rankwise.decomposition.solver import Decomposition, Root, decompose
-from rankwise.layers.linear import swapped
+from rankwise.layers.linear import swapped, weight_of
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.testing.allocators import VOCABULARY, tiny_problem, tiny_student
 
@@ -128,7 +128,7 @@ def test_heavy_tail_reads_the_raw_weights(keep: float) -> None:
     model = nn.ModuleDict({name: nn.Linear(shape.in_features, shape.out_features) for name, shape in SHAPES.items()})
     with torch.no_grad():
         model["a"].weight[:, 0] *= 50  # type: ignore[index, operator, union-attr]
-    problem = problem_of(keep, SimpleNamespace(model=model))
+    problem = problem_of(keep, SimpleNamespace(weight=lambda name: weight_of(model.get_submodule(name))))
     values = {n: np.linalg.svd(model[n].weight.detach().double().numpy(), compute_uv=False) for n in SHAPES}  # type: ignore[operator, union-attr]
     scores = {n: (s - s.min()) / (s.max() - s.min()) for n, s in values.items()}
     answer = HeavyTail().allocate(problem)

@@ -52,7 +52,7 @@ def compress(
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
     scope: Annotated[str, typer.Option(help="What the rate is counted over: linear (the matrices) or model (all).")] = "linear",
     decomposition: Annotated[
-        str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
+        str | None, typer.Option(help="The metric; a wrong name lists all (default: the allocation's own).")
     ] = None,
     allocation: Annotated[str, typer.Option(help="How ranks are chosen; a wrong name lists all.")] = "llrc",
     preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
@@ -69,6 +69,10 @@ def compress(
     dataset_option: DatasetOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the run may take, as 8GB: the model is read block by block, and may be larger than that."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn: same seed, same ranks.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
@@ -105,6 +109,7 @@ def compress(
                 dataset_options=pairs(dataset_option),
                 dtype=dtype,
                 device=device,
+                memory=memory,
                 seed=seed,
             )
     except KeyboardInterrupt:

@@ -14,24 +14,30 @@ from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
+from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison
 from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.size import Size
 from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.quantizer import RankwiseConfig, attach
 from rankwise.integration.result import write_result
+from rankwise.integration.weights import saving_from
 from rankwise.layers.experts import restack
 from rankwise.masks.student import Student, folded
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
+from rankwise.streaming import run as streaming
 
 
 @dataclass
 class Compressed:
-    """What `compress` gives back: the model, one rank (or None: dense) per matrix, and the report as plain values."""
+    """What `compress` gives back: the model, one rank (or None: dense) per matrix, and the report as plain values.
 
-    model: PreTrainedModel
+    With `memory` there is no model: it may be larger than the memory, and is in the output folder.
+    """
+
+    model: PreTrainedModel | None
     ranks: Ranks
     report: dict[str, Any]
     recipe: Recipe
@@ -39,6 +45,8 @@ class Compressed:
 
     def save(self, output: str | Path, overwrite: bool = False) -> None:
         """Write an ordinary Hugging Face folder, whole or not at all. Raises `RankwiseError` where `output` is taken."""
+        if self.model is None:
+            raise RankwiseError("the model was written to the output folder, it is not in memory")
         write_result(Path(output), self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite)
 
 
@@ -90,6 +98,8 @@ def compress(
         overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
         refuse_output(Path(output), overwrite, model)
 
+    if recipe.memory is not None:
+        return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder)
     clock = _Clock()
     run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder)
     run = stages.in_metric(run, metric)
@@ -113,6 +123,40 @@ def compress(
         result.save(output, overwrite)
         folder.remove()
     return result
+
+
+def _compress_streamed(
+    model: str | Path | PreTrainedModel,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    allocator: Allocator,
+    output: str | Path | None,
+    overwrite: bool,
+    folder: RunFolder,
+) -> Compressed:
+    """`compress` with one block in memory at a time; the result is in `output` only."""
+    if distributed.size() > 1:
+        raise RankwiseError("with memory a run has one process: leave out memory, or torchrun")
+    if output is None:
+        raise RankwiseError("with memory the result is written block by block: name an output folder")
+    metric, clock = str(recipe.decomposition), _Clock()
+    stream = streaming.start(model, calibration, tokenizer, recipe, allocator, folder)
+    clock.lap("loading")
+    student = streaming.student_of(stream, streaming.decompose_all(stream, metric))
+    clock.lap("decomposition")
+    run = stream.run
+    chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
+    clock.lap("allocation")
+    comparison = streaming.measure(stream, student, chosen)
+    clock.lap("measuring")
+    size = Size.of(run.model, run.shapes, chosen.ranks)
+    report = _report(recipe, run, size, comparison, chosen, clock)
+    folder.finish()
+    with saving_from(streaming.factorise(stream, student, chosen)):
+        write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite)
+    folder.remove()
+    return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
 
 
 def _recipe(

@@ -85,7 +85,7 @@ def start(
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
         identity = fingerprint(dense) if folder.path else ""
-        data = _data(dense, calibration, tokenizer, recipe, folder, identity)
+        data = read_data(dense, calibration, tokenizer, recipe, folder, identity)
     except RankwiseError:
         for path in experts:
             restack(dense.get_submodule(path))
@@ -109,7 +109,7 @@ def _open(
     return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
 
 
-def _data(
+def read_data(
     model: PreTrainedModel,
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -117,6 +117,7 @@ def _data(
     folder: RunFolder,
     identity: str,
 ) -> Data:
+    """The calibration text as batches of `model`, which may be empty unless it writes the text itself."""
     length = window_length(model, recipe.length)
     samples = recipe.samples or default_samples(length)
     if isinstance(calibration, Tensor):

@@ -60,7 +60,11 @@ def values_of(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
 
 def signal_of(model: nn.Module, batch: Batch) -> Signal:
     """The model's signal over `batch`; labels in the batch are not passed on."""
-    values, categorical = values_of(model, batch)
+    return as_signal(*values_of(model, batch), batch)
+
+
+def as_signal(values: Tensor, categorical: bool, batch: Batch) -> Signal:
+    """What `values_of` gave for `batch`, without padding."""
     mask = token_mask(batch)
     if mask is not None and values.ndim == 3:
         return Signal(values[mask.to(values.device)], categorical)

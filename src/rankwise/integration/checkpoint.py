@@ -41,7 +41,8 @@ def load_config(path: str | Path) -> Any:
     refuse_odd_files(path)
     generation = Path(path, "generation_config.json")
     if os.path.isfile(generation):
-        read_json(generation)  # transformers would go on without it
+        if not isinstance(read_json(generation), dict):  # transformers would go on without it
+            raise RankwiseError(f"{generation} is not an object")
     settings: Any = {}
     try:
         with _quiet():
@@ -57,6 +58,9 @@ def load_config(path: str | Path) -> Any:
             raise RankwiseError(f"cannot load {path}: its config.json: {reason(error)}") from None
         message = f"no such model: {str(path)!r} is neither a model folder nor a model's name ({reason(error)})"
         raise RankwiseError(message) from None
+    dtype = getattr(config, "dtype", None)
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise RankwiseError(f"{path}: in its config.json, dtype={dtype!r} is none that weights have")
     cls = class_of(config)
     if getattr(config, "architectures", None) and cls is None:
         if "auto_map" in settings:

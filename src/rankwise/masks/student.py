@@ -311,5 +311,9 @@ class Student:
         self.effort["forward_tokens"] += len(signal.values)
         self.effort["backward_tokens"] += len(signal.values) * backward
 
+    def weight(self, name: str) -> Tensor:
+        """The original weight [m, n] of a matrix."""
+        return weight_of(self.model.get_submodule(name))
+
     def bias(self, name: str) -> Tensor | None:
         return bias_of(self.model.get_submodule(name))

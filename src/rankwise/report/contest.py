@@ -17,15 +17,17 @@ Results = Sequence[Mapping[str, Any]]
 
 
 def print_contest(results: Results) -> None:
-    """One line per method: KL at each rate, and what the method took in all."""
+    """A table for each text, one line per method: KL at each rate, and what the method took in all."""
     rates = sorted({row["rate"] for row in results})
-    table = Table("KL(original || compressed)", *(f"rate {rate}" for rate in rates), "seconds", "tokens", box=box.SIMPLE_HEAD)
-    for label, rows in by_method(results).items():
-        kl = {row["rate"]: row["kl"] for row in rows}
-        seconds = sum(row["effort"]["seconds"] for row in rows)
-        tokens = sum(row["effort"]["forward_tokens"] + row["effort"]["backward_tokens"] for row in rows)
-        table.add_row(label, *(f"{kl[r]:.4f}" if r in kl else "" for r in rates), f"{seconds:.0f}", f"{tokens / 1e6:.1f} M")
-    Console(soft_wrap=True).print(table)
+    for text in results[0]["texts"]:
+        title = f"KL(original || compressed) on {text}"
+        table = Table(title, *(f"rate {rate}" for rate in rates), "seconds", "tokens", box=box.SIMPLE_HEAD)
+        for label, rows in by_method(results).items():
+            kl = {row["rate"]: row["texts"][text]["kl"] for row in rows}
+            seconds = sum(row["effort"]["seconds"] for row in rows)
+            tokens = sum(row["effort"]["forward_tokens"] + row["effort"]["backward_tokens"] for row in rows)
+            table.add_row(label, *(f"{kl[r]:.4f}" if r in kl else "" for r in rates), f"{seconds:.0f}", f"{tokens / 1e6:.1f} M")
+        Console(soft_wrap=True).print(table)
 
 
 def by_method(results: Results) -> dict[str, list[Mapping[str, Any]]]:
