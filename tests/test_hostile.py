@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,11 @@ def test_from_pretrained_is_never_wrong_in_silence(case: Case, root: Path, monke
     assert not (root / "executed").exists()
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+CASES = cases()
+STREAMED = [replace(c, name=f"{c.name}, streamed", line=f"{c.line} --memory 8GB") for c in CASES if c.line == COMPRESS]
+
+
+@pytest.mark.parametrize("case", [*CASES, *STREAMED], ids=lambda case: case.name)
 def test_one_line_and_nothing_else(case: Case, root: Path, rankwise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     case.spoil(root)
     before = found(root)

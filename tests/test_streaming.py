@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import build
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rankwise import RankwiseError, compress
@@ -189,7 +189,9 @@ def test_blocks_that_are_handed_embeddings_are_refused(
 
 def test_missing_weights_are_named(llama: Path, story: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "model")
-    save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "model" / "model.safetensors")
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RankwiseError, match=r"misses lm_head\.weight"):
         compress(tmp_path / "model", 0.2, calibration=story, output=tmp_path / "out", memory=ENOUGH, **SMALL)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from rankwise.errors import RankwiseError
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
+PATIENCE = 3  # seconds that other processes leave the first one to say what is wrong with all: with it torchrun ends them too
 
 app = typer.Typer(
     name="rankwise",
@@ -80,7 +82,11 @@ def compress(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compress MODEL and write a folder that transformers loads like any other."""
+    """Compress MODEL and write a folder that transformers loads like any other.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m rankwise compress ...) its processes share the work.
+    """
+    from rankwise import distributed
     from rankwise.pipeline import compress
     from rankwise.recipe import pairs
 
@@ -109,6 +115,8 @@ def compress(
             memory=memory,
             seed=seed,
         )
+    if distributed.rank() > 0:
+        return
     if as_json:
         print(json.dumps(result.report))
         return
@@ -331,12 +339,19 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # heeded by transformers too, for loading and writing
+    others = os.environ.get("RANK", "0") != "0"  # of several processes, the first alone shows how far it is
+    if others:
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
     except RankwiseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if others:
+            time.sleep(PATIENCE)
+            print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
+        else:
+            print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise import bundled, stages
+from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
 from rankwise.allocation.plan import parameters
 from rankwise.calibration.tokens import batches_of, windows_of
@@ -74,6 +74,8 @@ def hold_contest(
     options: as of `Recipe`, `allocation` apart. What `output` holds from an earlier contest is not computed again.
     Returns one result per method and rate. Raises `RankwiseError`.
     """
+    if distributed.size() > 1:
+        raise RankwiseError("compare works in one process: several share the work of compress alone")
     if model is None:
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
     if not texts:

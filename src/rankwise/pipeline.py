@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
-from rankwise import bundled, stages
+from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
@@ -145,7 +145,7 @@ def compress(
     report = _report(recipe, run, size, comparison, chosen, clock)
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer, spectra)
-    if output is not None:
+    if output is not None and distributed.rank() == 0:
         folder.finish()
         with stage(f"writing {output}"):
             result.save(output, overwrite)
@@ -164,6 +164,8 @@ def _compress_streamed(
     folder: RunFolder,
 ) -> Compressed:
     """`compress` with one block in memory at a time; the result is in `output` only."""
+    if distributed.size() > 1:
+        raise RankwiseError("with memory a run has one process: leave out memory, or torchrun")
     if output is None:
         raise RankwiseError("with memory the result is written block by block: name an output folder")
     metric, clock = str(recipe.decomposition), _Clock()
@@ -178,6 +180,7 @@ def _compress_streamed(
     clock.lap("measuring")
     size = Size.of(run.model, run.shapes, chosen.ranks)
     report = _report(recipe, run, size, comparison, chosen, clock)
+    folder.finish()
     with saving_from(streaming.factorise(stream, student, chosen)):
         files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
         write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)

@@ -28,6 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from rankwise import distributed
 from rankwise.errors import RankwiseError
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class RunFolder:
         Raises `RankwiseError` where an interrupted run is there and neither flag was given, and where it is still running.
         """
         path = Path(os.path.realpath(output) + ".run")
-        if os.path.exists(path):
+        if distributed.rank() == 0 and os.path.exists(path):
             if not (resume or overwrite):
                 raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume), or overwrite it (--overwrite)")
             cls(path).hold()
@@ -123,7 +124,7 @@ class RunFolder:
 
     def hold(self) -> None:
         """Keep other processes out until this one has removed the folder, or ends. Raises `RankwiseError` where one is in it."""
-        if self.path is None or self.shared or self.path in _locks or fcntl is None:
+        if self.path is None or self.shared or self.path in _locks or fcntl is None or distributed.rank() > 0:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,8 @@ class RunFolder:
         """
         if self.path is None:
             return _contiguous(compute())
-        self.hold()
+        if self.path.parent.exists():  # else nobody is in it, and should the computation fail, nothing shall be left behind
+            self.hold()
         file = self.path / f"{stage}-{key}.safetensors"
         if file.exists():
             kept = _read(file)
@@ -163,9 +165,10 @@ class RunFolder:
         try:
             tensors = _contiguous(compute())
         except BaseException:
-            if not self.shared and [file.name for file in self.path.iterdir()] == [LOCK]:
+            if self.path in _locks and [file.name for file in self.path.iterdir()] == [LOCK]:
                 self.remove()
             raise
+        self.hold()
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
         write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
         return tensors
@@ -178,9 +181,23 @@ class RunFolder:
 
         return json.loads(bytes(self.cached(stage, key, as_bytes)[NOTES].tolist()))
 
+    def together(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As `cached`, for all processes of a run at once: all compute where the first finds nothing, and go on with what it
+        has written."""
+        if self.path is None or distributed.size() == 1:
+            return self.cached(stage, key, compute)
+        file = self.path / f"{stage}-{key}.safetensors"
+        tensors: dict[str, Tensor] | None = None
+        if not distributed.first_ones(file.exists() and _read(file) is not None):
+            tensors = compute()
+        if distributed.rank() == 0:
+            self.cached(stage, key, lambda: tensors or {})
+        distributed.wait()
+        return self.cached(stage, key, lambda: tensors or {})
+
     def remove(self) -> None:
         """Forget the run, and let others in."""
-        if self.path is not None and self.path.exists():
+        if self.path is not None and self.path.exists() and distributed.rank() == 0:
             shutil.rmtree(self.path)
             flush(self.path.parent)
             if self.path in _locks:

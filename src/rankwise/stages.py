@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled
+from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation, Problem
@@ -125,7 +125,7 @@ def read_data(
     if calibration == "self":
         key = digest(identity, length, samples, recipe.seed)
         with frozen(model):
-            written = folder.cached("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
+            written = folder.together("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
         return Data.of_windows(model, written["windows"])
     documents: Any = calibration
     if documents and isinstance(documents[0], str):
@@ -139,7 +139,7 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
     """The moments that `needs` names. Matrices that the text does not reach are left dense from here on."""
     if not needs:
         return Statistics({name: name for name in run.shapes}, {name: Moments() for name in run.shapes})
-    saved = run.folder.cached(
+    saved = run.folder.together(
         "statistics",
         digest(run.identity, *run.shapes, *sorted(needs)),
         lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors(),
@@ -165,11 +165,11 @@ def budget_of(run: Run, recipe: Recipe, rate: float) -> Budget:
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
     chosen, key = metric_named(metric), digest(run.identity, metric)
-    decompositions = {}
-    for name in progress(run.shapes, "decomposing"):
+
+    def decomposed(name: str) -> Decomposition:
         weight = weight_of(run.model.get_submodule(name))
 
-        def compute(name: str = name, weight: Tensor = weight) -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
             d = decompose_in(chosen, weight, statistics.of(name)).to(dtype=weight.dtype)
             return {name: value for name, value in vars(d).items() if value is not None}
 
@@ -177,8 +177,13 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
             saved = run.folder.cached(f"decomposition/{metric}/{name}", key, compute)
         except RankwiseError as error:
             raise RankwiseError(f"{name}: {error}") from None
-        decompositions[name] = Decomposition(**saved).to(weight.device)
-    return decompositions
+        return Decomposition(**saved).to(weight.device)
+
+    if run.folder.path is not None and distributed.size() > 1:  # each process its part; the others read it
+        for name in progress(distributed.dealt(list(run.shapes)), "decomposing"):
+            decomposed(name)
+        distributed.wait()
+    return {name: decomposed(name) for name in progress(run.shapes, "decomposing")}
 
 
 def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:
@@ -186,7 +191,7 @@ def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) 
 
     def kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         key = digest(run.identity, metric, *parts) if run.folder.path else ""
-        return run.folder.cached(f"measured/{what}", key, compute)
+        return run.folder.together(f"measured/{what}", key, compute)
 
     return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed, kept=kept)
 
@@ -205,7 +210,7 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
             name: mask for name, mask in chosen.masks.items() if mask is not None
         }
 
-    saved = run.folder.cached("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
+    saved = run.folder.together("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.calibration.signal import frozen, sampled_loss, signal_of, token_mask
+from rankwise import distributed
+from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, skip_labels, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 from rankwise.progress import progress
@@ -143,13 +144,18 @@ def collect(
     with frozen(model), torch.set_grad_enabled(backward):
         site_of = find_sites(model, matrices, lambda: signal_of(model, probe))
         with watching(model, site_of, needs) as watched:
-            for batch in progress(batches, "calibrating"):
+            for number, batch in enumerate(progress(batches, "calibrating")):
+                if number % distributed.size() != distributed.rank():
+                    skip_labels(batch, generator)
+                    continue
                 watched.mask = token_mask(batch)
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
                 if backward:
                     sampled_loss(signal, generator).backward()
+    for moments in (*watched.statistics.sites.values(), *watched.statistics.matrices.values()):
+        _add_up(moments, device_of(model))
     watched.statistics.refuse_not_finite()
     return watched.statistics
 
@@ -204,6 +210,18 @@ def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part.double() if total is None else total.add_(part)
+
+
+def _add_up(moments: Moments, device: torch.device) -> None:
+    """The sums of all processes, also where this one has seen no token."""
+    parts = distributed.everyones({name: getattr(value, "shape", value) for name, value in vars(moments).items()})
+    moments.count = sum(part["count"] for part in parts)
+    for name in [name for name in vars(moments) if name != "count"]:
+        shape = next((part[name] for part in parts if part[name] is not None), None)
+        if shape is not None and len(parts) > 1:
+            own = getattr(moments, name)
+            own = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
+            setattr(moments, name, distributed.add_up(own))
 
 
 def _input_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> Callable[..., None]:

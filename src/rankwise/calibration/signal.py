@@ -108,6 +108,13 @@ def sampled_loss(signal: Signal, generator: torch.Generator) -> Tensor:
     return 0.5 * (values - mean - noise).square().sum() / variance
 
 
+def skip_labels(batch: Batch, generator: torch.Generator) -> None:
+    """Draw what `sampled_loss` would for a batch of text that another process has, so that the next labels are the same."""
+    mask = token_mask(batch)
+    ids = batch.get("decoder_input_ids", next(iter(batch.values())))
+    torch.rand(ids.shape[:2].numel() if mask is None else int(mask.sum()), 1, generator=generator)
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, no parameter asking for a gradient and no key-value cache kept; all put back on leaving."""

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rankwise import distributed
 from rankwise.errors import RankwiseError
 from rankwise.integration.files import judge_config, read_json, reason, refuse_foreign_weights, refuse_odd_files
 from rankwise.integration.quantizer import METHOD, RankwiseConfig, RankwiseQuantizer
@@ -39,8 +40,8 @@ def load_config(path: str | Path) -> Any:
     """The model's config. Raises `RankwiseError` where there is no such model, or none that transformers itself knows."""
     refuse_odd_files(path)
     generation = Path(path, "generation_config.json")
-    if os.path.isfile(generation):
-        read_json(generation)  # transformers would go on without it
+    if os.path.isfile(generation) and not isinstance(read_json(generation), dict):  # transformers would go on without it
+        raise RankwiseError(f"{generation} is not an object")
     settings: Any = {}
     try:
         with _quiet():
@@ -56,6 +57,9 @@ def load_config(path: str | Path) -> Any:
             raise RankwiseError(f"cannot load {path}: its config.json: {reason(error)}") from None
         message = f"no such model: {str(path)!r} is neither a model folder nor a model's name ({reason(error)})"
         raise RankwiseError(message) from None
+    dtype = getattr(config, "dtype", None)
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise RankwiseError(f"{path}: in its config.json, dtype={dtype!r} is none that weights have")
     cls = class_of(config)
     if getattr(config, "architectures", None) and cls is None:
         if "auto_map" in settings:
@@ -188,8 +192,10 @@ def resolve_device(device: str) -> torch.device:
     """Raises `RankwiseError` for a device that torch does not have, and for "meta", which holds no values."""
     if device.startswith("meta"):
         raise RankwiseError(f"device {device!r} cannot be used: it computes nothing")
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if distributed.size() == 1 else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # as torchrun numbers them
     try:
         torch.empty(0, device=device)
         return torch.device(device)

@@ -68,6 +68,10 @@ def judge_config(path: str | Path, settings: Any) -> None:
     names = settings.get("architectures")
     if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
         raise RankwiseError(f"{path}: in its config.json, architectures={names!r} is not a list of names")
+    if settings.get("transformers_weights") is not None:
+        raise RankwiseError(
+            f"{path}: its config.json names a file of weights (transformers_weights): only the usual ones are read"
+        )
     if not isinstance(settings.get("quantization_config") or {}, dict):
         raise RankwiseError(f"{path}: in its config.json, quantization_config is not an object")
     for name, value in _numbers(settings):

@@ -22,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import class_of
+from rankwise.integration.files import reason, weight_files
 
 SAFETENSORS_DTYPES = {  # in the order in which safetensors lays tensors out
     torch.float64: "F64",
@@ -45,14 +46,14 @@ class Weights:
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
             folder = Path(huggingface_hub.snapshot_download(str(model), allow_patterns=patterns))
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        try:
-            if index.exists():
-                return cls({name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()})
-            with safe_open(single, framework="pt") as file:
-                return cls(dict.fromkeys(file.keys(), single))
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise RankwiseError(f"{model} has no readable model.safetensors, which streaming reads: {error}") from None
+        file_of: dict[str, Path] = {}
+        for path in weight_files(folder):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    file_of |= dict.fromkeys(file.keys(), path)
+            except (OSError, SafetensorError) as error:
+                raise RankwiseError(f"cannot load {model}: {path.name}: {reason(error)}") from None
+        return cls(file_of)
 
     def read(self, name: str) -> Tensor:
         """A copy of one tensor, as stored; the file is closed again, so that none of it stays in memory."""

@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.calibration.signal import Signal, device_of, divergence, frozen, sampled_loss, signal_of, text_labels
+from rankwise import distributed
+from rankwise.calibration.signal import (
+    Signal,
+    device_of,
+    divergence,
+    frozen,
+    sampled_loss,
+    signal_of,
+    skip_labels,
+    text_labels,
+)
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
@@ -63,11 +73,13 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
 
 
 def _mean_gradients(layers: Mapping[str, MaskedLinear], tokens: int) -> dict[str, Tensor]:
-    """The masks' gradients [k] float64 per token; zero for a layer that no token went through."""
+    """The masks' gradients [k] float64 per token, of all processes; zero for a layer that no token went through."""
+    tokens = sum(distributed.everyones(tokens))
     return {
-        name: torch.zeros(len(layer.mask), dtype=torch.float64)
-        if layer.mask.grad is None
-        else layer.mask.grad.double().cpu() / tokens
+        name: distributed.add_up(
+            torch.zeros(len(layer.mask), dtype=torch.float64) if layer.mask.grad is None else layer.mask.grad.double().cpu()
+        )
+        / tokens
         for name, layer in layers.items()
     }
 
@@ -198,8 +210,8 @@ class Student:
 
         def compute() -> dict[str, Tensor]:
             found = measure(batches)
-            effort = [*(self.effort[name] - before[name] for name in before), time.perf_counter() - since]
-            return found | {EFFORT: torch.tensor(effort, dtype=torch.float64)}
+            tokens = distributed.add_up(torch.tensor([self.effort[name] - before[name] for name in before])).tolist()
+            return found | {EFFORT: torch.tensor([*tokens, time.perf_counter() - since], dtype=torch.float64)}
 
         of = (*(part for item in masks.items() for part in item), *(tensor for batch in batches for tensor in batch.values()))
         found = dict(self.kept(what, of, compute))
@@ -218,15 +230,15 @@ class Student:
 
     @torch.no_grad()
     def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
-        total, tokens = 0.0, 0
+        parts = []
         with self.frozen():
-            for batch in batches:
+            for batch in distributed.dealt(batches):
                 reference = self.teacher(batch)
                 with self.with_masks(masks):
-                    total += divergence(reference, signal_of(self.model, batch)).item()
+                    parts.append((divergence(reference, signal_of(self.model, batch)).item(), len(reference.values)))
                 self.count(reference)
-                tokens += len(reference.values)
-        return total / tokens
+        totals, tokens = zip(*distributed.collected(parts), strict=True)
+        return sum(totals) / sum(tokens)
 
     def fisher(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
         """Mask Fisher: half the mean over tokens of the squared gradients of each sequence's loss with respect to each
@@ -242,12 +254,16 @@ class Student:
         generator = torch.Generator().manual_seed(self.seed)
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in progress(batches, "pricing components"):
+            for number, batch in enumerate(progress(batches, "pricing components")):
+                if number % distributed.size() != distributed.rank():
+                    skip_labels(batch, generator)
+                    continue
                 signal = signal_of(self.model, batch)
                 sampled_loss(signal, generator).backward()
                 self.count(signal, backward=True)
                 tokens += len(signal.values)
-        return {name: price / (2 * tokens) for name, price in prices.items()}
+        tokens = sum(distributed.everyones(tokens))
+        return {name: distributed.add_up(price) / (2 * tokens) for name, price in prices.items()}
 
     def gradients(self, masks: Masks, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
         """The gradient of the KL in nats per token with respect to every mask weight, dropped ones too, at `masks`;
@@ -262,7 +278,7 @@ class Student:
         layers = self.masked(full)
         tokens = 0
         with self.frozen():
-            for batch in progress(batches, "gradients at the hard masks"):
+            for batch in progress(distributed.dealt(batches), "gradients at the hard masks"):
                 reference = self.teacher(batch)
                 with swapped(self.model, layers):
                     divergence(reference, signal_of(self.model, batch)).backward()
@@ -280,7 +296,7 @@ class Student:
         causal = getattr(self.model, "can_generate", lambda: False)()
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in progress(batches, "gradients of the text's loss"):
+            for batch in progress(distributed.dealt(batches), "gradients of the text's loss"):
                 signal = signal_of(self.model, batch)
                 if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
                     raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from rankwise.decomposition.metric import is_affine, metric_named
 from rankwise.decomposition.solver import Decomposition, decompose
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
-from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_compressed, resolve_device
+from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_compressed, refuse_foreign, resolve_device
 from rankwise.integration.quantizer import RankwiseConfig, attach
 from rankwise.integration.weights import Read, empty_model
 from rankwise.layers.experts import is_stacked
@@ -126,6 +127,8 @@ def start(
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
     config = load_config(model)
     refuse_compressed(model, config)
+    if os.path.isdir(model):
+        refuse_foreign(Path(model), config)
     empty, source = empty_model(model, config, recipe.dtype)
     if any(is_stacked(module) for module in empty.modules()):
         raise RankwiseError(f"{type(empty).__name__} has stacked experts, which streaming does not take apart: leave out memory")
