@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from rankwise.pipeline import Compressed as Compressed
     from rankwise.pipeline import compress as compress
     from rankwise.recipe import Recipe as Recipe
+    from rankwise.runtime.optimize import optimize as optimize
 
 __version__ = "0.1.0"
-__all__ = ["Compressed", "RankwiseError", "Recipe", "compress", "densify", "evaluate"]
+__all__ = ["Compressed", "RankwiseError", "Recipe", "compress", "densify", "evaluate", "optimize"]
 
 _HOMES = {
     "compress": "rankwise.pipeline",
@@ -26,6 +27,7 @@ _HOMES = {
     "Recipe": "rankwise.recipe",
     "densify": "rankwise.integration.densify",
     "evaluate": "rankwise.evaluation.evaluate",
+    "optimize": "rankwise.runtime.optimize",
 }
 
 
