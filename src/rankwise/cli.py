@@ -220,6 +220,37 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise 
 
 
 @app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
+    reference: Annotated[str | None, typer.Option(help="The original model, for the ratios.")] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,16",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in turn; medians count.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory on this machine: prefill and decode, the ratio to the original and to the ideal."""
+    from rankwise.runtime.bench import bench
+
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError:
+        raise RankwiseError(f"--batches {batches!r}: numbers with commas between, as 1,16") from None
+    options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads}
+    with _silent(as_json):
+        report = bench(folder, reference, batches=sizes, **options, dtype=dtype, device=device)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(report))
+        return
+    from rankwise.report.terminal import print_speed
+
+    print_speed(report)
+
+
+@app.command()
 def densify(
     folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
