@@ -11,20 +11,24 @@ from rankwise.errors import RankwiseError as RankwiseError
 from rankwise.integration.registration import register_when_imported
 
 if TYPE_CHECKING:
+    from rankwise.decomposing import decompose as decompose
     from rankwise.evaluation.evaluate import evaluate as evaluate
     from rankwise.integration.densify import densify as densify
+    from rankwise.integration.quantizer import RankwiseConfig as RankwiseConfig
     from rankwise.pipeline import Compressed as Compressed
     from rankwise.pipeline import compress as compress
     from rankwise.recipe import Recipe as Recipe
     from rankwise.runtime.optimize import optimize as optimize
 
 __version__ = "0.1.0"
-__all__ = ["Compressed", "RankwiseError", "Recipe", "compress", "densify", "evaluate", "optimize"]
+__all__ = ["Compressed", "RankwiseConfig", "RankwiseError", "Recipe", "compress", "decompose", "densify", "evaluate", "optimize"]
 
 _HOMES = {
     "compress": "rankwise.pipeline",
     "Compressed": "rankwise.pipeline",
     "Recipe": "rankwise.recipe",
+    "RankwiseConfig": "rankwise.integration.quantizer",
+    "decompose": "rankwise.decomposing",
     "densify": "rankwise.integration.densify",
     "evaluate": "rankwise.evaluation.evaluate",
     "optimize": "rankwise.runtime.optimize",

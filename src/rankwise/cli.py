@@ -51,7 +51,10 @@ def compress(
     decomposition: Annotated[
         str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
     ] = None,
-    allocation: Annotated[str, typer.Option(help="How ranks are chosen; a wrong name lists all.")] = "llrc",
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="How ranks are chosen; a wrong name lists all (default: llrc; of an artifact mask-fisher: seconds)."),
+    ] = None,
     preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
@@ -109,6 +112,51 @@ def compress(
 
     print_report(result.report)
     print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
+
+
+@app.command()
+def decompose(
+    model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The artifact's folder.")] = Path("decomposed"),
+    calibration: Annotated[str | None, typer.Option(help="The text, as of compress.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    decomposition: Annotated[str, typer.Option(help="svd, activation, fisher, whitened or kronecker.")] = "kronecker",
+    include: Annotated[list[str] | None, typer.Option(help="Only these, as of compress. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
+    text_column: TextColumn = "text",
+    dataset_option: DatasetOption = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+) -> None:
+    """Write one folder for every rate: compress makes any of them from it within seconds."""
+    from rankwise.decomposing import decompose
+
+    try:
+        artifact = decompose(
+            model,
+            output,
+            calibration=calibration,
+            overwrite=overwrite,
+            resume=resume,
+            samples=samples,
+            length=length,
+            decomposition=decomposition,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            text_column=text_column,
+            dataset_options=_pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"{len(artifact.shapes)} matrices decomposed, written to {output}: rankwise compress {output} --rate ...")
 
 
 @app.command()

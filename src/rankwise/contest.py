@@ -94,7 +94,7 @@ def hold_contest(
     statistics = stages.collect_statistics(run, needs)
     results = []
     for metric in dict.fromkeys(method.metric for method in methods):
-        student = stages.student_of(run, stages.decompose_all(run, statistics, metric))
+        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
             for rate in rates:
                 budget = Budget.of(run.shapes, rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.compare import Comparison
 from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.size import Size
+from rankwise.integration.artifact import Artifact
 from rankwise.integration.checkpoint import refuse_output
-from rankwise.integration.quantizer import RankwiseConfig, attach
+from rankwise.integration.factorise import factorise
+from rankwise.integration.quantizer import attach
 from rankwise.integration.result import write_result
-from rankwise.layers.experts import restack
-from rankwise.layers.linear import bias_of
-from rankwise.masks.student import Student, factorised
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
@@ -61,7 +60,7 @@ def compress(
     *,
     calibration: Calibration | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    allocation: str | Allocator = "llrc",
+    allocation: str | Allocator | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -70,32 +69,39 @@ def compress(
     """Compress a language model: remove `rate` of its parameters, the rank of every matrix learned.
 
     model: a folder or a name for `from_pretrained`, or a model in memory, which is compressed in place; None is the bundled
-        model.
+        model. What `decompose` wrote is not decomposed again.
     calibration: a text source (see `read_documents`), "self" for text the model writes itself (the default), a list of
         documents, windows [windows, length] int64, or your own batches, each a dict of the model's inputs.
     tokenizer: for a model in memory with calibration text.
-    allocation: a name, or an allocator with its options set.
+    allocation: a name, or an allocator with its options set; by default "llrc", of an artifact "mask-fisher", whose prices are in
+        it.
     output: where to write the result; with `resume`, an interrupted run goes on from what it had computed.
     options: any other field of `Recipe`.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
     if model is None:
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
+    artifact = Artifact.at(model)
+    if artifact is not None:
+        options = artifact.options(calibration, options)
+        calibration, allocation = artifact.windows(), allocation or "mask-fisher"
     calibration = "self" if calibration is None else calibration
-    recipe, allocator = _recipe(rate, calibration, allocation, options)
+    recipe, allocator = _recipe(rate, calibration, allocation or "llrc", options)
     metric = str(recipe.decomposition)
     metric_named(metric)
     folder = RunFolder()
     if output is not None:
         refuse_output(Path(output), overwrite, model)
         folder = RunFolder.beside(Path(output), resume, overwrite)
+    if artifact is not None:
+        folder = replace(folder, known=artifact.results)
 
     clock = _Clock()
-    run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder)
+    run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder, artifact.identity if artifact else None)
     clock.lap("loading")
     statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
     clock.lap("calibration")
-    student = stages.student_of(run, stages.decompose_all(run, statistics, metric))
+    student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
     clock.lap("decomposition")
     budget = Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
     chosen = stages.allocate(run, student, metric, allocator, budget)
@@ -104,7 +110,7 @@ def compress(
     clock.lap("measuring")
 
     size = Size.of(run.model, chosen.ranks)
-    attach(run.model, _factorise(student, chosen, run.experts))
+    attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
     if output is not None:
@@ -119,23 +125,10 @@ def _recipe(
     """The recipe with the decomposition settled, and its allocator."""
     source = str(calibration) if isinstance(calibration, str | Path) else "given in memory"
     name = allocation if isinstance(allocation, str) else type(allocation).__name__
-    recipe = Recipe.of(rate=rate, calibration=source, allocation=name, **options)
+    recipe = Recipe.of(**{"rate": rate, "calibration": source, "allocation": name} | options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     return recipe.model_copy(update={"decomposition": recipe.decomposition or allocation.decomposition}), allocation
-
-
-def _factorise(student: Student, chosen: Allocation, experts: list[str]) -> RankwiseConfig:
-    """Put the low-rank layers into the model for good; experts that are all left dense are stacked again."""
-    for name, mask in chosen.masks.items():
-        if mask is not None:
-            bias = bias_of(student.model.get_submodule(name))
-            student.model.set_submodule(name, factorised(student.decompositions[name], mask, bias))
-    ranks = {n: r for n, r in chosen.ranks.items() if r is not None}
-    kept = [path for path in experts if any(n.startswith(f"{path}.") for n in ranks)]
-    for path in set(experts) - set(kept):
-        restack(student.model.get_submodule(path))
-    return RankwiseConfig(ranks=ranks, experts=kept)
 
 
 def _report(

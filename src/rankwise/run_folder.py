@@ -44,15 +44,25 @@ def fingerprint(model: nn.Module) -> str:
     return digest(*parts)
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `RankwiseError` where it is missing or not whole."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+    except (OSError, SafetensorError) as error:
+        raise RankwiseError(f"{file} cannot be read: {error}") from None
+
+
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Results on disk; with no path, nothing is kept."""
+    """Results on disk; with no path, nothing is kept. What `known` holds is read from there, and nothing written to it."""
 
     path: Path | None = None
+    known: Path | None = None
 
     @classmethod
     def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
@@ -71,14 +81,16 @@ class RunFolder:
         Either way they are contiguous: another layout would be multiplied in another order, to other last bits. Raises
         `RankwiseError` where they cannot be written.
         """
+        name = f"{stage}-{key}.safetensors"
+        if self.known is not None and (self.known / name).exists():
+            return read_tensors(self.known / name)
         if self.path is None:
             return _contiguous(compute())
-        file = self.path / f"{stage}-{key}.safetensors"
+        file = self.path / name
         if file.exists():
             try:
-                with safe_open(file, framework="pt") as opened:
-                    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
-            except SafetensorError:
+                return read_tensors(file)
+            except RankwiseError:
                 file.unlink(missing_ok=True)  # cut short by a full disk or a crash of the machine
         tensors = _contiguous(compute())
         temporary = file.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same result

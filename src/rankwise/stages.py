@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.solver import Decomposition, decompose
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
+from rankwise.integration.artifact import PRICES, decomposition_key, decomposition_stage, prices_key
 from rankwise.integration.checkpoint import (
     load_config,
     load_model,
@@ -62,6 +63,7 @@ class Run:
     folder: RunFolder
     identity: str
     seed: int
+    windows: Tensor | None  # the text [windows, length], where it is no batches of the user's own
 
 
 def start(
@@ -71,10 +73,12 @@ def start(
     recipe: Recipe,
     rates: Collection[float],
     folder: RunFolder,
+    identity: str | None = None,
 ) -> Run:
     """Read the text, open the model, find its matrices, check that every rate can be reached, cut the text into batches.
 
-    Raises `RankwiseError` for whatever is wrong with these, and leaves a model in memory as it was.
+    identity: as of `Run`, where it is known already. Raises `RankwiseError` for whatever is wrong with these, and leaves a model
+    in memory as it was.
     """
     if isinstance(calibration, str | Path) and calibration != "self":
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
@@ -84,14 +88,16 @@ def start(
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
-        identity = fingerprint(dense) if folder.path else ""
-        data = _data(dense, calibration, tokenizer, recipe, folder, identity)
+        print_ = fingerprint(dense) if folder.path and identity is None else ""
+        text = _text(dense, calibration, tokenizer, recipe, folder, print_)
+        data = Data.of_windows(dense, text) if isinstance(text, Tensor) else Data.of_batches(dense, text)
     except RankwiseError:
         for path in experts:
             restack(dense.get_submodule(path))
         raise
-    identity = digest(identity, *data.tensors, recipe.seed)
-    return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed)
+    identity = identity or digest(print_, *data.tensors, recipe.seed)
+    windows = text if isinstance(text, Tensor) else None
+    return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed, windows)
 
 
 def _open(
@@ -109,29 +115,30 @@ def _open(
     return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
 
 
-def _data(
+def _text(
     model: PreTrainedModel,
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase | None,
     recipe: Recipe,
     folder: RunFolder,
     identity: str,
-) -> Data:
+) -> Tensor | Sequence[Batch]:
+    """Windows of tokens, or the user's own batches."""
     length = window_length(model, recipe.length)
     samples = recipe.samples or default_samples(length)
     if isinstance(calibration, Tensor):
-        return Data.of_windows(model, calibration)
+        return calibration
     if calibration == "self":
         key = digest(identity, length, samples, recipe.seed)
         with frozen(model):
             written = folder.cached("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
-        return Data.of_windows(model, written["windows"])
+        return written["windows"]
     documents: Any = calibration
     if documents and isinstance(documents[0], str):
         if tokenizer is None:
             raise RankwiseError("the model has no tokenizer for the calibration text: give one, or windows of tokens")
-        return Data.of_windows(model, windows_of(tokenizer, documents, length, samples, recipe.seed))
-    return Data.of_batches(model, documents)
+        return windows_of(tokenizer, documents, length, samples, recipe.seed)
+    return documents
 
 
 def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
@@ -152,7 +159,7 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
 
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
-    roots, key = metric_named(metric).roots, digest(run.identity, metric)
+    roots, key = metric_named(metric).roots, decomposition_key(run.identity, metric)
     decompositions = {}
     for name in tqdm(run.shapes, desc="decomposing"):
         weight = weight_of(run.model.get_submodule(name))
@@ -161,16 +168,30 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
             return vars(decompose(weight, *roots(statistics.of(name))).to(dtype=weight.dtype))
 
         try:
-            saved = run.folder.cached(f"decomposition/{metric}/{name}", key, compute)
+            saved = run.folder.cached(decomposition_stage(metric, name), key, compute)
         except RankwiseError as error:
             raise RankwiseError(f"{name}: {error}") from None
         decompositions[name] = Decomposition(**saved).to(weight.device)
     return decompositions
 
 
-def student_of(run: Run, decompositions: dict[str, Decomposition]) -> Student:
+@dataclass
+class _PricedStudent(Student):
+    """A student whose prices of all components are kept in the run folder."""
+
+    folder: RunFolder = field(default_factory=RunFolder)
+    key: str = ""
+
+    def fisher(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
+        if batches is not None:
+            return super().fisher(batches)
+        return self.folder.cached(PRICES, self.key, super().fisher)
+
+
+def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:
     """The masked model over the run's calibration text."""
-    return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed)
+    key = prices_key(run.identity, metric, run.shapes)
+    return _PricedStudent(run.model, decompositions, run.data.training, run.data.selection, run.seed, folder=run.folder, key=key)
 
 
 def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget) -> Allocation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +36,12 @@ class RankwiseConfig(QuantizationConfigMixin):
 
     ranks: path of each factorised linear layer -> its rank.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
+    rate: what to remove of a folder that `rankwise decompose` wrote, as it is loaded: the fraction of its matrices' parameters.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
+    rate: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD  # type: ignore[assignment]  # their enumeration is open to any name
 
@@ -56,15 +59,24 @@ class RankwiseConfig(QuantizationConfigMixin):
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: what the weights are, not how they came about."""
+        return {name: value for name, value in super().to_dict().items() if name != "rate"}
+
 
 class RankwiseQuantizer(HfQuantizer):
     """Puts low-rank layers into the empty model before its weights are read, and guards beside them when it is saved."""
 
     quantization_config: RankwiseConfig
-    requires_calibration = True  # a dense model is not compressed by loading it with our config
+
+    @property
+    def requires_calibration(self) -> bool:  # type: ignore[override]  # theirs is an attribute
+        """A dense model is not compressed by loading it with our config, unless its decomposition lies beside it."""
+        return self.quantization_config.rate is None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
+        self.files = kwargs.get("checkpoint_files") or []
         for path in config.experts:
             unstack(_submodule(model, path))
         for path, rank in config.ranks.items():
@@ -77,6 +89,19 @@ class RankwiseQuantizer(HfQuantizer):
         ignored: Any = model._keys_to_ignore_on_load_unexpected
         expected = (f"^{re.escape(name)}$" for name in guards(model, config))
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        rate = self.quantization_config.rate
+        if rate is not None:
+            from rankwise.integration.artifact import Artifact
+
+            artifact = Artifact.at(Path(self.files[0]).parent if self.files else None)
+            if artifact is None:
+                raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
+            made = artifact.apply(model, rate)
+            self.quantization_config.ranks, self.quantization_config.experts = made.ranks, made.experts
+            self.quantization_config.rate = None  # from here on it is a compressed model like any other
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
