@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.runtime.bench import Load, ideal_speedup, times
-from rankwise.runtime.optimize import arrange, optimize
+from rankwise.runtime.latency import Weights, run
+from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
 
 HERE = Path(__file__).parent
@@ -44,57 +44,18 @@ def rank_of(shape: Shape, rate: float, multiple: int) -> int:
     return int((1 - rate) * shape.dense / shape.per_rank) // multiple * multiple
 
 
-class Weights:
-    """Random matrices cut from one buffer, one after the other: none shares memory with one of the same pool."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.buffer = (0.02 * torch.randn(COLD // 2)).to(dtype)
-
-    def pool(self, make: Any, shape: Shape, parameters: int, dtype: torch.dtype) -> list[nn.Module]:
-        count = max(2, COLD // (parameters * dtype.itemsize))
-        self.at = 0
-        return [make(shape) for _ in range(count)]
-
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        if self.at + rows * columns > len(self.buffer):
-            self.at = 0
-        self.at += rows * columns
-        return self.buffer[self.at - rows * columns : self.at].view(rows, columns)
-
-
-def dense_layer(weight: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
-def low_rank_layer(second: Tensor, first: Tensor) -> LowRankLinear:
-    layer = LowRankLinear.from_factors(second, first)
-    arrange(layer)
-    return layer
-
-
-def run(layers: list[nn.Module], x: Tensor) -> None:
-    for layer in layers:
-        layer(x)
-
-
-@torch.inference_mode()
-def layer_speedups(weights: Weights, shape: Shape, rank: int, dtype: torch.dtype, repeats: int) -> tuple[float, float]:
+def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int) -> tuple[float, float]:
     """Speed-up of decoding one token and of prefill."""
-    dense = weights.pool(lambda s: dense_layer(weights.matrix(s.out_features, s.in_features)), shape, shape.dense, dtype)
-    low = weights.pool(
-        lambda s: low_rank_layer(weights.matrix(s.out_features, rank), weights.matrix(rank, s.in_features)),
-        shape,
-        shape.parameters(rank),
-        dtype,
-    )
+    dtype, pools = weights.buffer.dtype, []
+    for option in (None, rank):
+        count = max(2, COLD // (shape.parameters(option) * dtype.itemsize))
+        pools.append([weights.layer(shape, option) for _ in range(count)])
     speedups = []
     for tokens, turns in ((1, 3 * repeats), (512, repeats)):
         x = torch.randn(1, tokens, shape.in_features).to(dtype)
-        pools = [pool[: len(pool) if tokens == 1 else 2] for pool in (dense, low)]
-        seconds = alternating([functools.partial(run, pool, x) for pool in pools], turns)
-        speedups.append(ratio(*([s / len(pool) for s in own] for own, pool in zip(seconds, pools, strict=True))))
+        used = pools if tokens == 1 else [pool[:2] for pool in pools]
+        seconds = alternating([functools.partial(run, pool, x) for pool in used], turns)
+        speedups.append(ratio(*([s / len(pool) for s in own] for own, pool in zip(seconds, used, strict=True))))
     return speedups[0], speedups[1]
 
 
@@ -150,14 +111,14 @@ def main() -> None:
     lines.append("|---|" + "---|---|" * len(args.rates))
     for name in args.dtypes:
         dtype = getattr(torch, name)
-        weights = Weights(dtype)
+        weights = Weights(2 * COLD, dtype)
         for size in args.sizes:
             for shape in shapes_of(size):
                 cells = []
                 for rate in args.rates:
                     rank = rank_of(shape, rate, args.multiple)
                     ideal = shape.dense / shape.parameters(rank)
-                    found = layer_speedups(weights, shape, rank, dtype, args.repeats)
+                    found = layer_speedups(weights, shape, rank, args.repeats)
                     cells += [f"{speedup:.2f} ({speedup / ideal:.0%})" for speedup in found]
                 lines.append(f"| {name}, {size}, {shape.in_features} to {shape.out_features} | {' | '.join(cells)} |")
                 print(lines[-1], flush=True)

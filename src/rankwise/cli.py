@@ -36,7 +36,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the 
 @app.command()
 def compress(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
-    rate: Annotated[float, typer.Option(help="Fraction of parameters to remove.")] = 0.2,
+    rate: Annotated[float | None, typer.Option(help="Fraction of parameters to remove (default: 0.2).")] = None,
+    target_bytes: Annotated[str | None, typer.Option(help="Instead: what the checkpoint may take, as 1.5GB or 800MiB.")] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Instead: how much faster to decode, on this machine, whose latencies are measured.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("compressed"),
     calibration: Annotated[
         str | None,
@@ -82,6 +86,8 @@ def compress(
             result = compress(
                 model,
                 rate,
+                target_bytes=target_bytes,
+                target_speedup=target_speedup,
                 calibration=calibration,
                 output=output,
                 overwrite=overwrite,

@@ -20,8 +20,6 @@ from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
 
-ANY_RATE = 0.5  # a recipe has a rate; an artifact's means nothing
-
 
 def decompose(
     model: str | Path | PreTrainedModel | None,
@@ -42,7 +40,7 @@ def decompose(
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
     calibration = "self" if calibration is None else calibration
     source = str(calibration) if isinstance(calibration, str | Path) else "given in memory"
-    recipe = Recipe.of(**{"rate": ANY_RATE, "calibration": source, "decomposition": "kronecker"} | options)
+    recipe = Recipe.of(**{"calibration": source, "decomposition": "kronecker"} | options)
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS
     refuse_output(Path(output), overwrite, model)

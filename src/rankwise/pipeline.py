@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, stages
 from rankwise.allocation.allocator import Allocator, allocator_named
-from rankwise.allocation.plan import Budget, Ranks
+from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
+from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison
 from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.size import Size
@@ -22,9 +23,11 @@ from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
 from rankwise.integration.result import write_result
+from rankwise.layers.experts import restack
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
+from rankwise.targets import Target
 
 
 @dataclass
@@ -56,7 +59,7 @@ class _Clock:
 
 def compress(
     model: str | Path | PreTrainedModel | None = None,
-    rate: float = 0.2,
+    rate: float | None = None,
     *,
     calibration: Calibration | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -66,7 +69,7 @@ def compress(
     resume: bool = False,
     **options: Any,
 ) -> Compressed:
-    """Compress a language model: remove `rate` of its parameters, the rank of every matrix learned.
+    """Compress a language model: remove `rate` of its parameters (0.2 unless told), the rank of every matrix learned.
 
     model: a folder or a name for `from_pretrained`, or a model in memory, which is compressed in place; None is the bundled
         model. What `decompose` wrote is not decomposed again.
@@ -76,7 +79,7 @@ def compress(
     allocation: a name, or an allocator with its options set; by default "llrc", of an artifact "mask-fisher", whose prices are in
         it.
     output: where to write the result; with `resume`, an interrupted run goes on from what it had computed.
-    options: any other field of `Recipe`.
+    options: any other field of `Recipe`, with `target_bytes` and `target_speedup` instead of a rate.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
     if model is None:
@@ -97,14 +100,28 @@ def compress(
         folder = replace(folder, known=artifact.results)
 
     clock = _Clock()
-    run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder, artifact.identity if artifact else None)
+    run = stages.start(
+        model,
+        calibration,
+        tokenizer,
+        recipe,
+        [recipe.rate] if recipe.rate else [],
+        folder,
+        artifact.identity if artifact else None,
+    )
+    try:
+        target = Target.of(run, recipe)
+    except RankwiseError:
+        for path in run.experts:
+            restack(run.model.get_submodule(path))
+        raise
     clock.lap("loading")
     statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
     clock.lap("calibration")
     student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
     clock.lap("decomposition")
-    budget = Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
-    chosen = stages.allocate(run, student, metric, allocator, budget)
+    shapes, budget = target.budget(run)
+    chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
     clock.lap("allocation")
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
@@ -112,6 +129,8 @@ def compress(
     size = Size.of(run.model, chosen.ranks)
     attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
+    if target.latency is not None:
+        report["predicted_speedup"] = target.latency.speedup(chosen.ranks)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
     if output is not None:
         result.save(output, overwrite)
@@ -120,7 +139,7 @@ def compress(
 
 
 def _recipe(
-    rate: float, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
+    rate: float | None, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
 ) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
     source = str(calibration) if isinstance(calibration, str | Path) else "given in memory"
@@ -137,7 +156,7 @@ def _report(
     """Plain values, for JSON."""
     return {
         "base_model": run.base,
-        "rate": recipe.rate,
+        "rate": recipe.rate or size.achieved(recipe.scope),
         "scope": recipe.scope,
         **size.to_dict(),
         **comparison.to_dict(),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled
 from rankwise.allocation.allocator import Allocator
-from rankwise.allocation.plan import Budget
+from rankwise.allocation.plan import Budget, Shapes
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
@@ -194,13 +194,19 @@ def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) 
     return _PricedStudent(run.model, decompositions, run.data.training, run.data.selection, run.seed, folder=run.folder, key=key)
 
 
-def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget) -> Allocation:
-    """The allocator's answer; the masks are the truth, the ranks are counted from them."""
+def allocate(
+    run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget, shapes: Shapes | None = None
+) -> Allocation:
+    """The allocator's answer; the masks are the truth, the ranks are counted from them.
+
+    shapes: the matrices where they cost something else than parameters.
+    """
+    costs = run.shapes if shapes is None else shapes
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
         before, since = dict(student.effort), time.perf_counter()
-        chosen = allocator.allocate(Problem(run.shapes, spectra, budget, student))
+        chosen = allocator.allocate(Problem(costs, spectra, budget, student))
         effort = {"seconds": round(time.perf_counter() - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
         text = json.dumps({"history": chosen.history, "effort": effort})
@@ -208,7 +214,7 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
             name: mask for name, mask in chosen.masks.items() if mask is not None
         }
 
-    saved = run.folder.cached("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
+    saved = run.folder.cached("allocation", digest(run.identity, *costs.items(), metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))

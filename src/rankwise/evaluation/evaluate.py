@@ -65,7 +65,7 @@ def evaluate(
     recipe = yaml.safe_load((Path(path) / RECIPE).read_text()) if (Path(path) / RECIPE).exists() else {}
     return {
         "reference": str(reference),
-        "rate": recipe.get("rate", size.achieved("linear")),
+        "rate": recipe.get("rate") or size.achieved("linear"),
         "scope": recipe.get("scope", "linear"),
         **size.to_dict(),
         "bytes_on_disk": {"reference": weights_on_disk(Path(reference)), "compressed": weights_on_disk(Path(path))},

@@ -27,7 +27,9 @@ from rankwise.run_folder import digest, read_tensors
 
 FILE, RESULTS, WINDOWS, PRICES = "decomposed.json", "decomposed", "windows.safetensors", "prices"
 FORMAT_VERSION = 1
-FREE = frozenset({"rate", "scope", "allocation", "preset", "options", "rank_multiple", "device"})  # not settled by decomposing
+FREE = frozenset(
+    {"rate", "target_bytes", "target_speedup", "scope", "allocation", "preset", "options", "rank_multiple", "device"}
+)  # not settled by decomposing
 
 
 def decomposition_stage(metric: str, name: str) -> str:

@@ -31,6 +31,10 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     where = f"on {report['text']}" if "text" in report else "on held-out calibration text"
     console.print(f"measured {where}: {report['windows']:,} windows, {report['tokens']:,} predicted tokens")
+    if "predicted_speedup" in report:
+        console.print(
+            f"decodes {report['predicted_speedup']:.2f} times as fast by this machine's table: check with rankwise bench"
+        )
     if "seconds" in report:
         memory = "".join(f", {size / 2**20:,.0f} MiB of {kind} memory" for kind, size in report["peak_memory_bytes"].items())
         console.print(f"took {sum(report['seconds'].values()):.0f} s{memory} at most")

@@ -1,0 +1,146 @@
+"""A measured table of this machine: how long one token takes through each matrix, dense and at a few ranks.
+
+A matrix of this table is a `Shape` whose cost is nanoseconds where that of others is parameters: whatever spends a budget of
+parameters spends one of time as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rankwise.errors import RankwiseError
+from rankwise.layers.linear import weight_of
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import Shape
+from rankwise.runtime.bench import decode, prefill
+from rankwise.runtime.optimize import arrange
+from rankwise.runtime.timing import alternating
+
+POINTS = 6  # ranks measured per shape
+COLD = 2**26  # bytes that are gone round at most, so that a weight is not found in a cache where a model's would not be
+REPEATS = 7
+PROMPT, STEPS = 16, 8
+
+
+@dataclass(frozen=True)
+class TimedShape(Shape):
+    """A matrix whose cost is the nanoseconds of one token: `dense_time`, or `times` at the rising `ranks`, linear between."""
+
+    dense_time: int
+    ranks: tuple[int, ...]
+    times: tuple[int, ...]
+
+    @property
+    def dense(self) -> int:
+        """Nanoseconds of the dense matrix."""
+        return self.dense_time
+
+    @property
+    def per_rank(self) -> int:
+        """Nanoseconds of one more unit of rank."""
+        return max(1, (self.times[-1] - self.times[0]) // max(1, self.ranks[-1] - self.ranks[0]))
+
+    def largest_rank(self, multiple: int = 1) -> int:
+        """The largest multiple of `multiple` that is both smaller and faster than dense; 0 where there is none."""
+        ranks = np.arange(multiple, Shape(self.out_features, self.in_features).largest_rank(multiple) + 1, multiple)
+        faster = ranks[np.interp(ranks, self.ranks, self.times) < self.dense_time]
+        return int(faster.max(initial=0))
+
+    def parameters(self, rank: int | None) -> int:
+        """Nanoseconds at `rank`; None is dense."""
+        return self.dense_time if rank is None else round(float(np.interp(rank, self.ranks, self.times)))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What was measured: the matrices by path, and the nanoseconds of one token through the whole dense model."""
+
+    shapes: dict[str, TimedShape]
+    step: int
+
+    def speedup(self, ranks: Mapping[str, int | None]) -> float:
+        """The predicted speed-up of decoding one token, with these ranks (all others stay as they are)."""
+        saved = sum(self.shapes[n].dense - self.shapes[n].parameters(r) for n, r in ranks.items() if n in self.shapes)
+        return self.step / (self.step - saved)
+
+
+class Weights:
+    """Random matrices cut from one buffer, one after the other: those of a pool share no memory while it lasts."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.buffer, self.at = (0.02 * torch.randn(size // dtype.itemsize)).to(device, dtype), 0
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """The next [rows, columns]."""
+        if self.at + rows * columns > len(self.buffer):
+            self.at = 0
+        self.at += rows * columns
+        return self.buffer[self.at - rows * columns : self.at].view(rows, columns)
+
+    def layer(self, shape: Shape, rank: int | None) -> nn.Module:
+        """A linear layer of the shape, or a low-rank one as `optimize` leaves it."""
+        if rank is not None:
+            layer = LowRankLinear.from_factors(self.matrix(shape.out_features, rank), self.matrix(rank, shape.in_features))
+            arrange(layer)
+            return layer
+        dense = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(self.matrix(shape.out_features, shape.in_features), requires_grad=False)
+        return dense
+
+
+@torch.inference_mode()
+def run(layers: list[nn.Module], x: Tensor) -> None:
+    """Call every layer once."""
+    for layer in layers:
+        layer(x)
+
+
+def measure(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> Latency:
+    """Time the model's matrices and one step of its decoding, all in turn. Raises `RankwiseError` for a model that does not
+    decode."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise RankwiseError(f"a speed-up is that of decoding: {type(model).__name__} is no causal language model")
+    first = weight_of(model.get_submodule(next(iter(shapes))))
+    counts = Counter(shapes.values())
+    largest = max(shape.dense for shape in counts) * first.element_size()
+    weights = Weights(max(COLD, 2 * largest), first.dtype, first.device)
+    times = {shape: _times(weights, shape, count, first, repeats) for shape, count in tqdm(counts.items(), desc="timing")}
+    outputs: list[Any] = [None]
+    ids = torch.zeros(1, PROMPT, dtype=torch.long, device=first.device)
+
+    def start() -> None:
+        outputs[0] = prefill(model, ids)
+
+    steps = alternating([start, lambda: decode(model, outputs[0], STEPS)], repeats)[1]
+    timed = {name: TimedShape(shape.out_features, shape.in_features, *times[shape]) for name, shape in shapes.items()}
+    step = _nanoseconds(steps) // STEPS
+    return Latency(timed, max(step, sum(shape.dense for shape in timed.values())))
+
+
+def _times(
+    weights: Weights, shape: Shape, count: int, like: Tensor, repeats: int
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Nanoseconds dense; ranks; nanoseconds at these."""
+    ranks = sorted({max(1, int(r)) for r in np.linspace(0, shape.largest_rank(), POINTS)})
+    pools = []
+    for rank in (None, *ranks):
+        copies = min(count, COLD // (shape.parameters(rank) * like.element_size()))
+        pools.append([weights.layer(shape, rank) for _ in range(max(2, copies))])
+    x = torch.randn(1, 1, shape.in_features).to(like)
+    seconds = alternating([functools.partial(run, pool, x) for pool in pools], repeats)
+    dense, *low = (_nanoseconds(own) // len(pool) for own, pool in zip(seconds, pools, strict=True))
+    return dense, tuple(ranks), tuple(np.maximum.accumulate(low).tolist())
+
+
+def _nanoseconds(seconds: list[float]) -> int:
+    return round(statistics.median(seconds) * 1e9)
