@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.runtime.bench import Load, ideal_speedup, times
-from rankwise.runtime.latency import Weights, run
+from rankwise.runtime.latency import Weights
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
 
@@ -42,6 +43,12 @@ def shapes_of(size: str) -> list[Shape]:
 
 def rank_of(shape: Shape, rate: float, multiple: int) -> int:
     return int((1 - rate) * shape.dense / shape.per_rank) // multiple * multiple
+
+
+@torch.inference_mode()
+def run(layers: list[nn.Module], x: torch.Tensor) -> None:
+    for layer in layers:
+        layer(x)
 
 
 def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int) -> tuple[float, float]:

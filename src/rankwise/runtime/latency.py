@@ -7,9 +7,8 @@ parameters spends one of time as well.
 from __future__ import annotations
 
 import functools
-import statistics
-from collections import Counter
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,8 @@ from rankwise.runtime.timing import alternating
 
 POINTS = 6  # ranks measured per shape
 COLD = 2**26  # bytes that are gone round at most, so that a weight is not found in a cache where a model's would not be
-REPEATS = 7
-PROMPT, STEPS = 16, 8
+REPEATS = 40
+PROMPT = 16
 
 
 @dataclass(frozen=True)
@@ -98,49 +97,39 @@ class Weights:
         return dense
 
 
-@torch.inference_mode()
-def run(layers: list[nn.Module], x: Tensor) -> None:
-    """Call every layer once."""
-    for layer in layers:
-        layer(x)
-
-
 def measure(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> Latency:
     """Time the model's matrices and one step of its decoding, all in turn. Raises `RankwiseError` for a model that does not
     decode."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise RankwiseError(f"a speed-up is that of decoding: {type(model).__name__} is no causal language model")
     first = weight_of(model.get_submodule(next(iter(shapes))))
-    counts = Counter(shapes.values())
-    largest = max(shape.dense for shape in counts) * first.element_size()
-    weights = Weights(max(COLD, 2 * largest), first.dtype, first.device)
-    times = {shape: _times(weights, shape, count, first, repeats) for shape, count in tqdm(counts.items(), desc="timing")}
-    outputs: list[Any] = [None]
-    ids = torch.zeros(1, PROMPT, dtype=torch.long, device=first.device)
-
-    def start() -> None:
-        outputs[0] = prefill(model, ids)
-
-    steps = alternating([start, lambda: decode(model, outputs[0], STEPS)], repeats)[1]
+    output = prefill(model, torch.zeros(1, PROMPT, dtype=torch.long, device=first.device))
+    step = _nanoseconds(alternating([lambda: decode(model, output, 1)], repeats)[0])
+    largest = max(shape.dense for shape in shapes.values()) * first.element_size()
+    whole = sum(shape.dense for shape in shapes.values()) * first.element_size()
+    weights = Weights(max(min(COLD, whole), 2 * largest), first.dtype, first.device)
+    times = {shape: _times(weights, shape, first, repeats) for shape in tqdm(set(shapes.values()), desc="timing")}
     timed = {name: TimedShape(shape.out_features, shape.in_features, *times[shape]) for name, shape in shapes.items()}
-    step = _nanoseconds(steps) // STEPS
     return Latency(timed, max(step, sum(shape.dense for shape in timed.values())))
 
 
-def _times(
-    weights: Weights, shape: Shape, count: int, like: Tensor, repeats: int
-) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Nanoseconds dense; ranks; nanoseconds at these."""
+def _times(weights: Weights, shape: Shape, like: Tensor, repeats: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Nanoseconds dense; ranks; nanoseconds at these. Each call is of another copy."""
     ranks = sorted({max(1, int(r)) for r in np.linspace(0, shape.largest_rank(), POINTS)})
-    pools = []
-    for rank in (None, *ranks):
-        copies = min(count, COLD // (shape.parameters(rank) * like.element_size()))
-        pools.append([weights.layer(shape, rank) for _ in range(max(2, copies))])
     x = torch.randn(1, 1, shape.in_features).to(like)
-    seconds = alternating([functools.partial(run, pool, x) for pool in pools], repeats)
-    dense, *low = (_nanoseconds(own) // len(pool) for own, pool in zip(seconds, pools, strict=True))
+    tasks = []
+    for rank in (None, *ranks):
+        copies = max(2, len(weights.buffer) // shape.parameters(rank))
+        pool = itertools.cycle([weights.layer(shape, rank) for _ in range(min(copies, repeats))])
+        tasks.append(functools.partial(_next, pool, x))
+    dense, *low = map(_nanoseconds, alternating(tasks, repeats))
     return dense, tuple(ranks), tuple(np.maximum.accumulate(low).tolist())
 
 
+@torch.inference_mode()
+def _next(layers: Iterator[nn.Module], x: Tensor) -> None:
+    next(layers)(x)
+
+
 def _nanoseconds(seconds: list[float]) -> int:
-    return round(statistics.median(seconds) * 1e9)
+    return round(min(seconds) * 1e9)  # what other work on the machine adds is not the machine's
