@@ -267,3 +267,19 @@ def test_padding_counts_for_nothing(name: str, side: str) -> None:
     torch.testing.assert_close(logits(other.model), logits(one.model), rtol=1e-2, atol=1e-3)
     for key in ("kl", "tokens", "perplexity", "reference_perplexity"):
         assert other.report[key] == (one.report[key] and pytest.approx(one.report[key], rel=1e-3)), key
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt2", "mixtral", "t5"])
+def test_affine_factors_are_saved_loaded_and_paid_for(name: str, tmp_path: Path) -> None:
+    result = compressed(name, allocation="uniform", decomposition="centred")
+    expected = logits(result.model)
+    result.save(tmp_path / "affine")
+    loaded = load(tmp_path / "affine")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-6)  # adding a bias rounds as its memory lies
+    assert loaded.num_parameters() == result.report["parameters"]["model"]["compressed"]
+    assert result.report["achieved_rate"]["linear"] >= RATE
+    if name == "gpt2":  # its layers have biases of their own
+        torch.testing.assert_close(logits(loaded.dequantize()), expected, rtol=1e-3, atol=1e-4)
+    else:
+        with pytest.raises(RankwiseError, match="no bias there"):
+            loaded.dequantize()

@@ -49,6 +49,13 @@ def test_allocator(name: str, preset: str, law: Any) -> None:
     law(allocator_named(name, preset, QUICK.get((name, preset), {})), tiny_problem)
 
 
+@pytest.mark.parametrize("law", [allocator_laws.budget_is_met, allocator_laws.room_for_all_keeps_all])
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_allocator_pays_for_the_biases_of_affine_factors(name: str, preset: str, law: Any) -> None:
+    allocator = allocator_named(name, preset, QUICK.get((name, preset), {}))
+    law(allocator, lambda metric, rate, multiple: tiny_problem("centred", rate, multiple))
+
+
 def test_every_quick_allocator_is_there() -> None:
     assert QUICK.keys() <= set(PRESETS)
 
@@ -59,6 +66,7 @@ BREAKING_METRICS: dict[Any, Roots] = {  # law -> roots that break it
     metric_laws.spectrum_descends: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64))),
     metric_laws.error_is_the_tail: lambda m: (Root(torch.ones(len(of(m.output))), of(m.output)), None),
     metric_laws.components_are_orthogonal: lambda m: (Root(torch.ones(len(of(m.output))), of(m.output)), None),
+    metric_laws.affine_keeps_the_mean: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64))),
     metric_laws.same_twice: lambda m: (None, Root(torch.rand(len(of(m.second)), dtype=torch.float64))),
     metric_laws.scale_is_free: lambda m: (None, Root(of(m.absolute) + 100)),
 }
@@ -71,7 +79,7 @@ def of(moment: torch.Tensor | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("law", METRIC_LAWS)
 def test_a_metric_that_breaks_a_law_is_found_out(law: Any) -> None:
-    broken: Any = SimpleNamespace(NEEDS=frozenset({"second", "absolute", "output"}), roots=BREAKING_METRICS[law])
+    broken: Any = SimpleNamespace(NEEDS=frozenset({"first", "second", "absolute", "output"}), roots=BREAKING_METRICS[law])
     with pytest.raises(AssertionError):
         law(broken, *tiny_matrix(CASES["tall"]))
 

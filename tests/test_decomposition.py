@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rankwise import RankwiseError
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import activation, kronecker, whitened
-from rankwise.decomposition.metric import METRICS, metric_named
+from rankwise.decomposition.metric import METRICS, decompose_in, metric_named
 from rankwise.decomposition.solver import Decomposition, decompose
 from rankwise.testing.metrics import METRIC_LAWS, Case, tiny_matrix
 
@@ -50,8 +50,8 @@ class Seen:
 
     def decomposed(self, metric: str) -> Decomposition:
         X, Gr = torch.tensor(self.X), torch.tensor(self.Gr)
-        moments = Moments(len(X), X.T @ X, X.abs().sum(0), Gr.T @ Gr, torch.tensor(self.fisher))
-        return decompose(torch.tensor(self.W), *metric_named(metric).roots(moments))
+        moments = Moments(len(X), X.T @ X, X.abs().sum(0), Gr.T @ Gr, torch.tensor(self.fisher), X.sum(0))
+        return decompose_in(metric_named(metric), torch.tensor(self.W), moments)
 
 
 def kept(d: Decomposition, components: Any) -> Array:
@@ -73,6 +73,20 @@ def test_whitened_error_is_that_of_the_outputs_and_the_least_there_is(shape: tup
         error = np.square(seen.X @ (seen.W - kept(d, slice(r))).T).sum()
         assert error == pytest.approx(d.spectrum[r:].square().sum().item(), rel=1e-5, abs=1e-6 * best[0])
         assert error == pytest.approx(best[r] if r < len(best) else 0, rel=1e-6, abs=1e-9 * best[0])
+
+
+@cases
+@texts
+def test_centred_is_the_principal_components_of_the_outputs_about_their_mean(shape: tuple[int, int], tokens: int) -> None:
+    seen = Seen.of(shape, tokens)
+    seen = Seen(seen.W, seen.X + 3.0, seen.Gr)
+    Y = seen.X @ seen.W.T
+    d, best = seen.decomposed("centred"), best_errors(Y - Y.mean(0))
+    for r in range(min(shape) + 1):
+        dropped = d.dropped((torch.arange(min(shape)) < r).double())
+        assert dropped is not None
+        error = np.square(Y - seen.X @ kept(d, slice(r)).T - dropped.numpy()).sum()
+        assert error == pytest.approx(best[r] if r < len(best) else 0, rel=1e-5, abs=1e-6 * best[0])
 
 
 @cases
@@ -135,8 +149,8 @@ def test_laws_hold_for_every_shape_and_rank_deficient_text(case: Case, metric: s
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_site_that_is_always_zero_still_has_an_exact_full_rank_model(metric: str) -> None:
     W, m = tiny_matrix(Case(5, 8))
-    moments = Moments(m.count, *(torch.zeros_like(t) for t in (m.second, m.absolute, m.output, m.fisher) if t is not None))
-    d = decompose(W, *METRICS[metric].roots(moments))
+    moments = Moments(m.count, **{n: torch.zeros_like(t) for n, t in vars(m).items() if isinstance(t, torch.Tensor)})
+    d = decompose_in(METRICS[metric], W, moments)
     torch.testing.assert_close(d.second @ d.first, W)
 
 

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.allocation.llrc import worth
 from rankwise.calibration.signal import Signal, divergence, sampled_loss, signal_of
 from rankwise.calibration.tokens import Batch
-from rankwise.layers.linear import swapped
+from rankwise.decomposition.solver import decompose
+from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.masks import student as student_module
 from rankwise.masks.gumbel import cycle, gumbel_sigmoid, total_variation
-from rankwise.masks.student import MaskedLinear, Masks, Student, factorised, hard_mask
+from rankwise.masks.student import MaskedLinear, Masks, Student, WeightedLinear, factorised, folded, hard_mask, is_whole
 from rankwise.masks.values import ValueTraining, train_values
 from rankwise.testing.allocators import VOCABULARY, tiny_student
 
@@ -149,24 +151,41 @@ def test_worth_is_the_true_change_of_a_quadratic_with_diagonal_curvature() -> No
 def test_training_values_lowers_the_kl_and_touches_nothing_else() -> None:
     student = tiny_student("kronecker")
     masks = some_masks(student)
-    kept = {name: None if mask is None else mask.clone() for name, mask in masks.items()}
+    kept = {name: torch.ones(len(student.decompositions[name].spectrum)) if m is None else m.clone() for name, m in masks.items()}
     before = [t.clone() for t in everything(student)]
     trained = train_values(student, masks, ValueTraining(steps=30))
     assert student.divergence(trained, student.training) < 0.97 * student.divergence(masks, student.training)
-    assert trained[DENSE] is None
+    assert masks[DENSE] is None
+    assert is_whole(trained[DENSE])
     for name, mask in kept.items():
         got, given = trained[name], masks[name]
-        if mask is not None:
-            assert got is not None
-            assert given is not None
-            assert torch.equal(given, mask)  # the answer is a new one
-            assert torch.equal(got != 0, mask != 0)
-            assert not torch.equal(got, mask)
+        assert got is not None
+        assert given is None or torch.equal(given, mask)  # the answer is a new one
+        assert torch.equal(got != 0, mask != 0)
+        assert not torch.equal(got, mask)
     assert all(torch.equal(old, new) for old, new in zip(before, everything(student), strict=True))
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_the_weighted_dense_layer_is_the_one_it_folds_into(kind: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    linear, x, mask = kind(6, 9), torch.randn(4, linear_inputs(kind)), 0.5 + torch.rand(6)
+    d = decompose(weight_of(linear), None, None).to(dtype=torch.float32)
+    weighted = WeightedLinear(linear, d.second, d.first, mask)
+    shipped = folded(linear, d, mask)
+    assert type(shipped) is type(linear)
+    torch.testing.assert_close(weighted(x), shipped(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weighted.weight, weight_of(shipped), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weighted(x), factorised(d, mask, bias_of(linear))(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(folded(linear, d, torch.ones(6))(x), linear(x))  # exact where nothing is weighted
+
+
+def linear_inputs(kind: Any) -> int:
+    return 9 if kind is Conv1D else 6
+
+
 def everything(student: Student) -> list[Tensor]:
-    factors = [t for d in student.decompositions.values() for t in vars(d).values()]
+    factors = [t for d in student.decompositions.values() for t in vars(d).values() if t is not None]
     return [*student.model.state_dict().values(), *factors]
 
 

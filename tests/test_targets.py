@@ -78,7 +78,7 @@ def table(shapes: dict[str, Shape], rest: int = 1000) -> Latency:
     for name, shape in shapes.items():
         ranks = (1, shape.largest_rank())
         times = tuple(10_000 + shape.parameters(rank) for rank in ranks)
-        timed[name] = TimedShape(shape.out_features, shape.in_features, 5_000 + shape.dense, ranks, times)
+        timed[name] = TimedShape.of_times(shape, 5_000 + shape.dense, ranks, times)
     return Latency(timed, rest + sum(shape.dense for shape in timed.values()))
 
 
@@ -104,7 +104,7 @@ def test_timed_shapes() -> None:
     assert [shape.parameters(rank) for rank in (1, 100)] == [10_500, 60_000]
     assert shape.largest_rank() == 109
     assert shape.largest_rank(32) == 96
-    slow = TimedShape(300, 200, 9_000, (1, 119), (10_500, 69_500))
+    slow = TimedShape.of_times(Shape(300, 200), 9_000, (1, 119), (10_500, 69_500))
     assert slow.largest_rank() == 0
 
 

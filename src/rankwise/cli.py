@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -80,6 +80,7 @@ def compress(
 ) -> None:
     """Compress MODEL and write a folder that transformers loads like any other."""
     from rankwise.pipeline import compress
+    from rankwise.recipe import pairs
 
     try:
         with _silent(as_json):
@@ -98,12 +99,12 @@ def compress(
                 decomposition=decomposition,
                 allocation=allocation,
                 preset=preset,
-                options=_pairs(option),
+                options=pairs(option),
                 rank_multiple=rank_multiple,
                 include=tuple(include or ()),
                 exclude=tuple(exclude or ()),
                 text_column=text_column,
-                dataset_options=_pairs(dataset_option),
+                dataset_options=pairs(dataset_option),
                 dtype=dtype,
                 device=device,
                 seed=seed,
@@ -140,6 +141,7 @@ def decompose(
 ) -> None:
     """Write one folder for every rate: compress makes any of them from it within seconds."""
     from rankwise.decomposing import decompose
+    from rankwise.recipe import pairs
 
     try:
         artifact = decompose(
@@ -154,7 +156,7 @@ def decompose(
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             text_column=text_column,
-            dataset_options=_pairs(dataset_option),
+            dataset_options=pairs(dataset_option),
             dtype=dtype,
             device=device,
             seed=seed,
@@ -182,6 +184,7 @@ def evaluate(
     """Measure what compression cost: perplexity, KL, agreement, size; original and compressed on the same tokens."""
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
+    from rankwise.recipe import pairs
 
     with _silent(as_json):
         report = evaluate(
@@ -192,7 +195,7 @@ def evaluate(
             samples=samples,
             seed=seed,
             text_column=text_column,
-            dataset_options=_pairs(dataset_option),
+            dataset_options=pairs(dataset_option),
             dtype=dtype,
             device=device,
         )
@@ -210,7 +213,9 @@ def compare(
     rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
     text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the picture.")] = Path("contest"),
-    allocations: Annotated[str, typer.Option(help="With commas between: llrc, llrc:paper, ... (default: all).")] = "",
+    allocations: Annotated[
+        str, typer.Option(help="With commas between, options after spaces: 'llrc, kl-knapsack points=3' (default: all).")
+    ] = "",
     decompositions: Annotated[str, typer.Option(help="With commas between (default: each allocation's own).")] = "",
     calibration: Annotated[str | None, typer.Option(help="The calibration text, as of compress.")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
@@ -332,17 +337,6 @@ def _silent(as_json: bool) -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _pairs(items: list[str] | None) -> dict[str, Any]:
-    """KEY=VALUE strings as a dict."""
-    pairs = {}
-    for item in items or []:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise RankwiseError(f"{item!r} is not KEY=VALUE")
-        pairs[key] = value
-    return pairs
 
 
 def _names(text: str) -> list[str]:

@@ -11,13 +11,13 @@ from typing import Any
 
 from rankwise import bundled, stages
 from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
-from rankwise.allocation.plan import Budget, parameters
+from rankwise.allocation.plan import parameters
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import batches_of, windows_of
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import refuse_taken
-from rankwise.recipe import Recipe
+from rankwise.recipe import Recipe, pairs
 from rankwise.run_folder import RunFolder, digest
 
 logger = logging.getLogger(__name__)
@@ -34,14 +34,16 @@ class Method:
 
 
 def methods_of(allocations: Sequence[str], decompositions: Sequence[str]) -> list[Method]:
-    """Every allocation ("llrc", "llrc:paper") on every decomposition; with none given, each on its own.
+    """Every allocation on every decomposition; with none given, each on its own.
 
-    Raises `RankwiseError` for a name that there is not.
+    allocations: a name, with a preset and options where wanted: "llrc", "llrc:paper", "kl-knapsack points=3 trials=5".
+    Raises `RankwiseError` for a name or an option that there is not.
     """
     methods = []
     for allocation in allocations:
-        name, _, preset = allocation.partition(":")
-        allocator = allocator_named(name, preset or "default", {})
+        full_name, *options = allocation.split()
+        name, _, preset = full_name.partition(":")
+        allocator = allocator_named(name, preset or "default", pairs(options))
         for metric in decompositions or [allocator.decomposition]:
             metric_named(metric)
             methods.append(Method(f"{allocation} on {metric}", allocator, metric))
@@ -83,6 +85,8 @@ def hold_contest(
     refuse_taken(output, overwrite=True)
     folder = RunFolder(output / "run")
     run = stages.start(model, recipe.calibration, None, recipe, rates, folder)
+    metrics = dict.fromkeys(method.metric for method in methods)
+    budgets = {metric: {r: stages.budget_of(stages.in_metric(run, metric), recipe, r) for r in rates} for metric in metrics}
     if run.tokenizer is None:
         raise RankwiseError(f"{model} has no tokenizer")
     length = next(iter(run.data.training[0].values())).shape[1]
@@ -90,21 +94,21 @@ def hold_contest(
         text: batches_of(run.model, windows_of(run.tokenizer, docs, length, judge_samples, recipe.seed))
         for text, docs in documents.items()
     }
-    needs: frozenset[str] = frozenset().union(*(metric_named(m.metric).NEEDS for m in methods))
+    needs: frozenset[str] = frozenset().union(*(metric_named(metric).NEEDS for metric in metrics))
     statistics = stages.collect_statistics(run, needs)
     results = []
-    for metric in dict.fromkeys(method.metric for method in methods):
-        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+    for metric in metrics:
+        here = stages.in_metric(run, metric)
+        student = stages.student_of(here, stages.decompose_all(here, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
-            for rate in rates:
-                budget = Budget.of(run.shapes, rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
-                chosen = stages.allocate(run, student, metric, method.allocator, budget)
-                kept = parameters(chosen.ranks, run.shapes)
+            for rate, budget in budgets[metric].items():
+                chosen = stages.allocate(here, student, metric, method.allocator, budget)
+                kept = parameters(chosen.ranks, here.shapes)
                 measured = {}
                 for text, batches in judges.items():
                     masks = (part for item in chosen.masks.items() for part in item)
                     key = digest(run.identity, metric, *masks, *(t for b in batches for t in b.values()))
-                    measured[text] = stages.cached_comparison(run, student, chosen, batches, key).to_dict()
+                    measured[text] = stages.cached_comparison(here, student, chosen, batches, key).to_dict()
                 results.append(
                     {
                         "method": method.label,
@@ -116,7 +120,7 @@ def hold_contest(
                         "effort": chosen.effort,
                         "history": chosen.history,
                         "ranks": chosen.ranks,
-                        "kept": {n: run.shapes[n].parameters(r) / run.shapes[n].dense for n, r in chosen.ranks.items()},
+                        "kept": {n: here.shapes[n].parameters(r) / here.shapes[n].dense for n, r in chosen.ranks.items()},
                     }
                 )
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])

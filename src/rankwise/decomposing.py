@@ -48,6 +48,7 @@ def decompose(
     assert folder.path is not None
 
     run = stages.start(model, calibration, tokenizer, recipe, [], folder)
+    run = stages.in_metric(run, metric)
     if run.windows is None:
         raise RankwiseError("decompose keeps its calibration text: give it text or windows of tokens, not batches")
     statistics = stages.collect_statistics(run, needs)

@@ -109,6 +109,7 @@ def compress(
         folder,
         artifact.identity if artifact else None,
     )
+    run = stages.in_metric(run, metric)
     try:
         target = Target.of(run, recipe)
     except RankwiseError:
@@ -126,7 +127,7 @@ def compress(
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
 
-    size = Size.of(run.model, chosen.ranks)
+    size = Size.of(run.model, run.shapes, chosen.ranks)
     attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     if target.latency is not None:

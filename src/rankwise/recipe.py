@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
@@ -51,3 +52,14 @@ class Recipe(BaseModel):
                 raise RankwiseError(f"unknown option {name!r}; there are {', '.join(cls.model_fields)}") from None
             meaning = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
+
+
+def pairs(items: Iterable[str] | None) -> dict[str, Any]:
+    """KEY=VALUE strings as a dict. Raises `RankwiseError` for one that is not."""
+    found = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise RankwiseError(f"{item!r} is not KEY=VALUE")
+        found[key] = value
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import device_of, frozen, values_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, default_samples, sampled_windows, window_length, windows_of
-from rankwise.decomposition.metric import metric_named
-from rankwise.decomposition.solver import Decomposition, decompose
+from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
+from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
 from rankwise.integration.artifact import PRICES, decomposition_key, decomposition_stage, prices_key
@@ -38,7 +38,7 @@ from rankwise.integration.checkpoint import (
 from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
-from rankwise.masks.student import Student
+from rankwise.masks.student import Student, is_whole
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest, fingerprint
 
@@ -157,15 +157,27 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
     return statistics
 
 
+def in_metric(run: Run, metric: str) -> Run:
+    """The run with the shapes that matrices have in the named metric: affine factors bring a bias."""
+    affine = is_affine(metric_named(metric))
+    return replace(run, shapes={name: Shape.of(run.model.get_submodule(name), affine) for name in run.shapes})
+
+
+def budget_of(run: Run, recipe: Recipe, rate: float) -> Budget:
+    """What `rate` leaves to spend. Raises `RankwiseError` for a rate that cannot be reached."""
+    return Budget.of(run.shapes, rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
+
+
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
-    roots, key = metric_named(metric).roots, decomposition_key(run.identity, metric)
+    chosen, key = metric_named(metric), decomposition_key(run.identity, metric)
     decompositions = {}
     for name in tqdm(run.shapes, desc="decomposing"):
         weight = weight_of(run.model.get_submodule(name))
 
         def compute(name: str = name, weight: Tensor = weight) -> dict[str, Tensor]:
-            return vars(decompose(weight, *roots(statistics.of(name))).to(dtype=weight.dtype))
+            d = decompose_in(chosen, weight, statistics.of(name)).to(dtype=weight.dtype)
+            return {name: value for name, value in vars(d).items() if value is not None}
 
         try:
             saved = run.folder.cached(decomposition_stage(metric, name), key, compute)
@@ -216,7 +228,7 @@ def allocate(
 
     saved = run.folder.cached("allocation", digest(run.identity, *costs.items(), metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
-    ranks = {name: None if mask is None else int(mask.count_nonzero()) for name, mask in masks.items()}
+    ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))
 
 

@@ -89,7 +89,7 @@ def _header(stored: list[tuple[str, torch.Size]], shapes: Shapes, whole: int) ->
     entries = [(name, list(shape)) for name, shape in stored]
     for name, shape in shapes.items():
         sides = [shape.out_features, shape.in_features]
-        entries += [(f"{name}.first.weight", sides), (f"{name}.second.weight", sides)]
+        entries += [(f"{name}.{tensor}", sides) for tensor in ("first.weight", "second.weight", "second.bias")]
     texts = (json.dumps({name: {"dtype": "BF16", "shape": s, "data_offsets": [whole, whole]}}) for name, s in entries)
     return sum(map(len, texts)) + 1024
 
@@ -106,5 +106,5 @@ def _latency(run: Run) -> Latency:
     shapes = {}
     for name, shape in run.shapes.items():
         ranks, times = saved[name].tolist()
-        shapes[name] = TimedShape(shape.out_features, shape.in_features, times[0], tuple(ranks[1:]), tuple(times[1:]))
+        shapes[name] = TimedShape.of_times(shape, times[0], tuple(ranks[1:]), tuple(times[1:]))
     return Latency(shapes, int(saved[""]))

@@ -86,7 +86,7 @@ def plan_of(sizes: Sizes, problem: Problem) -> Allocation:
     """The ranks that fit into the sizes; what rounding leaves is filled up, largest matrices first."""
     shapes, budget = problem.shapes, problem.budget
     ranks = {
-        n: None if size >= shapes[n].dense else rank_of(size // shapes[n].per_rank, shapes[n], budget.multiple)
+        n: None if size >= shapes[n].dense else rank_of(shapes[n].rank_within(size), shapes[n], budget.multiple)
         for n, size in sizes.items()
     }
     ranks = fill(ranks, shapes, budget, sorted(shapes, key=lambda n: -shapes[n].per_rank))

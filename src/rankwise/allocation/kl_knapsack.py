@@ -67,8 +67,7 @@ class KLKnapsack:
 
     def _prices(self, problem: Problem, name: str) -> Tensor:
         """The fall of the error curve [k] with each component, nats per token."""
-        break_even = problem.shapes[name].dense / problem.shapes[name].per_rank
-        points = np.geomspace(FIRST_POINT, LAST_POINT, self.points) * break_even
+        points = np.geomspace(FIRST_POINT, LAST_POINT, self.points) * problem.shapes[name].break_even
         ranks = np.unique(points.astype(int).clip(1))
         length = len(problem.spectra[name])
         measured = [problem.student.divergence({name: hard_mask(rank, length)}) for rank in ranks.tolist()]

@@ -4,11 +4,11 @@
    to second order), one on a measured KL per matrix (`kl_knapsack.py`, right about large errors).
 2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with
    the mask Fisher as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
-   -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Prices move half the way there and go to the knapsack again: the
-   budget is met exactly at each step, and no penalty weight has to be tuned.
-3. A round that does not lower the KL on the selection text is taken back, and half as far is tried: the result is never worse
-   than the start.
-4. The kept masks' values are trained on the same KL and folded into the factors.
+   -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Prices move towards these worths and go to the knapsack again:
+   the budget is met exactly at each step, and no penalty weight has to be tuned. Of several steps (the worths are good only
+   nearby) the one with the least KL on the selection text is taken; when none lowers it, the rounds end. So the result is never
+   worse than the start.
+3. The kept masks' values, those of dense matrices too, are trained on the same KL and folded into the factors.
 
 The idea of training nothing but masks over singular values, against the original model, is LLRC's (Sundrani et al. 2025,
 arXiv 2512.13733); prices from gradients and curvature are Optimal Brain Damage's (LeCun et al. 1989).
@@ -17,7 +17,7 @@ arXiv 2512.13733); prices from gradients and curvature are Optimal Brain Damage'
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
@@ -32,58 +32,70 @@ from rankwise.masks.values import ValueTraining, train_values
 
 logger = logging.getLogger(__name__)
 Prices = dict[str, Tensor]  # matrix -> [k] float64, nats per token
-STEP = 0.5  # from the prices before towards the new ones
+STEPS = (0.7, 0.4, 0.2, 0.1)  # from the prices before towards the worths
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRC:
-    """points: KLs measured per matrix for the second start; rounds of re-pricing; steps of value training and its
+    """points: KLs measured per matrix for the second start; rounds of re-pricing at most; steps of value training and its
     learning_rate. 0 points, rounds or steps leave that part out."""
 
     decomposition: ClassVar[str] = "kronecker"
     points: NonNegativeInt = 1
     rounds: NonNegativeInt = 4
-    value_steps: NonNegativeInt = 60
+    value_steps: NonNegativeInt = 120
     learning_rate: PositiveFloat = 0.01
 
     def allocate(self, problem: Problem) -> Allocation:
         """The selection with the least KL on the selection text, its mask values trained."""
         student = problem.student
         curvature = student.fisher()
-        prices = curvature
-        best = choose(problem, prices)
-        best_kl = student.divergence(best.masks)
-        history: list[dict[str, Any]] = [{"step": "start by mask Fisher", "kl": best_kl}]
+        best = _Plan.of("start by mask Fisher", problem, curvature)
+        history = [best.record]
         if self.points:
-            plan, measured = KLKnapsack(points=self.points).priced(problem)
-            kl = student.divergence(plan.masks)
-            history.append({"step": "start by measured KL", "kl": kl})
-            if kl < best_kl:
-                best, best_kl, prices = plan, kl, measured
-        step = STEP
-        worths: Prices | None = None
+            chosen, prices = KLKnapsack(points=self.points).priced(problem)
+            other = _Plan("start by measured KL", chosen, prices, student.divergence(chosen.masks))
+            history.append(other.record)
+            best = min(best, other, key=lambda plan: plan.kl)
         for number in range(1, self.rounds + 1):
-            if worths is None:
-                gradients = student.gradients(best.masks)
-                worths = {n: worth(best.masks[n], gradients[n], curvature[n]) for n in prices}
-            moved = {n: (1 - step) * prices[n] + step * worths[n] for n in prices}
-            plan = choose(problem, moved)
-            kl = student.divergence(plan.masks)
-            history.append({"step": f"round {number}", "kl": kl})
-            if kl < best_kl:
-                best, best_kl, prices, worths, step = plan, kl, moved, None, STEP
-            else:
-                step /= 2
-        masks = best.masks
+            gradients = student.gradients(best.chosen.masks)
+            worths = {n: worth(best.chosen.masks[n], gradients[n], h) for n, h in curvature.items()}
+            plan = min((best.towards(worths, step, f"round {number}", problem) for step in STEPS), key=lambda plan: plan.kl)
+            history.append(plan.record)
+            if plan.kl >= best.kl:
+                break
+            best = plan
+        masks = best.chosen.masks
         if self.value_steps:
             trained = train_values(student, masks, ValueTraining(self.value_steps, self.learning_rate))
             kl = student.divergence(trained)
             history.append({"step": "values", "kl": kl})
-            if kl < best_kl:
-                masks, best_kl = trained, kl
+            masks = trained if kl < best.kl else masks
         for record in history:
             logger.info("%s: KL %.5f on the selection text", record["step"], record["kl"])
-        return Allocation(best.ranks, masks, history)
+        return Allocation(best.chosen.ranks, masks, history)
+
+
+class _Plan(NamedTuple):
+    """A selection, the prices it was bought at, and what it costs on the selection text."""
+
+    step: str
+    chosen: Allocation
+    prices: Prices
+    kl: float
+
+    @classmethod
+    def of(cls, step: str, problem: Problem, prices: Prices) -> _Plan:
+        chosen = choose(problem, prices)
+        return cls(step, chosen, prices, problem.student.divergence(chosen.masks))
+
+    def towards(self, worths: Prices, step: float, name: str, problem: Problem) -> _Plan:
+        """The plan at prices that went `step` of the way to `worths`."""
+        return self.of(name, problem, {n: (1 - step) * price + step * worths[n] for n, price in self.prices.items()})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"step": self.step, "kl": self.kl}
 
 
 def worth(mask: Tensor | None, gradient: Tensor, curvature: Tensor) -> Tensor:

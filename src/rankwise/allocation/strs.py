@@ -48,7 +48,7 @@ class STRS:
         student, shape = problem.student, problem.shapes[name]
         losses = torch.full((len(problem.spectra[name]),), torch.inf, dtype=torch.float64)
         for rate in self.rates:
-            rank = max(int(shape.dense * (1 - rate)) // shape.per_rank, 1)
+            rank = max(shape.rank_within(int(shape.dense * (1 - rate))), 1)
             loss = student.divergence({name: hard_mask(rank, len(losses))}, text)
             losses[rank:] = losses[rank:].clamp_max(loss)
         return losses

@@ -27,7 +27,7 @@ class Uniform:
         ranks: Ranks = {}
         lost: dict[str, float] = {}
         for name, shape in shapes.items():
-            exact = keep * shape.dense / shape.per_rank
+            exact = max(keep * shape.dense - shape.added, 0) / shape.per_rank
             ranks[name] = max(budget.multiple, int(exact // budget.multiple) * budget.multiple)
             lost[name] = exact - int(exact // budget.multiple) * budget.multiple
         for name in sorted(shapes, key=lambda n: -shapes[n].per_rank):  # the floor of one multiple may have cost too much

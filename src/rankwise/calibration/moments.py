@@ -29,6 +29,19 @@ class Moments:
     absolute: Tensor | None = None  # sum |x| [n], of a site
     output: Tensor | None = None  # G = sum g g^T [m, m], of a matrix
     fisher: Tensor | None = None  # sum over sequences and rows of (dL/dW)^2 [n], of a matrix
+    first: Tensor | None = None  # sum x [n], of a site
+
+    @property
+    def mean(self) -> Tensor:
+        """mu = E[x] [n]. Needs "first"."""
+        assert self.first is not None
+        return self.first / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """sum (x - mu)(x - mu)^T [n, n]. Needs "first" and "second"."""
+        assert self.second is not None
+        return self.second - self.count * torch.outer(self.mean, self.mean)
 
     def holds(self, needs: Collection[str]) -> bool:
         """Whether any token was seen, and every moment that `needs` names: not so where text or gradient did not reach."""
@@ -46,7 +59,7 @@ class Statistics:
     def of(self, matrix: str) -> Moments:
         """The moments of a matrix: its site's and its own."""
         site, own = self.sites[self.site_of[matrix]], self.matrices.get(matrix, Moments())
-        return Moments(site.count, site.second, site.absolute, own.output, own.fisher)
+        return Moments(site.count, site.second, site.absolute, own.output, own.fisher, site.first)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For the run folder: the matrices in order, and every moment under `kind/path/field`."""
@@ -111,8 +124,8 @@ def collect(
 ) -> Statistics:
     """One pass over `batches`: forward, and backward too where `needs` has "output" or "fisher".
 
-    needs: "second" for H, "absolute" for sum |x|, "output" for G, "fisher" for the squared weight gradients. Gradients are
-        those of `sampled_loss` (true Fisher). Products are float32, sums float64.
+    needs: "second" for H, "first" for sum x, "absolute" for sum |x|, "output" for G, "fisher" for the squared weight
+        gradients. Gradients are those of `sampled_loss` (true Fisher). Products are float32, sums float64.
     Raises `RankwiseError` where the model or an activation has values that are not finite.
     """
     backward = bool({"output", "fisher"} & set(needs))
@@ -169,6 +182,8 @@ def _input_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Col
             moments.second = _add(moments.second, x.T @ x)
         if "absolute" in needs:
             moments.absolute = _add(moments.absolute, x.abs().sum(0))
+        if "first" in needs:
+            moments.first = _add(moments.first, x.sum(0))
 
     return see
 

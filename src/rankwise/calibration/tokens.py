@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,3 +133,15 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     labels = batch["labels"]
     inputs = model.prepare_decoder_input_ids_from_labels(labels=labels)
     return {**batch, "decoder_input_ids": inputs, "decoder_attention_mask": (labels != -100).long()}
+
+
+def endless(batches: Iterable[Batch], sequences: int, generator: torch.Generator) -> Iterator[Batch]:
+    """The batches in parts of `sequences` sequences, in a new random order each time round."""
+    parts = [
+        {name: tensor[i : i + sequences] for name, tensor in batch.items()}
+        for batch in batches
+        for i in range(0, len(next(iter(batch.values()))), sequences)
+    ]
+    while True:
+        for index in torch.randperm(len(parts), generator=generator).tolist():
+            yield parts[index]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import Tensor
+
 from rankwise.calibration.moments import Moments
-from rankwise.decomposition import activation, fisher, kronecker, svd, whitened
-from rankwise.decomposition.solver import Root
+from rankwise.decomposition import activation, centred, centred_kronecker, fisher, kronecker, svd, whitened
+from rankwise.decomposition.solver import Decomposition, Root, decompose
 from rankwise.errors import RankwiseError
 
 
@@ -26,7 +28,19 @@ METRICS: dict[str, Metric] = {
     "fisher": fisher,
     "whitened": whitened,
     "kronecker": kronecker,
+    "centred": centred,
+    "centred-kronecker": centred_kronecker,
 }
+
+
+def is_affine(metric: Metric) -> bool:
+    """Whether its factors keep the mean output in a bias: so where it needs the mean input."""
+    return "first" in metric.NEEDS
+
+
+def decompose_in(metric: Metric, W: Tensor, moments: Moments) -> Decomposition:
+    """`decompose` of W [m, n] in the metric, affine where it is."""
+    return decompose(W, *metric.roots(moments), moments.mean if is_affine(metric) else None)
 
 
 def metric_named(name: str) -> Metric:

@@ -7,6 +7,9 @@ The best rank-r approximation in the norm ||R^T (W - W') L|| is (Eckart-Young, w
 
 so that B[:, :r] A[:r] is the rank-r model for every r, the error of dropping component i is exactly S_i^2, and L is never
 inverted: a singular H is normal.
+
+Affine factors (AFM, Yu and Wu 2023) keep the mean output whatever is dropped: with mu = E[x] and c = A mu, a dropped component
+leaves its mean B_i c_i in the bias. L L^T is then the covariance of x, not its second moment.
 """
 
 from __future__ import annotations
@@ -47,20 +50,27 @@ class Root:
 class Decomposition:
     """Full-length factors of one matrix; its first r components are its rank-r model.
 
-    second: B [m, k], first: A [k, n], spectrum: [k] descending, in the metric's norm. One dtype, one device.
+    second: B [m, k], first: A [k, n], spectrum: [k] descending, in the metric's norm; centre: A mu [k] where the factors are
+    affine. One dtype, one device.
     """
 
     second: Tensor
     first: Tensor
     spectrum: Tensor
+    centre: Tensor | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Decomposition:
         """The same factors elsewhere; the spectrum keeps its dtype."""
-        return Decomposition(self.second.to(device, dtype), self.first.to(device, dtype), self.spectrum.to(device))
+        centre = None if self.centre is None else self.centre.to(device, dtype)
+        return Decomposition(self.second.to(device, dtype), self.first.to(device, dtype), self.spectrum.to(device), centre)
+
+    def dropped(self, mask: Tensor) -> Tensor | None:
+        """The mean output [m] of what `mask` [k] drops, for the bias; None where the factors are not affine."""
+        return None if self.centre is None else self.second @ ((1 - mask).to(self.centre) * self.centre)
 
 
-def decompose(W: Tensor, left: Root | None, right: Root | None) -> Decomposition:
-    """Decompose W [m, n] in the metric of the roots (None is the identity), in float64.
+def decompose(W: Tensor, left: Root | None, right: Root | None, mean: Tensor | None = None) -> Decomposition:
+    """Decompose W [m, n] in the metric of the roots (None is the identity), in float64; affine with the `mean` [n] of its inputs.
 
     Raises `RankwiseError` where W is not finite.
     """
@@ -70,4 +80,5 @@ def decompose(W: Tensor, left: Root | None, right: Root | None) -> Decomposition
     RW = W if left is None else left.apply(W)
     M = RW if right is None else right.apply(RW.T).T
     U, S, _ = torch.linalg.svd(M, full_matrices=False)
-    return Decomposition(second=U if left is None else left.solve(U), first=U.T @ RW, spectrum=S)
+    A = U.T @ RW
+    return Decomposition(U if left is None else left.solve(U), A, S, None if mean is None else A @ mean)

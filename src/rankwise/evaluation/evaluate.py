@@ -42,7 +42,7 @@ def evaluate(
     config = load_config(reference)
     refuse_compressed(reference, config)
     ranks = read_ranks(Path(path))
-    read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
+    shapes = read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
     tokenizer = load_tokenizer(reference)
     if tokenizer is None:
         raise RankwiseError(f"{reference} has no tokenizer")
@@ -61,7 +61,7 @@ def evaluate(
             dense.can_generate(),
         )
     unstack_experts(dense)
-    size = Size.of(dense, ranks)
+    size = Size.of(dense, shapes, ranks)
     recipe = yaml.safe_load((Path(path) / RECIPE).read_text()) if (Path(path) / RECIPE).exists() else {}
     return {
         "reference": str(reference),

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.allocation.plan import Shapes
 from rankwise.layers.linear import weight_of
-from rankwise.layers.matrices import Shape
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Size:
     bytes: dict[str, dict[str, int]]
 
     @classmethod
-    def of(cls, model: Any, ranks: Mapping[str, int | None]) -> Size:
-        """Of the dense `model`, its experts unstacked, and of what `ranks` (matrix -> rank, or None: dense) make of it."""
+    def of(cls, model: Any, shapes: Shapes, ranks: Mapping[str, int | None]) -> Size:
+        """Of the dense `model`, its experts unstacked, and of what `ranks` make of its matrices of `shapes`."""
         weights = {name: weight_of(model.get_submodule(name)) for name in ranks}
         before = {name: weight.numel() for name, weight in weights.items()}
-        after = {name: Shape(*weights[name].shape).parameters(rank) for name, rank in ranks.items()}
+        after = {name: shapes[name].parameters(rank) for name, rank in ranks.items()}
         element = {name: weight.element_size() for name, weight in weights.items()}  # some keep a part in another dtype
         saved = {name: before[name] - after[name] for name in ranks}
         model_bytes = sum(p.nbytes for p in model.parameters())

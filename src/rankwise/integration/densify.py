@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_compressed, load_tokenizer, refuse_output, written_whole
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.experts import restack
+from rankwise.layers.linear import bias_of, dense_linear
 from rankwise.layers.lowrank import LowRankLinear
 
 
@@ -21,8 +23,13 @@ def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
         skeleton = type(model)(model.config)
     for path in config.ranks:
         in_stack = path.startswith(tuple(f"{e}." for e in config.experts))
-        transposed = not in_stack and isinstance(skeleton.get_submodule(path), Conv1D)
-        model.set_submodule(path, _dense(model.get_submodule(path), transposed))
+        original = None if in_stack else skeleton.get_submodule(path)
+        if config.affine and (original is None or bias_of(original) is None):
+            raise RankwiseError(
+                f"{path} has affine factors, and {type(model).__name__} has no bias there to keep their mean: "
+                "only a model compressed in another decomposition can be made dense"
+            )
+        model.set_submodule(path, _dense(model.get_submodule(path), isinstance(original, Conv1D)))
     for path in config.experts:
         restack(model.get_submodule(path))
     return model
@@ -30,16 +37,7 @@ def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
 
 def _dense(layer: LowRankLinear, transposed: bool) -> nn.Module:
     first, second = layer.first.weight.detach(), layer.second.weight.detach()
-    weight = (second.float() @ first.float()).to(second.dtype)
-    if transposed:
-        dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
-        dense.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    return dense
+    return dense_linear((second.float() @ first.float()).to(second.dtype), layer.bias, transposed)
 
 
 def densify(path: str | Path, output: str | Path, overwrite: bool = False) -> None:

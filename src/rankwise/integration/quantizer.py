@@ -36,11 +36,13 @@ class RankwiseConfig(QuantizationConfigMixin):
 
     ranks: path of each factorised linear layer -> its rank.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
+    affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
     rate: what to remove of a folder that `rankwise decompose` wrote, as it is loaded: the fraction of its matrices' parameters.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
+    affine: bool = False
     rate: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD  # type: ignore[assignment]  # their enumeration is open to any name
@@ -53,7 +55,7 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"this folder has rankwise format {version!r}, this rankwise reads {FORMAT_VERSION}: upgrade with pip"
             )
-        unknown = set(config_dict) - {"ranks", "experts", "format_version", "quant_method"}
+        unknown = set(config_dict) - {"ranks", "experts", "affine", "format_version", "quant_method"}
         if unknown:
             raise ValueError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
         config = cls(**config_dict)
@@ -83,7 +85,7 @@ class RankwiseQuantizer(HfQuantizer):
             linear = _submodule(model, path)
             if not is_linear(linear):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
-            (out_features, in_features), bias = weight_of(linear).shape, bias_of(linear) is not None
+            (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
             dtype = weight_of(linear).dtype
             model.set_submodule(path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype))
         ignored: Any = model._keys_to_ignore_on_load_unexpected
@@ -100,8 +102,7 @@ class RankwiseQuantizer(HfQuantizer):
             if artifact is None:
                 raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
             made = artifact.apply(model, rate)
-            self.quantization_config.ranks, self.quantization_config.experts = made.ranks, made.experts
-            self.quantization_config.rate = None  # from here on it is a compressed model like any other
+            vars(self.quantization_config).update(vars(made))  # no rate: from here on it is a compressed model like any other
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.allocation.plan import write_ranks
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_config, quantization_of, skeleton, written_whole
-from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.linear import is_linear
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.recipe import Recipe
 
@@ -65,13 +65,14 @@ def read_ranks(folder: Path) -> dict[str, int | None]:
 
 def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shape]:
     """The shape of every matrix in `ranks`. Raises `RankwiseError` for one that the model does not have."""
-    model = skeleton(load_config(folder))
+    config = load_config(folder)
+    model, affine = skeleton(config), quantization_of(config).get("affine", False)
     unstack_experts(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     unknown = sorted(ranks.keys() - linear.keys())
     if unknown:
         raise RankwiseError(f"{folder / RANKS} has a rank for {unknown[0]}, a matrix that {type(model).__name__} does not have")
-    return {name: Shape(*weight_of(linear[name]).shape) for name in ranks}
+    return {name: Shape.of(linear[name], affine) for name in ranks}
 
 
 def _asked(recipe: Recipe) -> str:

@@ -28,6 +28,19 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias
 
 
+def dense_linear(weight: Tensor, bias: Tensor | None, transposed: bool) -> nn.Module:
+    """A linear module of the weight [out_features, in_features]: an `nn.Linear`, or a `Conv1D` where it is to be `transposed`."""
+    if transposed:
+        module: nn.Module = Conv1D(*weight.shape)
+        module.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    else:
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return module
+
+
 @contextmanager
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put `modules` (path -> module) into `model`, and the originals back on leaving, whatever happens inside."""

@@ -12,15 +12,25 @@ from torch import nn
 
 from rankwise.errors import RankwiseError
 from rankwise.layers import experts
-from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.linear import bias_of, is_linear, weight_of
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a weight matrix W [out_features, in_features] and the arithmetic of its parameters."""
+    """Shape of a weight matrix W [out_features, in_features] and the arithmetic of its parameters.
+
+    added: parameters that a low-rank layer has beside its factors: the bias of affine ones, where the matrix had none.
+    """
 
     out_features: int
     in_features: int
+    added: int = 0
+
+    @classmethod
+    def of(cls, module: nn.Module, affine: bool = False) -> Shape:
+        """The shape of a linear module's matrix."""
+        out_features, in_features = weight_of(module).shape
+        return cls(out_features, in_features, out_features if affine and bias_of(module) is None else 0)
 
     @property
     def dense(self) -> int:
@@ -37,13 +47,22 @@ class Shape:
         """Number of singular components."""
         return min(self.out_features, self.in_features)
 
+    @property
+    def break_even(self) -> float:
+        """The rank, m n / (m + n) without added parameters, from which on dense is smaller."""
+        return (self.dense - self.added) / self.per_rank
+
     def largest_rank(self, multiple: int = 1) -> int:
-        """The largest multiple of `multiple` below the break-even rank m n / (m + n); from there on dense is smaller."""
-        return (self.dense - 1) // self.per_rank // multiple * multiple
+        """The largest multiple of `multiple` below the break-even rank."""
+        return self.rank_within(self.dense - 1) // multiple * multiple
+
+    def rank_within(self, parameters: int) -> int:
+        """The largest rank of at most that many parameters."""
+        return max(parameters - self.added, 0) // self.per_rank
 
     def parameters(self, rank: int | None) -> int:
         """Parameters at `rank`; None is dense."""
-        return self.dense if rank is None else rank * self.per_rank
+        return self.dense if rank is None else rank * self.per_rank + self.added
 
 
 def matches(name: str, module: nn.Module, pattern: str) -> bool:
@@ -86,7 +105,7 @@ def find_matrices(
     matrices: dict[str, Shape] = {}
     dense: dict[str, str] = {}
     for name, module in linear.items():
-        shape = Shape(*weight_of(module).shape)
+        shape = Shape.of(module)
         included = any(matches(name, module, p) for p in include)
         if uses[id(module.weight)] > 1:
             dense[name] = "its weight is tied to another module's"

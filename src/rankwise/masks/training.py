@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankwise.calibration.signal import divergence, signal_of, text_labels, token_mask
-from rankwise.calibration.tokens import Batch
+from rankwise.calibration.tokens import Batch, endless
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import Student
 
@@ -70,7 +70,7 @@ def train_masks(
     layers = student.masked({name: torch.ones(len(d.spectrum)) for name, d in student.decompositions.items()})
     optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, options.rate)
-    batches = _endless(student.training, options.sequences, generator)
+    batches = endless(student.training, options.sequences, generator)
     history: list[dict[str, Any]] = []
     with student.frozen():
         bar = tqdm(range(options.steps), desc="training masks")
@@ -117,18 +117,6 @@ def next_token_loss(model: nn.Module, batch: Batch, wanted: None = None) -> Tens
 
 def _mean_divergence(model: nn.Module, batch: Batch, wanted: Any) -> Tensor:
     return divergence(wanted, signal_of(model, batch)) / len(wanted.values)
-
-
-def _endless(batches: Sequence[Batch], sequences: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Batches of `sequences` sequences, in a new random order each time round."""
-    parts = [
-        {name: tensor[i : i + sequences] for name, tensor in batch.items()}
-        for batch in batches
-        for i in range(0, len(next(iter(batch.values()))), sequences)
-    ]
-    while True:
-        for index in torch.randperm(len(parts), generator=generator).tolist():
-            yield parts[index]
 
 
 def _tokens(batch: Batch) -> int:

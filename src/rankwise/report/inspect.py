@@ -23,7 +23,7 @@ def inspect(folder: Path) -> list[dict[str, Any]]:
                 "out_features": shape.out_features,
                 "in_features": shape.in_features,
                 "rank": rank,
-                "break_even_rank": shape.dense / shape.per_rank,
+                "break_even_rank": shape.break_even,
                 "parameters": shape.parameters(rank),
                 "dense_parameters": shape.dense,
             }

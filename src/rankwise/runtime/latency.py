@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,22 @@ REPEATS = 40
 PROMPT = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TimedShape(Shape):
-    """A matrix whose cost is the nanoseconds of one token: `dense_time`, or `times` at the rising `ranks`, linear between."""
+    """A matrix whose cost is the nanoseconds of one token: `dense_time`, or `times` at the rising `ranks`, linear between.
+
+    added: nanoseconds of a low-rank layer beside those of its rank.
+    """
 
     dense_time: int
     ranks: tuple[int, ...]
     times: tuple[int, ...]
+
+    @classmethod
+    def of_times(cls, shape: Shape, dense_time: int, ranks: tuple[int, ...], times: tuple[int, ...]) -> TimedShape:
+        """The matrix of that shape."""
+        made = cls(shape.out_features, shape.in_features, dense_time=dense_time, ranks=ranks, times=times)
+        return replace(made, added=max(0, times[0] - ranks[0] * made.per_rank))
 
     @property
     def dense(self) -> int:
@@ -109,7 +118,7 @@ def measure(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> 
     whole = sum(shape.dense for shape in shapes.values()) * first.element_size()
     weights = Weights(max(min(COLD, whole), 2 * largest), first.dtype, first.device)
     times = {shape: _times(weights, shape, first, repeats) for shape in tqdm(set(shapes.values()), desc="timing")}
-    timed = {name: TimedShape(shape.out_features, shape.in_features, *times[shape]) for name, shape in shapes.items()}
+    timed = {name: TimedShape.of_times(shape, *times[shape]) for name, shape in shapes.items()}
     return Latency(timed, max(step, sum(shape.dense for shape in timed.values())))
 
 

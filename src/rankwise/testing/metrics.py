@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rankwise.calibration.moments import Moments
-from rankwise.decomposition.metric import Metric
-from rankwise.decomposition.solver import Decomposition, Root, decompose
+from rankwise.decomposition.metric import Metric, decompose_in, is_affine
+from rankwise.decomposition.solver import Decomposition, Root
 
 SEQUENCES = 4
 
@@ -55,7 +55,7 @@ def tiny_matrix(case: Case, seed: int = 0) -> tuple[Tensor, Moments]:
         values[:, : min(case.dead, values.shape[1] - 1)] = 0
     sequences = zip(g.chunk(SEQUENCES), x.chunk(SEQUENCES), strict=True)
     fisher = torch.stack([(gs.T @ xs).square().sum(0) for gs, xs in sequences]).sum(0)
-    return draw(case.outputs, case.inputs), Moments(case.tokens, x.T @ x, x.abs().sum(0), g.T @ g, fisher)
+    return draw(case.outputs, case.inputs), Moments(case.tokens, x.T @ x, x.abs().sum(0), g.T @ g, fisher, x.sum(0))
 
 
 def full_rank_is_exact(metric: Metric, W: Tensor, moments: Moments) -> None:
@@ -93,10 +93,22 @@ def components_are_orthogonal(metric: Metric, W: Tensor, moments: Moments) -> No
     torch.testing.assert_close(parts @ parts.T, squares.diag(), rtol=1e-6, atol=1e-9 * squares.sum().item())
 
 
+def affine_keeps_the_mean(metric: Metric, W: Tensor, moments: Moments) -> None:
+    """Affine factors answer the mean input with the mean output, whatever is dropped."""
+    d = _decomposed(metric, W, moments)
+    for r in range(len(d.spectrum) + 1):
+        dropped = d.dropped((torch.arange(len(d.spectrum)) < r).double())
+        assert (dropped is not None) == is_affine(metric)
+        if dropped is not None:
+            torch.testing.assert_close(
+                d.second[:, :r] @ d.first[:r] @ moments.mean + dropped, W @ moments.mean, rtol=1e-6, atol=1e-6
+            )
+
+
 def same_twice(metric: Metric, W: Tensor, moments: Moments) -> None:
     """The same matrix and moments give the same factors, bit for bit."""
     first, second = (vars(_decomposed(metric, W, moments)) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
 
 
 def scale_is_free(metric: Metric, W: Tensor, moments: Moments) -> None:
@@ -116,6 +128,7 @@ METRIC_LAWS: tuple[Callable[[Metric, Tensor, Moments], None], ...] = (
     spectrum_descends,
     error_is_the_tail,
     components_are_orthogonal,
+    affine_keeps_the_mean,
     same_twice,
     scale_is_free,
 )
@@ -124,7 +137,7 @@ METRIC_LAWS: tuple[Callable[[Metric, Tensor, Moments], None], ...] = (
 def _decomposed(metric: Metric, W: Tensor, moments: Moments) -> Decomposition:
     assert {need for need in metric.NEEDS if getattr(moments, need, None) is None} == set(), "NEEDS names moments"
     allowed = Moments(moments.count, **{need: getattr(moments, need) for need in metric.NEEDS})
-    return decompose(W, *metric.roots(allowed))
+    return decompose_in(metric, W, allowed)
 
 
 def _in_norm(metric: Metric, moments: Moments, X: Tensor) -> Tensor:
