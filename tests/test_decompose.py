@@ -64,7 +64,7 @@ def test_other_allocators_reuse_what_is_there(artifact: Path, tmp_path: Path, mo
         raise AssertionError("computed again")
 
     monkeypatch.setattr(stages, "collect", forbidden)
-    monkeypatch.setattr(stages, "decompose", forbidden)
+    monkeypatch.setattr(stages, "decompose_in", forbidden)
     monkeypatch.setattr(stages.Student, "fisher", forbidden)
     before = {file: file.stat().st_mtime_ns for file in artifact.rglob("*")}
     result = rankwise.compress(artifact, 0.3, options={"rounds": 1, "value_steps": 2}, allocation="llrc", output=tmp_path / "out")
@@ -77,13 +77,16 @@ def test_the_artifact_is_also_the_original(artifact: Path, llama: Path) -> None:
     assert not artifact.with_name("artifact.run").exists()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "t5"])
-def test_architectures(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "metric"), [("mixtral", "kronecker"), ("gpt2", "centred-kronecker"), ("llama", "centred"), ("t5", "kronecker")]
+)
+def test_architectures_and_affine_factors(name: str, metric: str, tmp_path: Path) -> None:
     model, windows = build(name), torch.randint(3, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    rankwise.decompose(model, tmp_path / "artifact", calibration=windows)
+    rankwise.decompose(model, tmp_path / "artifact", calibration=windows, decomposition=metric)
     assert equal(before, dict(model.state_dict()))
-    direct = rankwise.compress(model, 0.3, calibration=windows, allocation="mask-fisher").model
+    options = {"calibration": windows, "decomposition": metric, "allocation": "mask-fisher"}
+    direct = rankwise.compress(model, 0.3, **options).model
     config = rankwise.RankwiseConfig(rate=0.3)
     assert equal(
         dict(type(model).from_pretrained(tmp_path / "artifact", quantization_config=config).state_dict()),
