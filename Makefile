@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/
 
-.PHONY: demo test check install
+.PHONY: demo test check docs install
 
 demo: install
 	$(RUN)python scripts/demo.py
@@ -18,6 +18,10 @@ check: install
 	$(RUN)ruff format --check
 	$(RUN)ruff check
 	$(RUN)mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(RUN)python -m mkdocs build
+	@echo "open build/site/index.html"
 
 install: $(VENV)/installed
 

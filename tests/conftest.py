@@ -19,6 +19,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHARACTERS = string.ascii_letters + string.digits + " .,;:!?'\n"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of evaluations go here, not to the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["RANKWISE_CACHE"] = str(folder)
+    return folder
+
+
 def pytest_configure() -> None:
     import torch
 
@@ -91,4 +99,14 @@ def small_llama(llama: Path, story: Path) -> Path:
 
     folder = llama.with_name("small-llama")
     compress(llama, 0.25, calibration=story, output=folder, allocation="uniform", samples=10, length=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, compressed by a quarter: really trained, every kind of matrix low-rank."""
+    from rankwise import compress
+
+    folder = tmp_path_factory.mktemp("bundled") / "small"
+    compress(None, 0.25, output=folder, allocation="uniform", samples=16, length=64)
     return folder

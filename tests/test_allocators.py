@@ -33,7 +33,7 @@ from rankwise.allocation.uniform import Uniform
 from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.calibration.signal import text_labels
 from rankwise.decomposition.solver import Decomposition, Root, decompose
-from rankwise.layers.linear import swapped
+from rankwise.layers.linear import swapped, weight_of
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.testing.allocators import VOCABULARY, tiny_problem, tiny_student
 
@@ -128,7 +128,7 @@ def test_heavy_tail_reads_the_raw_weights(keep: float) -> None:
     model = nn.ModuleDict({name: nn.Linear(shape.in_features, shape.out_features) for name, shape in SHAPES.items()})
     with torch.no_grad():
         model["a"].weight[:, 0] *= 50  # type: ignore[index, operator, union-attr]
-    problem = problem_of(keep, SimpleNamespace(model=model))
+    problem = problem_of(keep, student_of(model))
     values = {n: np.linalg.svd(model[n].weight.detach().double().numpy(), compute_uv=False) for n in SHAPES}  # type: ignore[operator, union-attr]
     scores = {n: (s - s.min()) / (s.max() - s.min()) for n, s in values.items()}
     answer = HeavyTail().allocate(problem)
@@ -203,6 +203,11 @@ def test_effective_rank_formula(beta: float) -> None:
             assert rank == pytest.approx(scale * expected[name], abs=1.1), name
 
 
+def student_of(model: nn.ModuleDict, decompositions: Mapping[str, Decomposition] | None = None) -> Any:
+    """What allocators that run no model ask a student for."""
+    return SimpleNamespace(weight=lambda name: weight_of(model.get_submodule(name)), decompositions=decompositions)
+
+
 def random_factors(seed: int = 0) -> tuple[nn.ModuleDict, dict[str, Decomposition]]:
     """Linear layers, decomposed with uneven weights on their inputs."""
     generator = torch.Generator().manual_seed(seed)
@@ -237,7 +242,7 @@ def test_errors_of_the_weights() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_knapsack_is_the_least_sum_of_weight_errors_below_the_cap(keep: float, seed: int) -> None:
     model, decompositions = random_factors(seed)
-    problem = problem_of(keep, SimpleNamespace(model=model, decompositions=decompositions), seed=seed)
+    problem = problem_of(keep, student_of(model, decompositions), seed=seed)
     errors = {n: np.minimum.accumulate(e) for n, e in errors_of(model, decompositions).items()}
 
     def each(ranks: Ranks) -> list[float]:

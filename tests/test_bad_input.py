@@ -22,7 +22,7 @@ CASES = [
     ("compress nowhere", "no such model.*nowhere"),
     ("compress text", "no such model.*text"),
     ("compress story.txt", "no such model.*story.txt"),
-    ("compress broken-config", "no such model.*broken-config"),
+    ("compress broken-config", "cannot load broken-config: its config.json"),
     ("compress nan", "NaN"),
     ("compress truncated", "cannot load truncated"),
     ("compress missing", "missing keys: .*down_proj"),
@@ -187,7 +187,7 @@ def test_bad_input(line: str, message: str, bad: Path, rankwise: Callable[..., A
     def long_work(*_: Any, **__: Any) -> None:
         pytest.fail("the long work has begun")
 
-    for where in ("stages.collect_statistics", "stages.sampled_windows", "evaluation.evaluate.compare"):
+    for where in ("stages.collect_statistics", "stages.sampled_windows", "evaluation.pair.compare"):
         if where != "stages.sampled_windows" or "bert" not in line:
             monkeypatch.setattr(f"rankwise.{where}", long_work)
     monkeypatch.chdir(bad)
@@ -209,4 +209,5 @@ def test_in_a_process_of_its_own(bad: Path) -> None:
     command = [sys.executable, "-m", "rankwise", "compress", str(bad / "missing"), "-o", str(bad / "new")]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout) == (2, "")
-    assert re.fullmatch("error: .*missing keys.*\n", process.stderr)
+    [line] = [line for line in process.stderr.splitlines() if "missing" in line.lower()]  # torchao, where there, talks, too
+    assert re.fullmatch("error: .*missing keys.*", line)

@@ -4,6 +4,7 @@ And the laws can be broken: each by something made to break it."""
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -62,11 +63,11 @@ def test_every_quick_allocator_is_there() -> None:
 
 Roots = Callable[[Moments], tuple[Root | None, Root | None]]
 BREAKING_METRICS: dict[Any, Roots] = {  # law -> roots that break it
-    metric_laws.full_rank_is_exact: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64))),
+    metric_laws.full_rank_is_exact: lambda m: (Root(torch.zeros(len(of(m.output)), dtype=torch.float64)), None),
     metric_laws.spectrum_descends: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64))),
-    metric_laws.error_is_the_tail: lambda m: (Root(torch.ones(len(of(m.output))), of(m.output)), None),
-    metric_laws.components_are_orthogonal: lambda m: (Root(torch.ones(len(of(m.output))), of(m.output)), None),
-    metric_laws.affine_keeps_the_mean: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64))),
+    metric_laws.error_is_the_tail: lambda m: (None, Root(torch.ones(len(of(m.second)), dtype=torch.float64), -of(m.second))),
+    metric_laws.components_are_orthogonal: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64), skewed(m))),
+    metric_laws.affine_keeps_the_mean: lambda m: (Root(torch.zeros(len(of(m.output)), dtype=torch.float64)), None),
     metric_laws.same_twice: lambda m: (None, Root(torch.rand(len(of(m.second)), dtype=torch.float64))),
     metric_laws.scale_is_free: lambda m: (None, Root(of(m.absolute) + 100)),
 }
@@ -75,6 +76,11 @@ BREAKING_METRICS: dict[Any, Roots] = {  # law -> roots that break it
 def of(moment: torch.Tensor | None) -> torch.Tensor:
     assert moment is not None
     return moment
+
+
+def skewed(moments: Moments) -> torch.Tensor:
+    """Not symmetric, so no metric."""
+    return of(moments.second).tril()
 
 
 @pytest.mark.parametrize("law", METRIC_LAWS)
@@ -113,13 +119,14 @@ def least(problem: Problem) -> int:
     return sum(shape.parameters(problem.budget.multiple) for shape in problem.shapes.values())
 
 
+CALLS = itertools.count()
 BREAKING_ALLOCATORS: list[tuple[Any, Broken]] = [
     (allocator_laws.budget_is_met, with_budget(lambda p: p.budget.parameters + 1000)),  # too much
     (allocator_laws.budget_is_met, with_budget(lambda p: max(p.budget.parameters - 1000, least(p)))),  # too little
     (allocator_laws.budget_is_met, Broken(problem=lambda p: replace(p, budget=Budget(p.budget.parameters)))),  # no multiples
     (allocator_laws.masks_fit_the_ranks, Broken(answer=lambda p, a: replace(a, masks=dict.fromkeys(a.masks)))),
     (allocator_laws.larger_budgets_serve_better, with_budget(lambda p: dense_parameters(p) - p.budget.parameters + least(p))),
-    (allocator_laws.same_seed_same_answer, with_budget(lambda p: p.budget.parameters - int(torch.randint(1000, ())))),
+    (allocator_laws.same_seed_same_answer, with_budget(lambda p: p.budget.parameters - 500 * next(CALLS))),
     (allocator_laws.room_for_all_keeps_all, with_budget(lambda p: p.budget.parameters - 1)),
     (allocator_laws.smallest_budget_is_reached, with_budget(lambda p: 2 * p.budget.parameters)),
     (allocator_laws.model_is_left_alone, Broken(answer=touch)),

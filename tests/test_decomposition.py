@@ -127,6 +127,19 @@ def check_diagonal(seen: Seen, metric: str, S: Array, tolerance: float) -> None:
 
 
 @cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feature_ten_thousand_times_the_others_costs_no_accuracy(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    seen = Seen.of(shape)
+    X, W = torch.tensor(seen.X), torch.tensor(seen.W).to(dtype)
+    X[:, 0] *= 1e4
+    d, best = decompose(W, *whitened.roots(Moments(len(X), X.T @ X))), best_errors((X @ W.double().T).numpy())
+    assert d.first.dtype == d.second.dtype == torch.float32
+    for r in range(min(shape)):
+        error = (X @ (W.double() - d.second[:, :r].double() @ d.first[:r].double()).T).square().sum().item()
+        assert error == pytest.approx(best[r], rel=1e-4, abs=1e-12 * best[0])
+
+
+@cases
 def test_every_single_component_costs_its_square(shape: tuple[int, int]) -> None:
     seen = Seen.of(shape)
     d = seen.decomposed("whitened")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def files(folder: RunFolder) -> list[Path]:
     assert folder.path is not None
-    return [p for p in folder.path.rglob("*") if p.is_file()]
+    return [p for p in folder.path.rglob("*") if p.is_file() and p.name != run_folder.LOCK]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -91,7 +92,7 @@ def test_a_damaged_file_is_computed_again(folder: RunFolder, damage: Callable[[b
 
 
 def test_a_full_disk_leaves_nothing_behind(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         path.write_bytes(b"the first half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -105,18 +106,44 @@ def test_a_full_disk_leaves_nothing_behind(folder: RunFolder, monkeypatch: pytes
     assert compute.runs == 1
 
 
-def test_two_runs_may_compute_the_same_result_at_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, save = Counted(), run_folder.save_file
+def test_every_flipped_byte_is_seen(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever byte of a file changes, in its header or in its values: it is named and computed again."""
+    compute = Counted()
+    expected = folder.cached(STAGE, KEY, compute)
+    [file] = files(folder)
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        caplog.clear()
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        assert same(folder.cached(STAGE, KEY, compute), expected)
+        assert compute.runs == at + 2
+        assert [r.message for r in caplog.records] == [f"{file} is damaged: it is computed again"]
 
-    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
-        save(tensors, path)
-        if not other.runs:  # the other run comes and goes between our writing and our renaming
-            monkeypatch.setattr(os, "getpid", lambda: -1)
-            folder.cached(STAGE, KEY, other)
 
-    monkeypatch.setattr(run_folder, "save_file", save_file)
-    assert same(folder.cached(STAGE, KEY, Counted()), other())
-    assert len(files(folder)) == 1
+HOLDER = """
+import sys, time, torch
+from pathlib import Path
+from rankwise.run_folder import RunFolder
+RunFolder(Path(sys.argv[1])).cached("stage", "key", lambda: {"a": torch.ones(1)})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_another_process_is_kept_out_until_it_dies(folder: RunFolder) -> None:
+    command = [sys.executable, "-c", HOLDER, str(folder.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for act in (lambda: folder.cached(STAGE, KEY, Counted()), folder.hold):
+            with pytest.raises(RankwiseError, match="another run is at work in"):
+                act()
+        assert [file.parent for file in files(folder)] == [folder.path]  # the other's alone
+        other.kill()
+        other.wait()
+    folder.cached(STAGE, KEY, Counted())
+    folder.remove()
+    folder.hold()
 
 
 def test_a_failing_computation_leaves_nothing_behind(folder: RunFolder) -> None:

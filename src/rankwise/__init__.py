@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rankwise.decomposing import decompose as decompose
     from rankwise.evaluation.evaluate import evaluate as evaluate
     from rankwise.integration.densify import densify as densify
+    from rankwise.integration.peft import lora_targets as lora_targets
     from rankwise.integration.quantizer import RankwiseConfig as RankwiseConfig
     from rankwise.pipeline import Compressed as Compressed
     from rankwise.pipeline import compress as compress
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
     from rankwise.runtime.optimize import optimize as optimize
 
 __version__ = "0.1.0"
-__all__ = ["Compressed", "RankwiseConfig", "RankwiseError", "Recipe", "compress", "decompose", "densify", "evaluate", "optimize"]
+__all__ = [
+    "Compressed",
+    "RankwiseConfig",
+    "RankwiseError",
+    "Recipe",
+    "compress",
+    "decompose",
+    "densify",
+    "evaluate",
+    "lora_targets",
+    "optimize",
+]
 
 _HOMES = {
     "compress": "rankwise.pipeline",
@@ -31,6 +43,7 @@ _HOMES = {
     "decompose": "rankwise.decomposing",
     "densify": "rankwise.integration.densify",
     "evaluate": "rankwise.evaluation.evaluate",
+    "lora_targets": "rankwise.integration.peft",
     "optimize": "rankwise.runtime.optimize",
 }
 

@@ -6,19 +6,22 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rankwise.errors import RankwiseError
 
+UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
+PATIENCE = 3  # seconds that other processes leave the first one to say what is wrong with all: with it torchrun ends them too
+
 app = typer.Typer(
     name="rankwise",
     help="Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -30,6 +33,9 @@ DatasetOption = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=lambda wanted: _tell_more(wanted), help="Tell what is found on the way.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one.")]
 
 
@@ -53,7 +59,7 @@ def compress(
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
     scope: Annotated[str, typer.Option(help="What the rate is counted over: linear (the matrices) or model (all).")] = "linear",
     decomposition: Annotated[
-        str | None, typer.Option(help="svd, activation, fisher, whitened or kronecker (default: the allocation's own).")
+        str | None, typer.Option(help="The metric; a wrong name lists all (default: the allocation's own).")
     ] = None,
     allocation: Annotated[
         str | None,
@@ -73,52 +79,62 @@ def compress(
     dataset_option: DatasetOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the run may take, as 8GB: the model is read block by block, and may be larger than that."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn: same seed, same ranks.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Compress MODEL and write a folder that transformers loads like any other."""
+    """Compress MODEL and write a folder that transformers loads like any other.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m rankwise compress ...) its processes share the work.
+    """
+    from rankwise import distributed
     from rankwise.pipeline import compress
     from rankwise.recipe import pairs
 
-    try:
-        with _silent(as_json):
-            result = compress(
-                model,
-                rate,
-                target_bytes=target_bytes,
-                target_speedup=target_speedup,
-                calibration=calibration,
-                output=output,
-                overwrite=overwrite,
-                resume=resume,
-                samples=samples,
-                length=length,
-                scope=scope,
-                decomposition=decomposition,
-                allocation=allocation,
-                preset=preset,
-                options=pairs(option),
-                rank_multiple=rank_multiple,
-                include=tuple(include or ()),
-                exclude=tuple(exclude or ()),
-                text_column=text_column,
-                dataset_options=pairs(dataset_option),
-                dtype=dtype,
-                device=device,
-                seed=seed,
-            )
-    except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with _silent(as_json), _interruptible("the same command with --resume goes on from here"):
+        result = compress(
+            model,
+            rate,
+            target_bytes=target_bytes,
+            target_speedup=target_speedup,
+            calibration=calibration,
+            output=output,
+            overwrite=overwrite,
+            resume=resume,
+            samples=samples,
+            length=length,
+            scope=scope,
+            decomposition=decomposition,
+            allocation=allocation,
+            preset=preset,
+            options=pairs(option),
+            rank_multiple=rank_multiple,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            text_column=text_column,
+            dataset_options=pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+            memory=memory,
+            seed=seed,
+        )
+    if distributed.rank() > 0:
+        return
     if as_json:
         print(json.dumps(result.report))
         return
+    from rankwise.integration.result import PAGE
     from rankwise.report.terminal import print_report
 
     print_report(result.report)
     print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
+    print(f"what it cost, to look at: {output / PAGE}")
 
 
 @app.command()
@@ -128,7 +144,7 @@ def decompose(
     calibration: Annotated[str | None, typer.Option(help="The text, as of compress.")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    decomposition: Annotated[str, typer.Option(help="svd, activation, fisher, whitened or kronecker.")] = "kronecker",
+    decomposition: Annotated[str, typer.Option(help="The metric; a wrong name lists all.")] = "kronecker",
     include: Annotated[list[str] | None, typer.Option(help="Only these, as of compress. Repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
     text_column: TextColumn = "text",
@@ -143,7 +159,7 @@ def decompose(
     from rankwise.decomposing import decompose
     from rankwise.recipe import pairs
 
-    try:
+    with _interruptible("the same command with --resume goes on from here"):
         artifact = decompose(
             model,
             output,
@@ -161,9 +177,6 @@ def decompose(
             device=device,
             seed=seed,
         )
-    except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
     print(f"{len(artifact.shapes)} matrices decomposed, written to {output}: rankwise compress {output} --rate ...")
 
 
@@ -171,40 +184,71 @@ def decompose(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
     reference: Annotated[str | None, typer.Option(help="The original model; without it, the bundled one.")] = None,
-    text: Annotated[str, typer.Option(help="Text to judge on: as --calibration of compress, but not self.")] = "stdlib:held-out",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to judge on: as --calibration of compress, but not self; or wikitext2, c4, ptb put together as the field "
+            "does, with :FILE for a local copy. Repeatable; the first is the headline (default: stdlib:held-out)."
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, with commas between: names, YAML files or folders. Repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task, the first ones (default: all).")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each item (default: as the task says).")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="To be continued by both. Repeatable (default: beginnings out of the first text).")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where results are kept (default: $RANKWISE_CACHE, or rankwise in the user's cache).")
+    ] = None,
     text_column: TextColumn = "text",
     dataset_option: DatasetOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Measure what compression cost: perplexity, KL, agreement, size; original and compressed on the same tokens."""
+    """Measure what compression cost, original and compressed on the same tokens: perplexity, KL, agreement, tasks, generations.
+
+    Goes on where it was interrupted.
+    """
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
     from rankwise.recipe import pairs
 
-    with _silent(as_json):
-        report = evaluate(
-            folder,
-            reference or bundled.MODEL,
-            text,
-            length=length,
-            samples=samples,
-            seed=seed,
-            text_column=text_column,
-            dataset_options=pairs(dataset_option),
-            dtype=dtype,
-            device=device,
-        )
+    try:
+        with _silent(as_json):
+            report = evaluate(
+                folder,
+                reference or bundled.MODEL,
+                text or ["stdlib:held-out"],
+                tasks=[name for part in tasks or [] for name in _names(part)],
+                limit=limit,
+                shots=shots,
+                prompts=prompt or (),
+                length=length,
+                samples=samples,
+                seed=seed,
+                text_column=text_column,
+                dataset_options=pairs(dataset_option),
+                dtype=dtype,
+                device=device,
+                cache=cache,
+            )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(report))
         return
-    from rankwise.report.terminal import print_report
+    from rankwise.report.evaluation import print_evaluation
 
-    print_report(report)
+    print_evaluation(report)
 
 
 @app.command()
@@ -212,7 +256,7 @@ def compare(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
     rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
     text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the picture.")] = Path("contest"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the page.")] = Path("contest"),
     allocations: Annotated[
         str, typer.Option(help="With commas between, options after spaces: 'llrc, kl-knapsack points=3' (default: all).")
     ] = "",
@@ -228,16 +272,19 @@ def compare(
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
     from rankwise.contest import hold_contest
-    from rankwise.report.contest import plot_contest, print_contest
+    from rankwise.integration.result import PAGE
+    from rankwise.report.contest import print_contest
+    from rankwise.report.page import write_page
 
     try:
         wanted = [float(rate) for rate in rates.split(",")]
     except ValueError:
         raise RankwiseError(f"--rates {rates!r}: numbers with commas between, as 0.1,0.2") from None
-    with _silent(as_json):
+    with _silent(as_json), _interruptible("the same command goes on from here"):
         results = hold_contest(
             model,
             wanted,
@@ -256,12 +303,24 @@ def compare(
             device=device,
             seed=seed,
         )
+    write_page([output], output / PAGE)
     if as_json:
         print(json.dumps(results))
         return
     print_contest(results)
-    plot_contest(results, output / "contest.png")
-    print(f"written to {output}")
+    print(f"written to {output}: open {output / PAGE} in a browser")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders, and folders that compare wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one page to look at and to show: what was gained, what it cost, which ranks, how to make it again."""
+    from rankwise.report.page import write_page
+
+    write_page(folders, output)
+    print(f"written to {output}: open it in a browser")
 
 
 @app.command()
@@ -339,6 +398,20 @@ def _silent(as_json: bool) -> Iterator[None]:
         os.close(kept)
 
 
+@contextmanager
+def _interruptible(way_on: str) -> Iterator[None]:
+    """An interrupt from the keyboard ends the command with a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: {way_on}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _tell_more(wanted: bool) -> None:
+    logging.getLogger("rankwise").setLevel(logging.INFO if wanted else logging.WARNING)
+
+
 def _names(text: str) -> list[str]:
     """Names with commas between."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -347,11 +420,22 @@ def _names(text: str) -> list[str]:
 def main() -> None:
     """The entry point: what users can put right ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # heeded by transformers too, for loading and writing
+    others = os.environ.get("RANK", "0") != "0"  # of several processes, the first alone shows how far it is
+    if others:
+        os.environ["TQDM_DISABLE"] = "1"
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
     except RankwiseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if others:
+            time.sleep(PATIENCE)
+            print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
+        else:
+            print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise import bundled, stages
+from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
 from rankwise.allocation.plan import parameters
-from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import batches_of, windows_of
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
+from rankwise.evaluation.protocols import read_judging_text
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.recipe import Recipe, pairs
-from rankwise.run_folder import RunFolder, digest
+from rankwise.run_folder import RunFolder, digest, write_whole
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
@@ -74,13 +74,15 @@ def hold_contest(
     options: as of `Recipe`, `allocation` apart. What `output` holds from an earlier contest is not computed again.
     Returns one result per method and rate. Raises `RankwiseError`.
     """
+    if distributed.size() > 1:
+        raise RankwiseError("compare works in one process: several share the work of compress alone")
     if model is None:
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
     if not texts:
         raise RankwiseError("name a held-out text to judge on (--text)")
     methods = methods_of(allocations or all_allocations(), decompositions)
     recipe = Recipe.of(rate=max(rates, default=0.0), calibration=calibration or "self", **options)
-    documents = {text: read_documents(text, recipe.text_column, recipe.dataset_options) for text in texts}
+    documents = {text: read_judging_text(text, recipe.text_column, recipe.dataset_options) for text in texts}
     output = Path(output)
     refuse_taken(output, overwrite=True)
     folder = RunFolder(output / "run")
@@ -91,8 +93,10 @@ def hold_contest(
         raise RankwiseError(f"{model} has no tokenizer")
     length = next(iter(run.data.training[0].values())).shape[1]
     judges = {
-        text: batches_of(run.model, windows_of(run.tokenizer, docs, length, judge_samples, recipe.seed))
-        for text, docs in documents.items()
+        text: batches_of(
+            run.model, windows_of(run.tokenizer, found.documents, length, judge_samples, recipe.seed)[: found.windows]
+        )
+        for text, found in documents.items()
     }
     needs: frozenset[str] = frozenset().union(*(metric_named(metric).NEEDS for metric in metrics))
     statistics = stages.collect_statistics(run, needs)
@@ -124,6 +128,6 @@ def hold_contest(
                     }
                 )
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])
-                output.mkdir(parents=True, exist_ok=True)
-                (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+                text = json.dumps(results, indent=1) + "\n"
+                write_whole(output / RESULTS, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
     return results

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, stages
+from rankwise import bundled, distributed, stages
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
-from rankwise.integration.artifact import RESULTS, WINDOWS, Artifact
+from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
 from rankwise.integration.checkpoint import refuse_output, written_whole
 from rankwise.integration.result import MAX_SHARD_SIZE
 from rankwise.layers.experts import restack
-from rankwise.recipe import Recipe
-from rankwise.run_folder import RunFolder
+from rankwise.recipe import IN_MEMORY, Recipe
+from rankwise.run_folder import RunFolder, write_tensors
 from rankwise.stages import Calibration
 
 
@@ -39,21 +38,23 @@ def decompose(
     if model is None:
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
     calibration = "self" if calibration is None else calibration
-    source = str(calibration) if isinstance(calibration, str | Path) else "given in memory"
+    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     recipe = Recipe.of(**{"calibration": source, "decomposition": "kronecker"} | options)
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS
+    if distributed.size() > 1:
+        raise RankwiseError("decompose runs in one process: leave out torchrun")
     refuse_output(Path(output), overwrite, model)
     folder = RunFolder.beside(Path(output), resume, overwrite)
-    assert folder.path is not None
 
     run = stages.start(model, calibration, tokenizer, recipe, [], folder)
     run = stages.in_metric(run, metric)
-    if run.windows is None:
+    windows = run.data.windows
+    if windows is None:
         raise RankwiseError("decompose keeps its calibration text: give it text or windows of tokens, not batches")
     statistics = stages.collect_statistics(run, needs)
     student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
-    student.fisher()
+    prices = student.fisher()
     parameters = run.model.num_parameters()
     for path in run.experts:
         restack(run.model.get_submodule(path))
@@ -61,9 +62,9 @@ def decompose(
         run.model.save_pretrained(whole, max_shard_size=MAX_SHARD_SIZE)
         if run.tokenizer is not None:
             run.tokenizer.save_pretrained(whole)
-        Artifact(whole, recipe, run.identity, run.shapes, parameters).write()
-        save_file({"windows": run.windows.contiguous()}, folder.path / WINDOWS)
-        os.replace(folder.path, whole / RESULTS)
-    artifact = Artifact.at(output)
-    assert artifact is not None
-    return artifact
+        artifact = Artifact(whole, recipe, run.identity, run.shapes, parameters)
+        artifact.write()
+        folder.hand_over(whole / RESULTS)
+        write_tensors(artifact.results / WINDOWS, {"windows": windows})
+        write_tensors(artifact.results / PRICES, prices)
+    return replace(artifact, folder=Path(output))

@@ -2,47 +2,75 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, stages
+import rankwise
+from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison
+from rankwise.evaluation.costs import costs_of_each
 from rankwise.evaluation.memory import peak_memory
+from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.size import Size
+from rankwise.evaluation.spectra import thinned_spectra
 from rankwise.integration.artifact import Artifact
 from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
-from rankwise.integration.result import write_result
+from rankwise.integration.result import PAGE, SPECTRA, write_result
+from rankwise.integration.weights import saving_from
 from rankwise.layers.experts import restack
-from rankwise.recipe import Recipe
+from rankwise.progress import stage
+from rankwise.recipe import IN_MEMORY, Recipe
+from rankwise.report.page import page_of
+from rankwise.report.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
+from rankwise.streaming import run as streaming
 from rankwise.targets import Target
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Compressed:
-    """What `compress` gives back: the model, one rank (or None: dense) per matrix, and the report as plain values."""
+    """What `compress` gives back: the model, one rank (or None: dense) per matrix, and the report as plain values.
 
-    model: PreTrainedModel
+    With `memory` there is no model: it may be larger than the memory, and is in the output folder.
+    """
+
+    model: PreTrainedModel | None
     ranks: Ranks
     report: dict[str, Any]
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase | None = None
+    spectra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, output: str | Path, overwrite: bool = False) -> None:
         """Write an ordinary Hugging Face folder, whole or not at all. Raises `RankwiseError` where `output` is taken."""
-        write_result(Path(output), self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite)
+        if self.model is None:
+            raise RankwiseError("the model was written to the output folder, it is not in memory")
+        output = Path(output)
+        files = to_look_at(output.name, self.report, self.spectra)
+        write_result(output, self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite, files)
+
+
+def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> dict[str, str]:
+    """The page of a result, and the spectra that it draws: file name -> content."""
+    return {SPECTRA: json.dumps(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
 
 
 @dataclass
@@ -52,9 +80,10 @@ class _Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
-    def lap(self, stage: str) -> None:
+    def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[stage], self.since = round(now - self.since, 2), now
+        self.seconds[name], self.since = round(now - self.since, 2), now
+        logger.info("%s took %.1f s", name, self.seconds[name])
 
 
 def compress(
@@ -94,22 +123,17 @@ def compress(
     metric_named(metric)
     folder = RunFolder()
     if output is not None:
-        refuse_output(Path(output), overwrite, model)
         folder = RunFolder.beside(Path(output), resume, overwrite)
+        overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
+        refuse_output(Path(output), overwrite, model)
     if artifact is not None:
         folder = replace(folder, known=artifact.results)
 
+    if recipe.memory is not None:
+        return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder)
     clock = _Clock()
-    run = stages.start(
-        model,
-        calibration,
-        tokenizer,
-        recipe,
-        [recipe.rate] if recipe.rate else [],
-        folder,
-        artifact.identity if artifact else None,
-    )
-    run = stages.in_metric(run, metric)
+    rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
+    run = stages.in_metric(stages.start(model, calibration, tokenizer, recipe, rates, folder, identity), metric)
     try:
         target = Target.of(run, recipe)
     except RankwiseError:
@@ -126,29 +150,75 @@ def compress(
     clock.lap("allocation")
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
+    costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
+    samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+    spectra = thinned_spectra(student.decompositions, chosen.masks)
+    clock.lap("looking closer")
 
     size = Size.of(run.model, run.shapes, chosen.ranks)
     attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
+    report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     if target.latency is not None:
         report["predicted_speedup"] = target.latency.speedup(chosen.ranks)
-    result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer)
-    if output is not None:
-        result.save(output, overwrite)
+    result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer, spectra)
+    if output is not None and distributed.rank() == 0:
+        folder.finish()
+        with stage(f"writing {output}"):
+            result.save(output, overwrite)
         folder.remove()
     return result
+
+
+def _compress_streamed(
+    model: str | Path | PreTrainedModel,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    allocator: Allocator,
+    output: str | Path | None,
+    overwrite: bool,
+    folder: RunFolder,
+) -> Compressed:
+    """`compress` with one block in memory at a time; the result is in `output` only."""
+    if distributed.size() > 1:
+        raise RankwiseError("with memory a run has one process: leave out memory, or torchrun")
+    if recipe.rate is None:
+        raise RankwiseError("with memory a rate is the only target: leave out memory, or ask for a rate")
+    if output is None:
+        raise RankwiseError("with memory the result is written block by block: name an output folder")
+    metric, clock = str(recipe.decomposition), _Clock()
+    stream = streaming.start(model, calibration, tokenizer, recipe, allocator, folder)
+    clock.lap("loading")
+    student = streaming.student_of(stream, streaming.decompose_all(stream, metric))
+    clock.lap("decomposition")
+    run = stream.run
+    chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
+    clock.lap("allocation")
+    comparison = streaming.measure(stream, student, chosen)
+    clock.lap("measuring")
+    size = Size.of(run.model, run.shapes, chosen.ranks)
+    report = _report(recipe, run, size, comparison, chosen, clock)
+    folder.finish()
+    with saving_from(streaming.factorise(stream, student, chosen)):
+        files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
+        write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
+    folder.remove()
+    return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
 
 
 def _recipe(
     rate: float | None, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
 ) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
-    source = str(calibration) if isinstance(calibration, str | Path) else "given in memory"
+    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     name = allocation if isinstance(allocation, str) else type(allocation).__name__
     recipe = Recipe.of(**{"rate": rate, "calibration": source, "allocation": name} | options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
-    return recipe.model_copy(update={"decomposition": recipe.decomposition or allocation.decomposition}), allocation
+    return recipe.model_copy(
+        update={"decomposition": allocation.decomposition if recipe.decomposition is None else recipe.decomposition}
+    ), allocation
 
 
 def _report(
@@ -162,10 +232,12 @@ def _report(
         **size.to_dict(),
         **comparison.to_dict(),
         "ranks": chosen.ranks,
+        "shapes": {name: [shape.out_features, shape.in_features] for name, shape in run.shapes.items()},
         "left_dense": run.left_dense,
         "history": chosen.history,
         "effort": chosen.effort,
         "seconds": clock.seconds,
         "peak_memory_bytes": peak_memory(),
         "recipe": recipe.model_dump(),
+        "versions": {module.__name__: module.__version__ for module in (rankwise, torch, transformers)},
     }

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, Valida
 
 from rankwise.errors import RankwiseError
 
+LARGEST = 2**31  # of what is counted out: more would never end
 DEFAULT_RATE = 0.2
+IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
 
 
 class Recipe(BaseModel):
@@ -24,8 +26,12 @@ class Recipe(BaseModel):
     calibration: str = Field("self", description="the text: a file, a folder, a data set's name, self, stdlib:train")
     text_column: str = Field("text", description="the text's field in JSON lines and data sets")
     dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset")
-    samples: PositiveInt | None = Field(None, description="windows of calibration text; by default 262,144 tokens' worth")
-    length: int | None = Field(None, ge=2, description="tokens of a window; by default the model's context, at most 2048")
+    samples: int | None = Field(
+        None, ge=1, le=LARGEST, description="windows of calibration text; by default 262,144 tokens' worth"
+    )
+    length: int | None = Field(
+        None, ge=2, le=LARGEST, description="tokens of a window; by default the model's context, at most 2048"
+    )
     decomposition: str | None = Field(None, description="the metric; by default the allocation's own")
     allocation: str = Field("llrc", description="how ranks are chosen")
     preset: str = Field("default", description="which defaults of the allocation")
@@ -35,7 +41,8 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = Field((), description="matrices to leave dense, likewise")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the model")
     device: str = Field("auto", description="where to compute")
-    seed: int = Field(0, ge=0, description="of everything drawn")
+    memory: str | None = Field(None, description="what the run may take, as 8GB: the model is then read block by block")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything drawn")
 
     @classmethod
     def of(cls, **fields: Any) -> Self:

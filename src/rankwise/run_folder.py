@@ -1,26 +1,40 @@
 """Where a run keeps what it has computed, so that it can be killed and resumed.
 
 Every result is a safetensors file named after its stage and the digest of all it was computed from: a changed option leaves
-the results that do not depend on it in use.
+the results that do not depend on it in use. It holds a digest of its own content too: what a crash or a disk has damaged is
+computed again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from rankwise import distributed
 from rankwise.errors import RankwiseError
+
+logger = logging.getLogger(__name__)
+LOCK, FINISHED = "lock", "finished"
+NOTES = "__notes__"  # plain values, beside tensors that are named after matrices
+_locks: dict[Path, IO[str]] = {}  # run folders that this process holds; the system lets go of them when it ends, however it ends
 
 
 def digest(*parts: Any) -> str:
@@ -36,6 +50,12 @@ def digest(*parts: Any) -> str:
     return state.hexdigest()
 
 
+def user_cache() -> Path:
+    """The folder for results that belong to no run: $RANKWISE_CACHE, else rankwise in the user's cache folder."""
+    own = os.environ.get("RANKWISE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
+
+
 def fingerprint(model: nn.Module) -> str:
     """The digest of a model: its config and every parameter's name, shape and bytes."""
     parts: list[Any] = [str(getattr(model, "config", ""))]
@@ -44,67 +64,188 @@ def fingerprint(model: nn.Module) -> str:
     return digest(*parts)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `RankwiseError` where it is missing or not whole."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
-    except (OSError, SafetensorError) as error:
-        raise RankwiseError(f"{file} cannot be read: {error}") from None
-
-
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
+def _digest_of(tensors: dict[str, Tensor]) -> str:
+    return digest(*(part for item in sorted(tensors.items()) for part in item))
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file beside `file` and put it in its place: after a crash, of the machine too, it is the old or the
+    new one. Raises `RankwiseError` where it cannot be written."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, file)
+        flush(file.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RankwiseError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file, or a folder's list of names, on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Results on disk; with no path, nothing is kept. What `known` holds is read from there, and nothing written to it."""
+    """Results on disk; with no path, nothing is kept.
+
+    shared: several processes may use it at once, which at worst compute the same twice.
+    known: another run folder, finished: what it holds is read from there, and nothing written to it.
+    """
 
     path: Path | None = None
+    shared: bool = False
     known: Path | None = None
 
     @classmethod
     def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
         """The run folder of an output folder. What it holds is used where it fits, whoever computed it.
 
-        Raises `RankwiseError` where an interrupted run is there, which may still be running, and neither flag was given.
+        Raises `RankwiseError` where an interrupted run is there and neither flag was given, and where it is still running.
         """
-        path = output.resolve().with_name(output.resolve().name + ".run")
-        if path.exists() and not (resume or overwrite):
-            raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume), or overwrite it (--overwrite)")
+        path = Path(os.path.realpath(output) + ".run")
+        if distributed.rank() == 0 and os.path.exists(path):
+            if not (resume or overwrite):
+                raise RankwiseError(f"an interrupted run is in {path}: go on with it (--resume), or overwrite it (--overwrite)")
+            cls(path).hold()
         return cls(path)
+
+    def hold(self) -> None:
+        """Keep other processes out until this one has removed the folder, or ends. Raises `RankwiseError` where one is in it."""
+        if self.path is None or self.shared or self.path in _locks or fcntl is None or distributed.rank() > 0:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / LOCK, "a")  # noqa: SIM115  open for as long as it is held
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RankwiseError(f"another run is at work in {self.path}: wait for it, or name another output") from None
+        except OSError as error:
+            raise RankwiseError(f"cannot write {self.path}: {error.strerror}") from None
+        _locks[self.path] = lock
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came so far that its result may be in place, and only this folder is left to be removed."""
+        return self.path is not None and (self.path / FINISHED).exists()
+
+    def finish(self) -> None:
+        """Note that from here on the result may be in place."""
+        if self.path is not None:
+            write_whole(self.path / FINISHED, Path.touch)
 
     def cached(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of `stage` for `key`: read where they are whole on disk, else computed and written atomically.
 
         Either way they are contiguous: another layout would be multiplied in another order, to other last bits. Raises
-        `RankwiseError` where they cannot be written.
+        `RankwiseError` where they cannot be written, and where another process is at work in the folder.
         """
-        name = f"{stage}-{key}.safetensors"
-        if self.known is not None and (self.known / name).exists():
-            return read_tensors(self.known / name)
+        found = self._found(f"{stage}-{key}.safetensors")
+        if found is not None:
+            return found
         if self.path is None:
             return _contiguous(compute())
-        file = self.path / name
+        if self.path.parent.exists():  # else nobody is in it, and should the computation fail, nothing shall be left behind
+            self.hold()
+        file = self.path / f"{stage}-{key}.safetensors"
         if file.exists():
-            try:
-                return read_tensors(file)
-            except RankwiseError:
-                file.unlink(missing_ok=True)  # cut short by a full disk or a crash of the machine
-        tensors = _contiguous(compute())
-        temporary = file.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same result
+            kept = _read(file)
+            if kept is not None:
+                return kept
+            logger.warning("%s is damaged: it is computed again", file)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.cpu() for name, t in tensors.items()}, temporary)
-            os.replace(temporary, file)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise RankwiseError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
+            tensors = _contiguous(compute())
+        except BaseException:
+            if self.path in _locks and [file.name for file in self.path.iterdir()] == [LOCK]:
+                self.remove()
+            raise
+        self.hold()
+        write_tensors(file, tensors)
         return tensors
 
+    def _found(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of a file of the known run folder, None where it is not there or not whole."""
+        return None if self.known is None else _read(self.known / name)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is read or written, so that keys are worth their computation."""
+        return self.path is not None or self.known is not None
+
+    def cached_values(self, stage: str, key: str, compute: Callable[[], Any]) -> Any:
+        """As `cached`, for plain values: what JSON makes of them, whether read or just computed."""
+
+        def as_bytes() -> dict[str, Tensor]:
+            return {NOTES: torch.tensor(list(json.dumps(compute()).encode()), dtype=torch.uint8)}
+
+        return json.loads(bytes(self.cached(stage, key, as_bytes)[NOTES].tolist()))
+
+    def together(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As `cached`, for all processes of a run at once: all compute where the first finds nothing, and go on with what it
+        has written."""
+        if self.path is None or distributed.size() == 1 or self._found(f"{stage}-{key}.safetensors") is not None:
+            return self.cached(stage, key, compute)
+        file = self.path / f"{stage}-{key}.safetensors"
+        tensors: dict[str, Tensor] | None = None
+        if not distributed.first_ones(file.exists() and _read(file) is not None):
+            tensors = compute()
+        if distributed.rank() == 0:
+            self.cached(stage, key, lambda: tensors or {})
+        distributed.wait()
+        return self.cached(stage, key, lambda: tensors or {})
+
+    def hand_over(self, to: Path) -> None:
+        """Make a finished run the folder `to` of a result, on the same disk, and let others in."""
+        assert self.path is not None
+        os.replace(self.path, to)
+        if self.path in _locks:
+            _locks.pop(self.path).close()
+        for name in (LOCK, FINISHED):
+            (to / name).unlink(missing_ok=True)
+
     def remove(self) -> None:
-        """Forget the run."""
-        if self.path is not None and self.path.exists():
+        """Forget the run, and let others in."""
+        if self.path is not None and self.path.exists() and distributed.rank() == 0:
             shutil.rmtree(self.path)
+            flush(self.path.parent)
+            if self.path in _locks:
+                _locks.pop(self.path).close()
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that a run folder or an artifact must hold. Raises `RankwiseError` where it is not as written."""
+    tensors = _read(file)
+    if tensors is None:
+        raise RankwiseError(f"{file} is missing or damaged: decompose again")
+    return tensors
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whole or not at all, with the digest of its content. Raises `RankwiseError` where it cannot be written."""
+    on_host = {name: tensor.cpu() for name, tensor in _contiguous(tensors).items()}
+    write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file, or None where it is not as it was written."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+            written = (opened.metadata() or {}).get("digest")
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError):  # a damaged header fails in many ways
+        return None
+    return tensors if written == _digest_of(tensors) else None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled
+from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Budget, Shapes
 from rankwise.allocation.problem import Allocation, Problem
@@ -27,7 +26,7 @@ from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
-from rankwise.integration.artifact import PRICES, decomposition_key, decomposition_stage, prices_key
+from rankwise.integration.artifact import decomposition_key, decomposition_stage
 from rankwise.integration.checkpoint import (
     load_config,
     load_model,
@@ -39,10 +38,10 @@ from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.masks.student import Student, is_whole
+from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
-from rankwise.run_folder import RunFolder, digest, fingerprint
+from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
 
-NOTES = "__notes__"  # beside the masks, which are named after matrices
 Calibration = str | Path | Sequence[str] | Tensor | Sequence[Batch]
 
 
@@ -63,7 +62,6 @@ class Run:
     folder: RunFolder
     identity: str
     seed: int
-    windows: Tensor | None  # the text [windows, length], where it is no batches of the user's own
 
 
 def start(
@@ -88,16 +86,14 @@ def start(
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
-        print_ = fingerprint(dense) if folder.path and identity is None else ""
-        text = _text(dense, calibration, tokenizer, recipe, folder, print_)
-        data = Data.of_windows(dense, text) if isinstance(text, Tensor) else Data.of_batches(dense, text)
+        of_model = fingerprint(dense) if folder.path and identity is None else ""
+        data = read_data(dense, calibration, tokenizer, recipe, folder, of_model)
     except RankwiseError:
         for path in experts:
             restack(dense.get_submodule(path))
         raise
-    identity = identity or digest(print_, *data.tensors, recipe.seed)
-    windows = text if isinstance(text, Tensor) else None
-    return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed, windows)
+    identity = identity or digest(of_model, *data.tensors, recipe.seed)
+    return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed)
 
 
 def _open(
@@ -111,41 +107,42 @@ def _open(
         return model, tokenizer, base
     config = load_config(model)
     refuse_compressed(model, config)
-    base = "the bundled model" if model == bundled.MODEL else str(model)
-    return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
+    base = bundled.NAME if model == bundled.MODEL else str(model)
+    with stage(f"loading {base}"):
+        return load_model(model, config, recipe.dtype, recipe.device), tokenizer or load_tokenizer(model), base
 
 
-def _text(
+def read_data(
     model: PreTrainedModel,
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase | None,
     recipe: Recipe,
     folder: RunFolder,
     identity: str,
-) -> Tensor | Sequence[Batch]:
-    """Windows of tokens, or the user's own batches."""
+) -> Data:
+    """The calibration text as batches of `model`, which may be empty unless it writes the text itself."""
     length = window_length(model, recipe.length)
     samples = recipe.samples or default_samples(length)
     if isinstance(calibration, Tensor):
-        return calibration
+        return Data.of_windows(model, calibration)
     if calibration == "self":
         key = digest(identity, length, samples, recipe.seed)
         with frozen(model):
-            written = folder.cached("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
-        return written["windows"]
+            written = folder.together("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
+        return Data.of_windows(model, written["windows"])
     documents: Any = calibration
     if documents and isinstance(documents[0], str):
         if tokenizer is None:
             raise RankwiseError("the model has no tokenizer for the calibration text: give one, or windows of tokens")
-        return windows_of(tokenizer, documents, length, samples, recipe.seed)
-    return documents
+        return Data.of_windows(model, windows_of(tokenizer, documents, length, samples, recipe.seed))
+    return Data.of_batches(model, documents)
 
 
 def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
     """The moments that `needs` names. Matrices that the text does not reach are left dense from here on."""
     if not needs:
         return Statistics({name: name for name in run.shapes}, {name: Moments() for name in run.shapes})
-    saved = run.folder.cached(
+    saved = run.folder.together(
         "statistics",
         digest(run.identity, *run.shapes, *sorted(needs)),
         lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors(),
@@ -171,11 +168,11 @@ def budget_of(run: Run, recipe: Recipe, rate: float) -> Budget:
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
     chosen, key = metric_named(metric), decomposition_key(run.identity, metric)
-    decompositions = {}
-    for name in tqdm(run.shapes, desc="decomposing"):
+
+    def decomposed(name: str) -> Decomposition:
         weight = weight_of(run.model.get_submodule(name))
 
-        def compute(name: str = name, weight: Tensor = weight) -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
             d = decompose_in(chosen, weight, statistics.of(name)).to(dtype=weight.dtype)
             return {name: value for name, value in vars(d).items() if value is not None}
 
@@ -183,27 +180,23 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
             saved = run.folder.cached(decomposition_stage(metric, name), key, compute)
         except RankwiseError as error:
             raise RankwiseError(f"{name}: {error}") from None
-        decompositions[name] = Decomposition(**saved).to(weight.device)
-    return decompositions
+        return Decomposition(**saved).to(weight.device)
 
-
-@dataclass
-class _PricedStudent(Student):
-    """A student whose prices of all components are kept in the run folder."""
-
-    folder: RunFolder = field(default_factory=RunFolder)
-    key: str = ""
-
-    def fisher(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
-        if batches is not None:
-            return super().fisher(batches)
-        return self.folder.cached(PRICES, self.key, super().fisher)
+    if run.folder.path is not None and distributed.size() > 1:  # each process its part; the others read it
+        for name in progress(distributed.dealt(list(run.shapes)), "decomposing"):
+            decomposed(name)
+        distributed.wait()
+    return {name: decomposed(name) for name in progress(run.shapes, "decomposing")}
 
 
 def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:
-    """The masked model over the run's calibration text."""
-    key = prices_key(run.identity, metric, run.shapes)
-    return _PricedStudent(run.model, decompositions, run.data.training, run.data.selection, run.seed, folder=run.folder, key=key)
+    """The masked model over the run's calibration text; what it measures is kept, so that a killed allocation goes on."""
+
+    def kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        key = digest(run.identity, metric, *parts) if run.folder.keeps else ""
+        return run.folder.together(f"measured/{what}", key, compute)
+
+    return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed, kept=kept)
 
 
 def allocate(
@@ -217,16 +210,16 @@ def allocate(
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
-        before, since = dict(student.effort), time.perf_counter()
+        before, since = dict(student.effort), time.perf_counter() - student.spared
         chosen = allocator.allocate(Problem(costs, spectra, budget, student))
-        effort = {"seconds": round(time.perf_counter() - since, 2)}
+        effort = {"seconds": round(time.perf_counter() + student.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
         text = json.dumps({"history": chosen.history, "effort": effort})
         return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)} | {
             name: mask for name, mask in chosen.masks.items() if mask is not None
         }
 
-    saved = run.folder.cached("allocation", digest(run.identity, *costs.items(), metric, allocator, budget), choose)
+    saved = run.folder.together("allocation", digest(run.identity, *costs.items(), metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))
@@ -247,9 +240,5 @@ def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> C
 
 def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: Sequence[Batch], key: str) -> Comparison:
     """`measure`, or what it found the last time."""
-
-    def compute() -> dict[str, Tensor]:
-        text = json.dumps(measure(student, chosen, batches).to_dict())
-        return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)}
-
-    return Comparison(**json.loads(bytes(run.folder.cached("comparison", key, compute)[NOTES].tolist())))
+    found = run.folder.cached_values("comparison", key, lambda: measure(student, chosen, batches).to_dict())
+    return Comparison(**found)

@@ -102,7 +102,7 @@ def _latency(run: Run) -> Latency:
         numbers = {n: torch.tensor([[0, *s.ranks], [s.dense_time, *s.times]]) for n, s in found.shapes.items()}
         return numbers | {"": torch.tensor(found.step)}
 
-    saved = run.folder.cached("latency", run.identity, compute)
+    saved = run.folder.together("latency", run.identity, compute)
     shapes = {}
     for name, shape in run.shapes.items():
         ranks, times = saved[name].tolist()

@@ -59,6 +59,9 @@ ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
     "evolutionary": {"default": Evolutionary},
 }
 
+FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, STRS)
+"""Those that ask the student for no more than weights, factors, spectra and `divergence`: the model may be on disk."""
+
 
 def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Allocator:
     """The allocator `name` in `preset`, with `options` over its defaults.

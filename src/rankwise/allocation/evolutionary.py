@@ -17,7 +17,6 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
-from tqdm import tqdm
 
 from rankwise.allocation.plan import fill
 from rankwise.allocation.problem import Allocation, Problem
@@ -25,6 +24,7 @@ from rankwise.allocation.threshold import rank_of
 from rankwise.allocation.uniform import Uniform
 from rankwise.calibration.tokens import Batch
 from rankwise.masks.student import Student
+from rankwise.progress import progress
 
 Sizes = dict[str, int]  # matrix -> parameters it may use
 
@@ -48,7 +48,7 @@ class Evolutionary:
         judge = Student(student.model, student.decompositions, pieces, (), student.seed, student.effort)
         parent = {n: problem.shapes[n].parameters(r) for n, r in Uniform().allocate(problem).ranks.items()}
         history = []
-        bar = tqdm(range(1, self.generations + 1), desc="evolving")
+        bar = progress(range(1, self.generations + 1), "evolving")
         for generation in bar:
             children = [self._child(parent, problem, random) for _ in range(self.offspring)]
             for stage, survivors in enumerate(self.survivors, 1):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.threshold import by_threshold
-from rankwise.layers.linear import weight_of
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -27,8 +26,7 @@ class HeavyTail:
 
     def allocate(self, problem: Problem) -> Allocation:
         """The components whose normalised singular values are largest."""
-        model = problem.student.model
-        return by_threshold(problem, {n: normalised(weight_of(model.get_submodule(n))) for n in problem.shapes})
+        return by_threshold(problem, {n: normalised(problem.student.weight(n)) for n in problem.shapes})
 
 
 @torch.no_grad()

@@ -25,12 +25,12 @@ import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm import tqdm
 
 from rankwise.allocation.energy import relative_energy
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.masks.student import hard_mask
+from rankwise.progress import progress
 
 FIRST_POINT, LAST_POINT = 0.1, 0.9  # of the break-even rank
 LEAST = 1e-12  # a KL or an energy below this is rounding
@@ -52,7 +52,7 @@ class KLKnapsack:
 
     def priced(self, problem: Problem) -> tuple[Allocation, dict[str, Tensor]]:
         """The plan, and the prices [k] in nats per token that it was bought at, the bias of the best trial in them."""
-        unbiased = {name: self._prices(problem, name) for name in tqdm(problem.shapes, desc="measuring matrices")}
+        unbiased = {name: self._prices(problem, name) for name in progress(problem.shapes, "measuring matrices")}
         best, best_prices, best_kl, history = None, unbiased, float("inf"), []
         for alpha, gamma in self._trials(problem.student.seed):
             bias = depth_bias(problem.shapes, alpha, gamma)

@@ -51,7 +51,7 @@ class LLRC:
         student = problem.student
         curvature = student.fisher()
         best = _Plan.of("start by mask Fisher", problem, curvature)
-        history = [best.record]
+        history: list[dict[str, Any]] = [best.record]
         if self.points:
             chosen, prices = KLKnapsack(points=self.points).priced(problem)
             other = _Plan("start by measured KL", chosen, prices, student.divergence(chosen.masks))
@@ -67,9 +67,10 @@ class LLRC:
             best = plan
         masks = best.chosen.masks
         if self.value_steps:
-            trained = train_values(student, masks, ValueTraining(self.value_steps, self.learning_rate))
+            losses: list[float] = []
+            trained = train_values(student, masks, ValueTraining(self.value_steps, self.learning_rate), losses)
             kl = student.divergence(trained)
-            history.append({"step": "values", "kl": kl})
+            history.append({"step": "values", "kl": kl, "losses": [float(f"{loss:.4g}") for loss in losses]})
             masks = trained if kl < best.kl else masks
         for record in history:
             logger.info("%s: KL %.5f on the selection text", record["step"], record["kl"])

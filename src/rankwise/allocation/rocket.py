@@ -23,7 +23,6 @@ from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.plan import Ranks, parameters
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.uniform import Uniform
-from rankwise.layers.linear import weight_of
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -39,7 +38,7 @@ class Rocket:
         errors = {}
         for name in problem.shapes:
             factors = student.decompositions[name]
-            W = weight_of(student.model.get_submodule(name))
+            W = student.weight(name)
             errors[name] = weight_errors(W, factors.second, factors.first).cpu().cummin(0).values
         least, alpha = self._cap(problem, errors)
         prices = {name: -error.diff() for name, error in errors.items()}

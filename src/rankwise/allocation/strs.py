@@ -18,12 +18,12 @@ import torch
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm import tqdm
 
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.threshold import by_threshold
 from rankwise.calibration.tokens import Batch
 from rankwise.masks.student import hard_mask
+from rankwise.progress import progress
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -40,7 +40,7 @@ class STRS:
         training = problem.student.training
         seen = accumulate((len(next(iter(batch.values()))) for batch in training), initial=0)
         text = [batch for batch, before in zip(training, seen, strict=False) if before < self.sequences]
-        names = tqdm(problem.shapes, desc="truncating")
+        names = progress(problem.shapes, "truncating")
         return by_threshold(problem, {name: self._losses(problem, name, text) for name in names})
 
     def _losses(self, problem: Problem, name: str, text: list[Batch]) -> Tensor:

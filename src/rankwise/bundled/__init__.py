@@ -15,6 +15,7 @@ from typing import Literal
 Split = Literal["train", "held-out"]
 
 MODEL = Path(__file__).parent / "model"
+NAME = "the bundled model"
 
 # Tables of characters and generated text teach a model of code nothing; tests and site-packages differ by machine.
 _SKIPPED = {

@@ -6,18 +6,21 @@ Legend: T tokens, x [T, n] the inputs of a site, g [T, m] the gradient of the lo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from rankwise.calibration.signal import frozen, sampled_loss, signal_of, token_mask
+from rankwise import distributed
+from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, skip_labels, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
+from rankwise.progress import progress
+
+GRAM_BLOCK = 256  # columns of a product's block: the larger, the more of its upper half is computed for nothing
 
 
 @dataclass
@@ -61,6 +64,14 @@ class Statistics:
         site, own = self.sites[self.site_of[matrix]], self.matrices.get(matrix, Moments())
         return Moments(site.count, site.second, site.absolute, own.output, own.fisher, site.first)
 
+    def refuse_not_finite(self) -> None:
+        """Raises `RankwiseError` naming the first site or matrix with a moment that is not finite."""
+        for path, moments in (*self.sites.items(), *self.matrices.items()):
+            if not all(torch.isfinite(value).all() for value in vars(moments).values() if isinstance(value, Tensor)):
+                raise RankwiseError(
+                    f"{path}: activations or gradients on the calibration text are not finite, or their squares are not"
+                )
+
     def to_tensors(self) -> dict[str, Tensor]:
         """For the run folder: the matrices in order, and every moment under `kind/path/field`."""
         tensors = {}
@@ -88,12 +99,11 @@ class Statistics:
         return cls(site_of, groups["site"], groups["matrix"])
 
 
-def find_sites(model: nn.Module, matrices: Collection[str], batch: Batch) -> dict[str, str]:
-    """Matrix -> site, from one call on a single sequence: matrices handed the very same tensor share a site.
+def find_sites(model: nn.Module, matrices: Collection[str], call: Callable[[], object]) -> dict[str, str]:
+    """Matrix -> site, from one `call` of the model on a single sequence: matrices handed the very same tensor share a site.
 
     A matrix that the sequence does not reach (an expert no token was routed to) is a site of its own.
     """
-    probe = {name: tensor[:1] for name, tensor in batch.items()}
     seen: list[tuple[Tensor, str]] = []
     site_of: dict[str, str] = {}
 
@@ -111,7 +121,7 @@ def find_sites(model: nn.Module, matrices: Collection[str], batch: Batch) -> dic
     with ExitStack() as stack, torch.no_grad():
         for name in matrices:
             stack.enter_context(_removed(model.get_submodule(name).register_forward_pre_hook(hook(name))))
-        signal_of(model, probe)
+        call()
     return {name: site_of.get(name, name) for name in matrices}
 
 
@@ -130,32 +140,49 @@ def collect(
     """
     backward = bool({"output", "fisher"} & set(needs))
     generator = torch.Generator().manual_seed(seed)
-    with frozen(model), ExitStack() as stack:
-        site_of = find_sites(model, matrices, batches[0])
-        statistics = Statistics(site_of, {s: Moments() for s in site_of.values()}, {m: Moments() for m in matrices})
-        state: dict[str, Tensor | None] = {"mask": None}
-        for name in matrices:
-            module = model.get_submodule(name)
-            if site_of[name] == name:
-                see = _input_hook(statistics.sites[name], state, needs)
-                stack.enter_context(_removed(module.register_forward_pre_hook(see)))
-            if backward:
-                see_out = _output_hook(statistics.matrices[name], state, needs)
-                stack.enter_context(_removed(module.register_forward_hook(see_out)))
-        with torch.set_grad_enabled(backward):
-            for batch in tqdm(batches, desc="calibrating"):
-                state["mask"] = token_mask(batch)
+    probe = {name: tensor[:1] for name, tensor in batches[0].items()}
+    with frozen(model), torch.set_grad_enabled(backward):
+        site_of = find_sites(model, matrices, lambda: signal_of(model, probe))
+        with watching(model, site_of, needs) as watched:
+            for number, batch in enumerate(progress(batches, "calibrating")):
+                if number % distributed.size() != distributed.rank():
+                    skip_labels(batch, generator)
+                    continue
+                watched.mask = token_mask(batch)
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
                 if backward:
                     sampled_loss(signal, generator).backward()
-    for path, moments in (*statistics.sites.items(), *statistics.matrices.items()):
-        if not all(torch.isfinite(value).all() for value in vars(moments).values() if isinstance(value, Tensor)):
-            raise RankwiseError(
-                f"{path}: activations or gradients on the calibration text are not finite, or their squares are not"
-            )
-    return statistics
+    for moments in (*watched.statistics.sites.values(), *watched.statistics.matrices.values()):
+        _add_up(moments, device_of(model))
+    watched.statistics.refuse_not_finite()
+    return watched.statistics
+
+
+@dataclass
+class Watched:
+    """What `watching` has seen so far, and the `token_mask` of the batch that comes next."""
+
+    statistics: Statistics
+    mask: Tensor | None = None
+
+
+@contextmanager
+def watching(model: nn.Module, site_of: Mapping[str, str], needs: Collection[str]) -> Iterator[Watched]:
+    """While inside, what the matrices in `site_of` read, and the gradients at their outputs, add up to the moments in `needs`."""
+    matrices = list(site_of)
+    watched = Watched(Statistics(dict(site_of), {s: Moments() for s in site_of.values()}, {m: Moments() for m in matrices}))
+    with ExitStack() as stack:
+        for name in matrices:
+            module = model.get_submodule(name)
+            if site_of[name] == name:
+                see = _input_hook(watched.statistics.sites[name], watched, needs)
+                stack.enter_context(_removed(module.register_forward_pre_hook(see)))
+            if {"output", "fisher"} & set(needs):
+                see_out = _output_hook(watched.statistics.matrices[name], watched, needs)
+                stack.enter_context(_removed(module.register_forward_hook(see_out)))
+        yield watched
 
 
 def _removed(handle: Any) -> Any:
@@ -170,16 +197,39 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
+def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
+    """total [n, n] plus x^T x for x [T, n], computed block by block on and below the diagonal and mirrored."""
+    if total is None:
+        total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for i in range(0, len(total), GRAM_BLOCK):
+        j = i + GRAM_BLOCK
+        total[i:j, :j] += x[:, i:j].T @ x[:, :j]
+        total[:i, i:j] = total[i:j, :i].T
+    return total
+
+
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part.double() if total is None else total.add_(part)
 
 
-def _input_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Collection[str]) -> Callable[..., None]:
+def _add_up(moments: Moments, device: torch.device) -> None:
+    """The sums of all processes, also where this one has seen no token."""
+    parts = distributed.everyones({name: getattr(value, "shape", value) for name, value in vars(moments).items()})
+    moments.count = sum(part["count"] for part in parts)
+    for name in [name for name in vars(moments) if name != "count"]:
+        shape = next((part[name] for part in parts if part[name] is not None), None)
+        if shape is not None and len(parts) > 1:
+            own = getattr(moments, name)
+            own = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
+            setattr(moments, name, distributed.add_up(own))
+
+
+def _input_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> Callable[..., None]:
     def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = _tokens(inputs[0].detach(), state["mask"])
+        x = _tokens(inputs[0].detach(), watched.mask)
         moments.count += len(x)
         if "second" in needs:
-            moments.second = _add(moments.second, x.T @ x)
+            moments.second = add_gram(moments.second, x)
         if "absolute" in needs:
             moments.absolute = _add(moments.absolute, x.abs().sum(0))
         if "first" in needs:
@@ -188,7 +238,7 @@ def _input_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Col
     return see
 
 
-def _output_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Collection[str]) -> Callable[..., None]:
+def _output_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> Callable[..., None]:
     def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not output.requires_grad:
             output.requires_grad_(True)  # the graph begins at the first matrix: no weight asks for a gradient
@@ -196,8 +246,8 @@ def _output_hook(moments: Moments, state: Mapping[str, Tensor | None], needs: Co
 
         def see_gradient(gradient: Tensor) -> None:
             if "output" in needs:
-                g = _tokens(gradient, state["mask"])
-                moments.output = _add(moments.output, g.T @ g)
+                g = _tokens(gradient, watched.mask)
+                moments.output = add_gram(moments.output, g)
             if x is not None:
                 moments.fisher = _add(moments.fisher, _squared_weight_gradients(x, gradient))
 

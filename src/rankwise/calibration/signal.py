@@ -60,7 +60,11 @@ def values_of(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
 
 def signal_of(model: nn.Module, batch: Batch) -> Signal:
     """The model's signal over `batch`; labels in the batch are not passed on."""
-    values, categorical = values_of(model, batch)
+    return as_signal(*values_of(model, batch), batch)
+
+
+def as_signal(values: Tensor, categorical: bool, batch: Batch) -> Signal:
+    """What `values_of` gave for `batch`, without padding."""
     mask = token_mask(batch)
     if mask is not None and values.ndim == 3:
         return Signal(values[mask.to(values.device)], categorical)
@@ -102,6 +106,13 @@ def sampled_loss(signal: Signal, generator: torch.Generator) -> Tensor:
     variance = mean.var(dim=0).mean()
     noise = torch.randn(mean.shape, generator=generator).to(mean.device) * variance.sqrt()
     return 0.5 * (values - mean - noise).square().sum() / variance
+
+
+def skip_labels(batch: Batch, generator: torch.Generator) -> None:
+    """Draw what `sampled_loss` would for a batch of text that another process has, so that the next labels are the same."""
+    mask = token_mask(batch)
+    ids = batch.get("decoder_input_ids", next(iter(batch.values())))
+    torch.rand(ids.shape[:2].numel() if mask is None else int(mask.sum()), 1, generator=generator)
 
 
 @contextmanager

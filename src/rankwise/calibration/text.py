@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,26 @@ def read_documents(source: str, column: str = "text", dataset_options: Mapping[s
         `datasets.load_dataset` with `dataset_options`.
     Raises `RankwiseError` where there is no such text, or it is empty.
     """
-    if source in ("stdlib:train", "stdlib:held-out"):
-        documents = bundled.standard_library("train" if source.endswith("train") else "held-out")
-    elif Path(source).is_dir():
-        files = sorted(p for p in Path(source).rglob("*") if p.is_file() and not p.name.startswith("."))
-        documents = list(itertools.chain.from_iterable(_read_file(p, column) for p in files))
-    elif Path(source).is_file():
-        documents = _read_file(Path(source), column)
-    elif Path(source).suffix in {*JSON_LINES, ".txt", ".md", ".raw"} or source.startswith((".", "/", "~")):
-        raise RankwiseError(f"no such text: {source!r} is neither a file nor a folder")
-    else:
-        documents = _load_dataset(source, column, dict(dataset_options or {}))
-    documents = [d for d in documents if d.strip()]
+    documents = [d for d in read_rows(source, column, dataset_options) if d.strip()]
     if not documents:
         raise RankwiseError(f"the text {source!r} is empty")
     return documents
+
+
+def read_rows(source: str, column: str = "text", dataset_options: Mapping[str, str] | None = None) -> list[str]:
+    """As `read_documents`, blank ones included."""
+    if source in ("stdlib:train", "stdlib:held-out"):
+        rows = bundled.standard_library("train" if source.endswith("train") else "held-out")
+    elif os.path.isdir(source):
+        files = sorted(p for p in Path(source).rglob("*") if p.is_file() and not p.name.startswith("."))
+        rows = list(itertools.chain.from_iterable(_read_file(p, column) for p in files))
+    elif os.path.isfile(source):
+        rows = _read_file(Path(source), column)
+    elif Path(source).suffix in {*JSON_LINES, ".txt", ".md", ".raw"} or source.startswith((".", "/", "~")):
+        raise RankwiseError(f"no such text: {source!r} is neither a file nor a folder")
+    else:
+        rows = _load_dataset(source, column, dict(dataset_options or {}))
+    return [row.encode(errors="replace").decode() for row in rows]  # JSON may write half a character
 
 
 def _read_file(path: Path, column: str) -> list[str]:
@@ -50,11 +56,11 @@ def _read_file(path: Path, column: str) -> list[str]:
     if path.suffix not in JSON_LINES:
         return [text]
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 documents.append(json.loads(line)[column])
-            except (json.JSONDecodeError, KeyError, TypeError, IndexError):
+            except (ValueError, RecursionError, KeyError, TypeError, IndexError):
                 raise RankwiseError(f"{path}, line {number}: not a JSON object with a {column!r} field") from None
             if not isinstance(documents[-1], str):
                 raise RankwiseError(f"{path}, line {number}: the field {column!r} is not a text")
@@ -68,6 +74,8 @@ def _load_dataset(name: str, column: str, options: dict[str, Any]) -> list[str]:
         raise RankwiseError(
             f"no such text: {name!r} is no file or folder; to load a data set of that name: pip install 'rankwise[data]'"
         ) from None
+    if name == "pandas" or "trust_remote_code" in options:
+        raise RankwiseError(f"no such text: the data set {name!r} would run code (a pickle, or a script of its own)")
     options.setdefault("split", "train")
     if "streaming" in options:
         options["streaming"] = str(options["streaming"]).lower() == "true"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rankwise.errors import RankwiseError
+from rankwise.progress import progress
 
 Batch = dict[str, Tensor]
 
@@ -55,7 +55,10 @@ def windows_of(
     order = torch.randperm(len(documents), generator=generator).tolist() if samples else range(len(documents))
     ids: list[int] = []
     for index in order:
-        ids += tokenizer(documents[index], verbose=False)["input_ids"]
+        try:
+            ids += tokenizer(documents[index], verbose=False)["input_ids"]
+        except Exception as error:  # the tokenizers library raises plain exceptions
+            raise RankwiseError(f"the tokenizer cannot read the text: {error}") from None
         if samples and len(ids) >= samples * length:
             break
     if len(ids) < length:
@@ -102,7 +105,7 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
         batch_size = max(1, 4 * TOKENS_PER_BATCH // length)
         model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
         try:
-            for count in tqdm([min(batch_size, samples - i) for i in range(0, samples, batch_size)], desc="writing text"):
+            for count in progress([min(batch_size, samples - i) for i in range(0, samples, batch_size)], "writing text"):
                 prompt = torch.randint(vocabulary, (count, 1), generator=generator)
                 prompt = prompt if first is None else torch.full((count, 1), first)
                 prompt = prompt.to(model.device)

@@ -16,4 +16,5 @@ NEEDS = frozenset({"first", "second"})
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
     """Identity on outputs; the root of the inputs' covariance [n, n]."""
-    return None, Root.of(moments.covariance, DAMPING)
+    C = moments.covariance
+    return None, Root((DAMPING * C.diagonal().clamp_min(0)).sqrt(), C)

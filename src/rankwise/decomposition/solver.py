@@ -1,12 +1,18 @@
-"""One solver for every metric.
+"""One solver for every metric: one eigen-decomposition, on the smaller side of the matrix.
 
 Legend: W [m, n] the weight, R R^T the metric on outputs [m, m], L L^T the metric on inputs [n, n], k = min(m, n).
 The best rank-r approximation in the norm ||R^T (W - W') L|| is (Eckart-Young, with M = R^T W L = U S V^T)
 
     W'_r = R^-T U_r U_r^T R^T W        B = R^-T U   [m, k]        A = U^T R^T W   [k, n]
 
-so that B[:, :r] A[:r] is the rank-r model for every r, the error of dropping component i is exactly S_i^2, and L is never
-inverted: a singular H is normal.
+so that B[:, :r] A[:r] is the rank-r model for every r, and the error of dropping component i is exactly S_i^2. V is nowhere in
+it: U and S^2 are the eigenvectors and eigenvalues of M M^T = R^T W (L L^T) W^T R. So the metric on inputs is only multiplied
+by, never factorised, and may be singular. A tall R^T W = Q T [n, n] is reduced first: U = Q times the eigenvectors of
+T (L L^T) T^T.
+
+Precision: M M^T holds the squares of S and is float64 throughout, where S below 1e-8 S_1 is rounding: far less than what float32
+activations leave uncertain. The factors are products with orthonormal matrices, which are no worse than the weight's own
+rounding in float32, and are float32 unless the weight is float64 or R is there to be undone.
 
 Affine factors (AFM, Yu and Wu 2023) keep the mean output whatever is dropped: with mu = E[x] and c = A mu, a dropped component
 leaves its mean B_i c_i in the bias. L L^T is then the covariance of x, not its second moment.
@@ -14,6 +20,7 @@ leaves its mean B_i c_i in the bias. L L^T is then the covariance of x, not its 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,29 +28,51 @@ from torch import Tensor
 
 from rankwise.errors import RankwiseError
 
+LEAST = 1e-290  # a smaller mean is no metric, but what is left of one below the range of float64
+
 
 @dataclass(frozen=True)
 class Root:
-    """A square root Q diag(scale) of a metric: Q orthonormal [d, d] (None is the identity), scale [d] positive, float64."""
+    """A square root F of the metric F F^T = full + diag(scale^2) [d, d]: `full` positive semidefinite (None is zero), scale [d].
+    All float64."""
 
     scale: Tensor
-    basis: Tensor | None = None
+    full: Tensor | None = None
 
     @classmethod
     def of(cls, metric: Tensor, damping: float) -> Root:
-        """The root of a symmetric [d, d] float64 metric plus `damping` times the mean of its diagonal."""
-        values, basis = torch.linalg.eigh(metric)
-        level = metric.diagonal().mean().clamp_min(torch.finfo(metric.dtype).tiny)
-        return cls((values.clamp_min(0) + damping * level).sqrt(), basis)
+        """The root of a positive semidefinite [d, d] float64 metric plus `damping` times the mean of its diagonal, of a zero
+        metric the root of `damping` times the identity."""
+        level = metric.diagonal().mean()
+        level = torch.where(level > LEAST, level, 1.0)
+        return cls((damping * level).sqrt().expand(len(metric)), metric)
+
+    def gram(self, X: Tensor) -> Tensor:
+        """(X F) (X F)^T for X [c, d]; needs no root."""
+        if self.full is None:
+            X = X * self.scale
+            return X @ X.T
+        return (X @ self.full).addcmul_(X, self.scale.square()) @ X.T
 
     def apply(self, X: Tensor) -> Tensor:
-        """Root^T X for X [d, c]."""
-        return self.scale[:, None] * (X if self.basis is None else self.basis.T @ X)
+        """F^T X for X [d, c]."""
+        return self.scale[:, None] * X if self.full is None else self._factor.T @ X
 
     def solve(self, X: Tensor) -> Tensor:
-        """Root^-T X for X [d, c]."""
-        X = X / self.scale[:, None]
-        return X if self.basis is None else self.basis @ X
+        """F^-T X for X [d, c]."""
+        return X / self.scale[:, None] if self.full is None else torch.linalg.solve_triangular(self._factor.T, X, upper=True)
+
+    @functools.cached_property
+    def _factor(self) -> Tensor:
+        """F, lower triangular. Where rounding leaves the metric indefinite, no eigenvalue is taken below the least of scale^2."""
+        assert self.full is not None
+        damped = self.full + self.scale.square().diag()
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            values, basis = torch.linalg.eigh(damped)
+            root = values.clamp_min(self.scale.square().min()).sqrt()
+            factor = torch.linalg.qr(root[:, None] * basis.T, mode="r").R.T
+        return factor
 
 
 @dataclass(frozen=True)
@@ -70,15 +99,22 @@ class Decomposition:
 
 
 def decompose(W: Tensor, left: Root | None, right: Root | None, mean: Tensor | None = None) -> Decomposition:
-    """Decompose W [m, n] in the metric of the roots (None is the identity), in float64; affine with the `mean` [n] of its inputs.
+    """Decompose W [m, n] in the metric of the roots (None is the identity); affine with the `mean` [n] of its inputs.
 
-    Raises `RankwiseError` where W is not finite.
+    The factors are float64 where W is or `left` is there, else float32; the spectrum is float64. Raises `RankwiseError`
+    where W is not finite.
     """
-    W = W.detach().double()
+    W = W.detach().to(torch.float64 if left is not None else torch.promote_types(W.dtype, torch.float32))
     if not torch.isfinite(W).all():
         raise RankwiseError("the weight has values that are not finite")
-    RW = W if left is None else left.apply(W)
-    M = RW if right is None else right.apply(RW.T).T
-    U, S, _ = torch.linalg.svd(M, full_matrices=False)
-    A = U.T @ RW
-    return Decomposition(U if left is None else left.solve(U), A, S, None if mean is None else A @ mean)
+    T = W if left is None else left.apply(W)
+    Q = None
+    if len(T) > T.shape[1]:
+        Q, T = torch.linalg.qr(T)
+    exact = T.double()
+    squares, U = torch.linalg.eigh(exact @ exact.T if right is None else right.gram(exact))
+    U = U.flip(1).to(T.dtype)
+    A = U.T @ T
+    B = U if Q is None else Q @ U
+    B = B if left is None else left.solve(B)
+    return Decomposition(B, A, squares.flip(0).clamp_min(0).sqrt(), None if mean is None else A @ mean.to(A))

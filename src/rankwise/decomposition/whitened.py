@@ -7,10 +7,11 @@ from rankwise.calibration.moments import Moments
 from rankwise.decomposition.solver import Root
 
 NEEDS = frozenset({"second"})
-DAMPING = 1e-8  # of the mean of diag(H): only orders the directions that no token has
+DAMPING = 1e-8  # of diag(H), as one feature's outliers would rule its mean: only orders the directions that no token has
 
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
     """Identity on outputs; the root of H [n, n] on inputs."""
-    assert moments.second is not None
-    return None, Root.of(moments.second, DAMPING)
+    H = moments.second
+    assert H is not None
+    return None, Root((DAMPING * H.diagonal()).sqrt(), H)

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from rankwise.calibration.signal import frozen, values_of
-from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import batches_of, refuse_foreign, window_length, windows_of
+from rankwise.calibration.tokens import refuse_foreign, window_length, windows_of
 from rankwise.errors import RankwiseError
-from rankwise.evaluation.compare import compare
+from rankwise.evaluation.gap import gaps
+from rankwise.evaluation.generation import prompts_of, tokenised
+from rankwise.evaluation.pair import Pair
+from rankwise.evaluation.protocols import read_judging_text
 from rankwise.evaluation.size import Size
+from rankwise.evaluation.tasks import load_tasks
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
-from rankwise.integration.result import RECIPE, read_ranks, read_shapes
+from rankwise.integration.result import read_ranks, read_recipe, read_shapes
 from rankwise.layers.matrices import unstack_experts
+from rankwise.run_folder import RunFolder, user_cache
 
 
 def evaluate(
     path: str | Path,
     reference: str | Path,
-    text: str,
+    text: str | Sequence[str],
     *,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    shots: int | None = None,
+    prompts: Sequence[str] = (),
     length: int | None = None,
     samples: int | None = None,
     seed: int = 0,
@@ -32,47 +38,66 @@ def evaluate(
     dataset_options: Mapping[str, str] | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    cache: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Compare the compressed folder `path` with `reference` on `text`, in one run on the same tokens.
+    """Compare the compressed folder `path` with `reference` in one run, both on the same tokens and items.
 
-    All of the text in non-overlapping windows of `length` tokens (default: the reference's context, at most 2048), or
-    `samples` of them, drawn at random. Returns plain values for JSON. Raises `RankwiseError`.
+    text: one text or several (see `read_judging_text`): all of each in non-overlapping windows of `length` tokens (default: the
+        reference's context, at most 2048), or `samples` of them, drawn at random. The first one is the headline, its figures
+        stand at the top; every text's are under "texts", with the gap to the first (see `gaps`).
+    tasks: of lm-evaluation-harness, by name or as YAML files; `limit` and `shots` as in `load_tasks`.
+    prompts: to be continued by both models; by default beginnings of the first text's windows.
+    cache: the folder in which results are kept by content (default: `user_cache()`), so that an interrupted evaluation goes on.
+    Returns plain values for JSON. Raises `RankwiseError`.
     """
-    documents = read_documents(text, text_column, dataset_options)
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise RankwiseError("name a text to judge on")
+    documents = {name: read_judging_text(name, text_column, dataset_options) for name in texts}
     config = load_config(reference)
     refuse_compressed(reference, config)
     ranks = read_ranks(Path(path))
     shapes = read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
+    recipe = read_recipe(Path(path))
     tokenizer = load_tokenizer(reference)
     if tokenizer is None:
         raise RankwiseError(f"{reference} has no tokenizer")
+    asked = load_tasks(tasks, limit, shots) if tasks else None
     compressed, dense = load_compressed(path, dtype, device), load_model(reference, config, dtype, device)
     if not _made_from(compressed, dense):
         raise RankwiseError(f"{reference} is not the model that {path} was made from")
+    if asked and not dense.can_generate():
+        raise RankwiseError(f"tasks need a model that predicts text, not a {type(dense).__name__}")
     length = window_length(dense, length)
-    windows = windows_of(tokenizer, documents, length, samples, seed)
-    refuse_foreign(dense, windows)
-    batches = batches_of(dense, windows)
-    with frozen(dense), frozen(compressed):
-        comparison = compare(
-            lambda batch: values_of(dense, batch),
-            lambda batch: values_of(compressed, batch),
-            batches,
-            dense.can_generate(),
-        )
+    windows = {
+        name: windows_of(tokenizer, found.documents, length, samples, seed)[: found.windows] for name, found in documents.items()
+    }
+    for part in windows.values():
+        refuse_foreign(dense, part)
+    given = tokenised(dense, tokenizer, prompts)
+    pair = Pair(dense, compressed, tokenizer, RunFolder(Path(cache) if cache else user_cache(), shared=True))
+    measured = {name: pair.compare(part) for name, part in windows.items()}
+    first = windows[texts[0]]
+    extra: dict[str, Any] = {"hidden_states": pair.hidden_measures(first)}
+    if dense.can_generate() and not dense.config.is_encoder_decoder:
+        extra["generations"] = pair.generations(given or prompts_of(first))
+    if asked:
+        extra["tasks"] = pair.tasks(asked)
     unstack_experts(dense)
     size = Size.of(dense, shapes, ranks)
-    recipe = yaml.safe_load((Path(path) / RECIPE).read_text()) if (Path(path) / RECIPE).exists() else {}
     return {
         "reference": str(reference),
-        "rate": recipe.get("rate") or size.achieved("linear"),
-        "scope": recipe.get("scope", "linear"),
+        "rate": (recipe and recipe.rate) or size.achieved("linear"),
+        "scope": recipe.scope if recipe else "linear",
         **size.to_dict(),
         "bytes_on_disk": {"reference": weights_on_disk(Path(reference)), "compressed": weights_on_disk(Path(path))},
-        "text": text,
+        "text": texts[0],
+        "calibration": recipe.calibration if recipe else None,
         "length": length,
         "stride": length,
-        **comparison.to_dict(),
+        **measured[texts[0]],
+        "texts": gaps(measured),
+        **extra,
         "ranks": ranks,
     }
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from rankwise.allocation.plan import Shapes
 from rankwise.layers.linear import weight_of
 
@@ -49,6 +51,19 @@ class Size:
         """For JSON: parameters and bytes by scope, and the rates achieved."""
         rates = {scope: self.achieved(scope) for scope in self.parameters}
         return {"parameters": self.parameters, "bytes": self.bytes, "achieved_rate": rates}
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of the weights as they are held: of a quantized weight (torchao's, a tensor made of tensors) its integers, scales
+    and zero points, where `nbytes` still tells those of the floats it stands for. Tied weights count once."""
+    return sum(_held(weight) for weight in model.parameters())
+
+
+def _held(tensor: Tensor) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    parts, _ = tensor.__tensor_flatten__()
+    return sum(_held(getattr(tensor, part)) for part in parts)
 
 
 def _both(reference: int, saved: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ It is the original model's own folder, which loads as such, with the results of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.recipe import Recipe
 from rankwise.run_folder import digest, read_tensors
 
-FILE, RESULTS, WINDOWS, PRICES = "decomposed.json", "decomposed", "windows.safetensors", "prices"
+FILE, RESULTS, WINDOWS, PRICES = "decomposed.json", "decomposed", "windows.safetensors", "prices.safetensors"
 FORMAT_VERSION = 1
 FREE = frozenset(
     {"rate", "target_bytes", "target_speedup", "scope", "allocation", "preset", "options", "rank_multiple", "device"}
@@ -40,11 +40,6 @@ def decomposition_stage(metric: str, name: str) -> str:
 def decomposition_key(identity: str, metric: str) -> str:
     """What full-length factors depend on."""
     return digest(identity, metric)
-
-
-def prices_key(identity: str, metric: str, names: Iterable[str]) -> str:
-    """What the prices of all components of the matrices depend on."""
-    return digest(identity, metric, *names)
 
 
 @dataclass(frozen=True)
@@ -114,8 +109,7 @@ class Artifact:
 
     def prices(self) -> dict[str, Tensor]:
         """What each component of each matrix is worth: [k] float64, nats per token."""
-        key = prices_key(self.identity, str(self.recipe.decomposition), self.shapes)
-        return read_tensors(self.results / f"{PRICES}-{key}.safetensors")
+        return read_tensors(self.results / PRICES)
 
     def apply(self, model: Any, rate: float) -> RankwiseConfig:
         """Compress the loaded original, in place, to `rate` in scope "linear"; one matrix's full-length factors at a time.

@@ -15,23 +15,68 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from rankwise import distributed
 from rankwise.errors import RankwiseError
-from rankwise.integration.quantizer import METHOD
+from rankwise.integration.files import judge_config, read_json, reason, refuse_foreign_weights, refuse_odd_files
+from rankwise.integration.quantizer import METHOD, RankwiseConfig, RankwiseQuantizer
+from rankwise.run_folder import flush
 
+TOKENIZERS = ("token*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_config(path: str | Path) -> Any:
-    """The model's config. Raises `RankwiseError` where there is no such model."""
+    """The model's config. Raises `RankwiseError` where there is no such model, or none that transformers itself knows."""
+    refuse_odd_files(path)
+    generation = Path(path, "generation_config.json")
+    if os.path.isfile(generation) and not isinstance(read_json(generation), dict):  # transformers would go on without it
+        raise RankwiseError(f"{generation} is not an object")
+    settings: Any = {}
     try:
         with _quiet():
-            return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RankwiseError(f"no such model: {str(path)!r} is neither a model folder nor a model's name ({reason})") from None
+            settings, _ = PreTrainedConfig.get_config_dict(path)
+            judge_config(path, settings)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except RankwiseError:
+        raise
+    except Exception as error:  # a broken config fails in as many ways as there are models
+        if isinstance(settings, dict) and "auto_map" in settings:
+            raise _own_code(path) from None
+        if os.path.isfile(os.path.join(path, "config.json")):
+            raise RankwiseError(f"cannot load {path}: its config.json: {reason(error)}") from None
+        message = f"no such model: {str(path)!r} is neither a model folder nor a model's name ({reason(error)})"
+        raise RankwiseError(message) from None
+    dtype = getattr(config, "dtype", None)
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise RankwiseError(f"{path}: in its config.json, dtype={dtype!r} is none that weights have")
+    cls = class_of(config)
+    if getattr(config, "architectures", None) and cls is None:
+        if "auto_map" in settings:
+            raise _own_code(path)
+        raise RankwiseError(f"{path} is a {config.architectures[0]}, no model that transformers {transformers.__version__} has")
+    if cls is not None and not isinstance(config, cls.config_class):
+        raise RankwiseError(f"{path}: in its config.json, a {cls.__name__} is not of the model_type {config.model_type!r}")
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # transformers' own class serves, and the result has no other
+    return config
+
+
+def _own_code(path: str | Path) -> RankwiseError:
+    return RankwiseError(
+        f"{path} brings code of its own (auto_map in its config.json), which is never run: take a model whose class is in "
+        "transformers, or load it yourself and give compress() the model in memory"
+    )
 
 
 def quantization_of(config: Any) -> dict[str, Any]:
@@ -56,19 +101,35 @@ def refuse_compressed(path: str | Path, config: Any) -> None:
 
 
 def class_of(config: Any) -> Any:
-    """The class that the config names, or None."""
+    """The class that the config names, or None where transformers has no such model."""
     names = getattr(config, "architectures", None) or [""]
-    return getattr(transformers, names[0], None)
+    cls = getattr(transformers, names[0], None)
+    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The dense model of `config` without its weights."""
+    """The dense model of `config` without its weights. Raises `RankwiseError` where it makes no model."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     cls = class_of(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+    except Exception as error:  # as many ways as there are models
+        raise RankwiseError(f"the config.json makes no model: {reason(error)}") from None
+
+
+def refuse_foreign(folder: Path, config: Any) -> None:
+    """Raises `RankwiseError` where a local folder's weights cannot be those that its config describes. Reads no tensor."""
+    model = skeleton(config)
+    if method_of(config) == METHOD:
+        try:
+            quantization = RankwiseConfig.from_dict(quantization_of(config))
+            RankwiseQuantizer(quantization)._process_model_before_weight_loading(model)
+        except ValueError as error:
+            raise RankwiseError(f"cannot load {folder}: {reason(error)}") from None
+    refuse_foreign_weights(folder, model)
 
 
 def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -81,12 +142,14 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
     target = resolve_device(device)
     cls: Any = class_of(config) or AutoModelForCausalLM
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if os.path.isdir(path):
+        refuse_foreign(Path(path), config)
+    safely = {"use_safetensors": True, "trust_remote_code": False}
     try:
         with _quiet():
-            model, info = cls.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+            model, info = cls.from_pretrained(path, dtype=torch_dtype, output_loading_info=True, **safely)
     except Exception as error:  # a broken file fails in as many ways as there are readers
-        reason = str(error).strip().split("\n")[0]
-        raise RankwiseError(f"cannot load {path}: {reason}") from None
+        raise RankwiseError(f"cannot load {path}: {reason(error)}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             keys = sorted(map(str, info[kind]))
@@ -126,9 +189,13 @@ def refuse_not_finite(model: nn.Module) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Raises `RankwiseError` for a device that torch does not have."""
+    """Raises `RankwiseError` for a device that torch does not have, and for "meta", which holds no values."""
+    if device.startswith("meta"):
+        raise RankwiseError(f"device {device!r} cannot be used: it computes nothing")
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if distributed.size() == 1 else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # as torchrun numbers them
     try:
         torch.empty(0, device=device)
         return torch.device(device)
@@ -137,15 +204,26 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None where it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError):
+    """The model's tokenizer, or None where it has none. Raises `RankwiseError` for one that cannot be read."""
+    local = os.path.isdir(path)
+    if local and not any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
         return None
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        if not local and isinstance(error, OSError | ValueError | KeyError | TypeError):
+            return None
+        raise RankwiseError(f"the tokenizer of {path} cannot be read: {reason(error)}") from None
 
 
 def refuse_taken(folder: Path, overwrite: bool) -> None:
     """Raises `RankwiseError` where the result may not or cannot be written to `folder`."""
+    try:
+        folder.with_name(f".{folder.resolve().name}.temporary").exists()  # the longest name of those beside it
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or a link to itself
+        text = getattr(error, "strerror", None) or reason(error)
+        raise RankwiseError(f"the output folder {str(folder)!r} cannot be written: {text}") from None
     if folder.exists() and not folder.is_dir():
         raise RankwiseError(f"the output {folder} is a file")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
@@ -160,9 +238,14 @@ def refuse_taken(folder: Path, overwrite: bool) -> None:
 def refuse_output(folder: Path, overwrite: bool, source: object = None) -> None:
     """As `refuse_taken`; and where overwriting would delete the model `source`, or anything else than a model."""
     refuse_taken(folder, overwrite)
+    above = next(p for p in folder.resolve().parents if p.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.resolve().name}.", dir=above))  # the result is made beside its place
+    except OSError as error:
+        raise RankwiseError(f"the output folder {folder} cannot be written: {above}: {error.strerror}") from None
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise RankwiseError(f"the output folder {folder} holds something else than a model: name another, or empty it yourself")
-    if isinstance(source, str | Path) and Path(source).is_dir():
+    if isinstance(source, str | Path) and os.path.isdir(source):
         inside = Path(source).resolve()
         if folder.resolve() in (inside, *inside.parents):
             raise RankwiseError(f"the output folder {folder} holds the model {source} itself: name another")
@@ -170,23 +253,25 @@ def refuse_output(folder: Path, overwrite: bool, source: object = None) -> None:
 
 @contextmanager
 def written_whole(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place on leaving without an error, and is removed otherwise."""
+    """A new folder beside `folder` that takes its place on leaving without an error, and is removed otherwise; one that a killed
+    process has left there too."""
     refuse_output(folder, overwrite)
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.part")
     try:
-        temporary.chmod(0o755)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        for path in (*temporary.rglob("*"), temporary):
+            flush(path)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
-    except OSError as error:
-        raise RankwiseError(f"cannot write {folder}: {error.strerror or error}") from None
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise RankwiseError(f"cannot write {folder}: {getattr(error, 'strerror', None) or reason(error)}") from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(temporary)

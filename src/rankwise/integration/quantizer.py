@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -22,7 +23,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankwise.layers.experts import stacked_shapes, unstack
+from rankwise.errors import RankwiseError
+from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 
@@ -51,13 +53,20 @@ class RankwiseConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Raises ValueError for a folder written by a later rankwise, or by nobody."""
         version = config_dict.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
                 f"this folder has rankwise format {version!r}, this rankwise reads {FORMAT_VERSION}: upgrade with pip"
             )
         unknown = set(config_dict) - {"ranks", "experts", "affine", "format_version", "quant_method"}
         if unknown:
             raise ValueError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
+        ranks, experts = config_dict.get("ranks"), config_dict.get("experts", [])
+        if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+            raise ValueError("in quantization_config, ranks is not an object of matrices and their ranks, positive numbers")
+        if not isinstance(experts, list) or not all(isinstance(path, str) for path in experts):
+            raise ValueError("in quantization_config, experts is not a list of paths")
+        if not isinstance(config_dict.get("affine", False), bool):
+            raise ValueError("in quantization_config, affine is neither true nor false")
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -80,12 +89,17 @@ class RankwiseQuantizer(HfQuantizer):
         config = self.quantization_config
         self.files = kwargs.get("checkpoint_files") or []
         for path in config.experts:
-            unstack(_submodule(model, path))
+            module = _submodule(model, path)
+            if not is_stacked(module):
+                raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
+            unstack(module)
         for path, rank in config.ranks.items():
             linear = _submodule(model, path)
             if not is_linear(linear):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
             (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
+            if rank > min(out_features, in_features):
+                raise ValueError(f"the folder has rank {rank:,} for {path!r}, which is {out_features} x {in_features}")
             dtype = weight_of(linear).dtype
             model.set_submodule(path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype))
         ignored: Any = model._keys_to_ignore_on_load_unexpected
@@ -93,20 +107,34 @@ class RankwiseQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        rate = self.quantization_config.rate
-        if rate is not None:
-            from rankwise.integration.artifact import Artifact
-
-            artifact = Artifact.at(Path(self.files[0]).parent if self.files else None)
-            if artifact is None:
-                raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
-            made = artifact.apply(model, rate)
-            vars(self.quantization_config).update(vars(made))  # no rate: from here on it is a compressed model like any other
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        for path in self.quantization_config.ranks:
+            for name, parameter in model.get_submodule(path).named_parameters():
+                absent = not getattr(parameter, "_is_hf_initialized", False)  # transformers warns, and goes on with random values
+                if absent and not parameter.is_meta:  # what is offloaded is still on its way
+                    raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
+        if self.quantization_config.rate is not None:
+            self._compress(model, self.quantization_config.rate)
+        model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
         return model
 
+    def _compress(self, model: nn.Module, rate: float) -> None:
+        from rankwise.integration.artifact import Artifact
+
+        artifact = Artifact.at(Path(self.files[0]).parent if self.files else None)
+        if artifact is None:
+            raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
+        made = artifact.apply(model, rate)
+        vars(self.quantization_config).update(vars(made))  # no rate: from here on it is a compressed model like any other
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The model's tensors and the guards."""
+        """The model's tensors and the guards. Raises `RankwiseError` where weights were quantized: the format holds floats."""
+        for name, weight in model.named_parameters():
+            if hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor):
+                raise RankwiseError(
+                    f"{name} is a {type(weight).__name__}, quantized after loading, which a rankwise folder cannot hold: "
+                    "keep the folder it was loaded from and quantize again after loading it"
+                )
         return {**model.state_dict(), **guards(model, self.quantization_config)}, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -146,7 +174,7 @@ def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
     model.config.quantization_config = config
     model.hf_quantizer = RankwiseQuantizer(config)
-    model.is_quantized = True
+    model.is_quantized = False
     model.quantization_method = METHOD
 
 

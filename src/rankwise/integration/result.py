@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.allocation.plan import write_ranks
 from rankwise.errors import RankwiseError
-from rankwise.integration.checkpoint import load_config, quantization_of, skeleton, written_whole
+from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
+from rankwise.integration.files import read_json, reason, refuse_odd_files
 from rankwise.layers.linear import is_linear
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.recipe import Recipe
 
 MAX_SHARD_SIZE = "5GB"
-RANKS, RECIPE, REPORT = "ranks.json", "recipe.yaml", "report.json"
+RANKS, RECIPE, REPORT, SPECTRA, PAGE = "ranks.json", "recipe.yaml", "report.json", "spectra.json", "report.html"
 
 
 def write_result(
@@ -30,8 +32,12 @@ def write_result(
     report: Mapping[str, Any],
     recipe: Recipe,
     overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write everything to `output`, whole or not at all. Raises `RankwiseError` where it is taken or cannot be written."""
+    """Write everything to `output`, `files` (name -> text) too, whole or not at all.
+
+    Raises `RankwiseError` where it is taken or cannot be written.
+    """
     with written_whole(output, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         if tokenizer is not None:
@@ -39,18 +45,18 @@ def write_result(
         write_ranks(folder / RANKS, ranks)
         (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         model_card(output.name, type(model).__name__, report, recipe).save(folder / "README.md")
 
 
 def read_ranks(folder: Path) -> dict[str, int | None]:
     """The ranks of a result folder. Raises `RankwiseError` where they are missing, no ranks, or not those of its weights."""
     file = folder / RANKS
-    try:
-        ranks = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise RankwiseError(f"{folder} has no {RANKS}: it was not written by rankwise") from None
-    except (OSError, ValueError) as error:
-        raise RankwiseError(f"{file} cannot be read: {error}") from None
+    refuse_odd_files(folder)
+    if not os.path.exists(file):
+        raise RankwiseError(f"{folder} has no {RANKS}: it was not written by rankwise")
+    ranks = read_json(file)
     good = isinstance(ranks, dict) and all(r is None or (type(r) is int and r > 0) for r in ranks.values())
     if not good:
         raise RankwiseError(f"{file} is not an object of matrices and their ranks (a positive number, or null for dense)")
@@ -63,9 +69,28 @@ def read_ranks(folder: Path) -> dict[str, int | None]:
     return ranks
 
 
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a result folder, or None where it has none. Raises `RankwiseError` for one that is none."""
+    file = folder / RECIPE
+    if not os.path.exists(file):
+        return None
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RankwiseError(f"{file} cannot be read: {reason(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RankwiseError(f"{file} is not a list of options and their values")
+    try:
+        return Recipe.of(**content)
+    except RankwiseError as error:
+        raise RankwiseError(f"{file}: {error}") from None
+
+
 def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shape]:
-    """The shape of every matrix in `ranks`. Raises `RankwiseError` for one that the model does not have."""
+    """The shape of every matrix in `ranks`. Raises `RankwiseError` for one that the model does not have, and where the
+    weights in the folder are not those that its config describes."""
     config = load_config(folder)
+    refuse_foreign(folder, config)
     model, affine = skeleton(config), quantization_of(config).get("affine", False)
     unstack_experts(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}

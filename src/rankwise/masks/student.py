@@ -7,24 +7,38 @@ whose mask drops nothing: its components are weighted, and it is stored as one m
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.calibration.signal import Signal, device_of, divergence, frozen, sampled_loss, signal_of, text_labels
+from rankwise import distributed
+from rankwise.calibration.signal import (
+    Signal,
+    device_of,
+    divergence,
+    frozen,
+    sampled_loss,
+    signal_of,
+    skip_labels,
+    text_labels,
+)
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, dense_linear, swapped, weight_of
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.progress import progress
 
 Masks = dict[str, Tensor | None]
+Kept = Callable[[str, Iterable[Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]  # what, of what, how -> found
+EFFORT = "__effort__"  # beside the tensors of a measurement, which are named after matrices
 TEACHER_BYTES = 2**30  # the teacher's signals are kept below this size, and recomputed above it
 
 
@@ -59,11 +73,13 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
 
 
 def _mean_gradients(layers: Mapping[str, MaskedLinear], tokens: int) -> dict[str, Tensor]:
-    """The masks' gradients [k] float64 per token; zero for a layer that no token went through."""
+    """The masks' gradients [k] float64 per token, of all processes; zero for a layer that no token went through."""
+    tokens = sum(distributed.everyones(tokens))
     return {
-        name: torch.zeros(len(layer.mask), dtype=torch.float64)
-        if layer.mask.grad is None
-        else layer.mask.grad.double().cpu() / tokens
+        name: distributed.add_up(
+            torch.zeros(len(layer.mask), dtype=torch.float64) if layer.mask.grad is None else layer.mask.grad.double().cpu()
+        )
+        / tokens
         for name, layer in layers.items()
     }
 
@@ -121,6 +137,11 @@ def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None) 
     )
 
 
+def not_kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A measurement that is made each time."""
+    return compute()
+
+
 @dataclass
 class Student:
     """A model, its decomposed matrices and the batches they are judged on.
@@ -128,6 +149,8 @@ class Student:
     decompositions: matrix -> factors in the model's dtype and on its device.
     training, selection: disjoint batches of calibration text; masks are trained on the one and chosen by the other.
     effort: tokens that went through the student so far, forward and backward.
+    spared: seconds that were not spent, because a measurement was found.
+    kept: (what is measured, all that it depends on, a function that measures it) -> the measurement, made now or earlier.
     """
 
     model: nn.Module
@@ -136,7 +159,9 @@ class Student:
     selection: Sequence[Batch]
     seed: int = 0
     effort: dict[str, int] = field(default_factory=lambda: {"forward_tokens": 0, "backward_tokens": 0})
+    spared: float = 0.0
     _signals: dict[int, Signal] = field(default_factory=dict)
+    kept: Kept = not_kept
 
     def frozen(self) -> AbstractContextManager[None]:
         """The model's weights frozen and in eval mode while inside."""
@@ -177,24 +202,51 @@ class Student:
             self._signals[id(batch)] = signal
         return signal
 
-    @torch.no_grad()
+    def _measured(
+        self, what: str, masks: Masks, batches: Sequence[Batch], measure: Callable[[Sequence[Batch]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`measure` of the batches, or what it found before; the effort it took counts either way."""
+        before, since = dict(self.effort), time.perf_counter()
+
+        def compute() -> dict[str, Tensor]:
+            found = measure(batches)
+            tokens = distributed.add_up(torch.tensor([self.effort[name] - before[name] for name in before])).tolist()
+            return found | {EFFORT: torch.tensor([*tokens, time.perf_counter() - since], dtype=torch.float64)}
+
+        of = (*(part for item in masks.items() for part in item), *(tensor for batch in batches for tensor in batch.values()))
+        found = dict(self.kept(what, of, compute))
+        *tokens, seconds = found.pop(EFFORT).tolist()
+        self.effort.update({name: before[name] + int(more) for name, more in zip(before, tokens, strict=True)})
+        self.spared += seconds - (time.perf_counter() - since)
+        return found
+
     def divergence(self, masks: Masks, batches: Sequence[Batch] | None = None) -> float:
         """KL(original || student) in nats per token over `batches` (the selection text unless told)."""
-        batches = self.selection if batches is None else batches
-        total, tokens = 0.0, 0
+        text = self.selection if batches is None else batches
+        found = self._measured(
+            "divergence", masks, text, lambda text: {"kl": torch.tensor(self._divergence(masks, text), dtype=torch.float64)}
+        )
+        return found["kl"].item()
+
+    @torch.no_grad()
+    def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
+        parts = []
         with self.frozen():
-            for batch in batches:
+            for batch in distributed.dealt(batches):
                 reference = self.teacher(batch)
                 with self.with_masks(masks):
-                    total += divergence(reference, signal_of(self.model, batch)).item()
+                    parts.append((divergence(reference, signal_of(self.model, batch)).item(), len(reference.values)))
                 self.count(reference)
-                tokens += len(reference.values)
-        return total / tokens
+        totals, tokens = zip(*distributed.collected(parts), strict=True)
+        return sum(totals) / sum(tokens)
 
     def fisher(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
         """Mask Fisher: half the mean over tokens of the squared gradients of each sequence's loss with respect to each
         mask, all masks at 1 and labels sampled from the model: the KL in nats per token that dropping the component
         costs, to second order. Matrix -> [k] float64."""
+        return self._measured("fisher", {}, list(self.training if batches is None else batches), self._fisher)
+
+    def _fisher(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         layers = self.masked({name: torch.ones(len(d.spectrum)) for name, d in self.decompositions.items()})
         prices = {name: torch.zeros(len(d.spectrum), dtype=torch.float64) for name, d in self.decompositions.items()}
         for name, layer in layers.items():
@@ -202,23 +254,31 @@ class Student:
         generator = torch.Generator().manual_seed(self.seed)
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in tqdm(self.training if batches is None else batches, desc="pricing components"):
+            for number, batch in enumerate(progress(batches, "pricing components")):
+                if number % distributed.size() != distributed.rank():
+                    skip_labels(batch, generator)
+                    continue
                 signal = signal_of(self.model, batch)
                 sampled_loss(signal, generator).backward()
                 self.count(signal, backward=True)
                 tokens += len(signal.values)
-        return {name: price / (2 * tokens) for name, price in prices.items()}
+        tokens = sum(distributed.everyones(tokens))
+        return {name: distributed.add_up(price) / (2 * tokens) for name, price in prices.items()}
 
     def gradients(self, masks: Masks, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
         """The gradient of the KL in nats per token with respect to every mask weight, dropped ones too, at `masks`;
         dense matrices are taken with all components kept. Matrix -> [k] float64."""
+        text = list(self.training if batches is None else batches)
+        return self._measured("gradients", masks, text, lambda text: self._gradients(masks, text))
+
+    def _gradients(self, masks: Masks, batches: Sequence[Batch]) -> dict[str, Tensor]:
         full = {
             name: torch.ones(len(self.decompositions[name].spectrum)) if mask is None else mask for name, mask in masks.items()
         }
         layers = self.masked(full)
         tokens = 0
         with self.frozen():
-            for batch in tqdm(self.training if batches is None else batches, desc="gradients at the hard masks"):
+            for batch in progress(distributed.dealt(batches), "gradients at the hard masks"):
                 reference = self.teacher(batch)
                 with swapped(self.model, layers):
                     divergence(reference, signal_of(self.model, batch)).backward()
@@ -229,11 +289,14 @@ class Student:
     def text_gradients(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
         """The gradient of the text's own cross entropy in nats per predicted token with respect to every mask weight, all
         masks at 1. Matrix -> [k] float64. Raises `RankwiseError` for a model that predicts no tokens."""
+        return self._measured("text-gradients", {}, list(self.training if batches is None else batches), self._text_gradients)
+
+    def _text_gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         layers = self.masked({name: torch.ones(len(d.spectrum)) for name, d in self.decompositions.items()})
         causal = getattr(self.model, "can_generate", lambda: False)()
         tokens = 0
         with self.frozen(), swapped(self.model, layers):
-            for batch in tqdm(self.training if batches is None else batches, desc="gradients of the text's loss"):
+            for batch in progress(distributed.dealt(batches), "gradients of the text's loss"):
                 signal = signal_of(self.model, batch)
                 if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
                     raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")
@@ -247,6 +310,10 @@ class Student:
         """Note the tokens of a call in `effort`."""
         self.effort["forward_tokens"] += len(signal.values)
         self.effort["backward_tokens"] += len(signal.values) * backward
+
+    def weight(self, name: str) -> Tensor:
+        """The original weight [m, n] of a matrix."""
+        return weight_of(self.model.get_submodule(name))
 
     def bias(self, name: str) -> Tensor | None:
         return bias_of(self.model.get_submodule(name))

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.calibration.signal import divergence, signal_of, text_labels, token_mask
 from rankwise.calibration.tokens import Batch, endless
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import Student
+from rankwise.progress import progress
 
 RECORD_EVERY = 50
 LossName = Literal["next-token", "kl"]
@@ -73,7 +73,7 @@ def train_masks(
     batches = endless(student.training, options.sequences, generator)
     history: list[dict[str, Any]] = []
     with student.frozen():
-        bar = tqdm(range(options.steps), desc="training masks")
+        bar = progress(range(options.steps), "training masks")
         for step in bar:
             if done():
                 break

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rankwise.calibration.signal import divergence, signal_of
 from rankwise.calibration.tokens import endless
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import MaskedLinear, Masks, Student, WeightedLinear, add, is_whole
+from rankwise.progress import progress
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class ValueTraining:
     betas: tuple[float, float] = (0.9, 0.95)
 
 
-def train_values(student: Student, masks: Masks, options: ValueTraining) -> Masks:
+def train_values(student: Student, masks: Masks, options: ValueTraining, losses: list[float] | None = None) -> Masks:
     """The masks with their non-zero weights, and those of the dense matrices, trained on KL(original || student) over the
-    training batches, in an order drawn from the student's seed."""
+    training batches, in an order drawn from the student's seed. The loss of each step, nats per token, is added to `losses`."""
     if not options.steps or all(mask is None for mask in masks.values()):
         return masks
     full = {name: torch.ones(len(d.spectrum)) for name, d in student.decompositions.items()}
@@ -39,7 +39,7 @@ def train_values(student: Student, masks: Masks, options: ValueTraining) -> Mask
     sequences = max(1, options.tokens // next(iter(student.training[0].values()))[0].numel())
     batches = endless(student.training, sequences, torch.Generator().manual_seed(student.seed))
     with student.frozen():
-        bar = tqdm(range(options.steps), desc="training mask values")
+        bar = progress(range(options.steps), "training mask values")
         for _ in bar:
             batch = next(batches)
             reference = student.teacher(batch)
@@ -50,6 +50,8 @@ def train_values(student: Student, masks: Masks, options: ValueTraining) -> Mask
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
+            if losses is not None:
+                losses.append(loss.item())
             bar.set_postfix(kl=f"{loss.item():.5f}", refresh=False)
     trained: Masks = {}
     for name, mask in given.items():

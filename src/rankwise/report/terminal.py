@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+MOST_STEPS = 12  # of an allocation, that are told one by one
+
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Size and quality of the original and the compressed model, side by side."""
@@ -38,6 +40,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     if "seconds" in report:
         memory = "".join(f", {size / 2**20:,.0f} MiB of {kind} memory" for kind, size in report["peak_memory_bytes"].items())
         console.print(f"took {sum(report['seconds'].values()):.0f} s{memory} at most")
+    steps = [f"{record['step']} {record['kl']:.5f}" for record in report.get("history", []) if "kl" in record]
+    if 0 < len(steps) <= MOST_STEPS:
+        console.print(f"KL on the selection text, step by step: {', '.join(steps)}")
     dense = [name for name, rank in report["ranks"].items() if rank is None]
     console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
     for reason, names in _by_reason(report.get("left_dense", {})).items():

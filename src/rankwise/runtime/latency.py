@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import Shape
+from rankwise.progress import progress
 from rankwise.runtime.bench import decode, prefill
 from rankwise.runtime.optimize import arrange
 from rankwise.runtime.timing import alternating
@@ -117,7 +117,7 @@ def measure(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> 
     largest = max(shape.dense for shape in shapes.values()) * first.element_size()
     whole = sum(shape.dense for shape in shapes.values()) * first.element_size()
     weights = Weights(max(min(COLD, whole), 2 * largest), first.dtype, first.device)
-    times = {shape: _times(weights, shape, first, repeats) for shape in tqdm(set(shapes.values()), desc="timing")}
+    times = {shape: _times(weights, shape, first, repeats) for shape in progress(sorted(set(shapes.values()), key=str), "timing")}
     timed = {name: TimedShape.of_times(shape, *times[shape]) for name, shape in shapes.items()}
     return Latency(timed, max(step, sum(shape.dense for shape in timed.values())))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.calibration.moments import find_sites
-from rankwise.calibration.signal import frozen
+from rankwise.calibration.signal import frozen, signal_of
 from rankwise.calibration.tokens import with_decoder_inputs
 from rankwise.layers.lowrank import LowRankLinear
 
@@ -92,9 +92,10 @@ def _siblings(model: Any, layers: dict[str, LowRankLinear]) -> list[list[LowRank
     """The layers that are handed the very same tensor, on the same device and in the same dtype, where they are several."""
     if not layers:
         return []
-    ids = model.dummy_inputs["input_ids"]
-    with frozen(model):
-        site_of = find_sites(model, layers, with_decoder_inputs(model, {"input_ids": ids, "labels": ids}))
+    ids = model.dummy_inputs["input_ids"][:1]
+    batch = with_decoder_inputs(model, {"input_ids": ids, "labels": ids})
+    with frozen(model), torch.no_grad():
+        site_of = find_sites(model, layers, lambda: signal_of(model, batch))
     groups: dict[tuple[Any, ...], list[LowRankLinear]] = {}
     for name, layer in layers.items():
         weight = layer.first.weight

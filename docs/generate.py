@@ -1,0 +1,151 @@
+"""Pages that are made of what is written elsewhere: the README, the methods' docstrings and options, the command line's help."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import io
+import re
+import sys
+import tokenize
+from pathlib import Path
+from typing import Any
+
+import mkdocs_gen_files
+import typer
+import yaml
+from typer.cli import get_docs_for_click
+
+from rankwise.allocation.allocator import ALLOCATORS
+from rankwise.cli import app
+from rankwise.decomposition.metric import METRICS
+
+HERE = Path(__file__).parent
+WHEN = yaml.safe_load((HERE / "when.yaml").read_text())
+SECOND_FILES = {"llrc:paper": "rankwise.masks.gumbel", "ars": "rankwise.masks.hypernetwork", "ara": "rankwise.masks.staircase"}
+
+
+def write(path: str, text: str) -> None:
+    with mkdocs_gen_files.open(path, "w") as page:
+        page.write(text)
+
+
+def markdown(docstring: str) -> str:
+    """A docstring as Markdown: lists set off from the line above, sources as links."""
+    lines: list[str] = []
+    for line in inspect.cleandoc(docstring).splitlines():
+        item = re.match(r"(- |\d\. )", line)
+        if item and lines and lines[-1].strip() and not re.match(r"(- |\d\. |  )", lines[-1]):
+            lines.append("")
+        lines.append(line)
+    text = "\n".join(lines)
+    text = re.sub(r"\barXiv\s+(\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    text = re.sub(r"\bopenreview (\w+)", r"[openreview \1](https://openreview.net/forum?id=\1)", text)
+    text = re.sub(r"\bcode (?:github\.com/)?([\w-]+/[\w.-]*\w)", r"code [\1](https://github.com/\1)", text)
+    return re.sub(r"\b(\d{4}\.naacl-long\.\d+)", r"[\1](https://aclanthology.org/\1)", text)
+
+
+def first_sentence(docstring: str) -> str:
+    """Up to the first full stop that is none of an abbreviation."""
+    return re.split(r"(?<! al)\.(?:\s|$)", " ".join(docstring.split()), maxsplit=1)[0]
+
+
+def options(cls: Any) -> str:
+    """A table of the options: name, type, default, and the comment beside it in the source."""
+    source = inspect.getsource(cls)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+    lines = {a.target.id: a for a in body if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)}
+    rows = []
+    for field in dataclasses.fields(cls):
+        line = lines[field.name]
+        kind = ast.unparse(line.annotation)
+        rows.append(f"| `{field.name}` | `{kind}` | `{field.default!r}` | {comments.get(line.lineno, '')} |")
+    if not rows:
+        return "None."
+    return "\n".join(["| option | type | default | |", "|---|---|---|---|", *rows])
+
+
+def allocation_page(name: str, preset: str, cls: Any) -> tuple[str, str]:
+    """The page's title and text."""
+    title = name if preset == "default" else f"{name}:{preset}"
+    module = sys.modules[cls.__module__]
+    use = f"--allocation {name}" + ("" if preset == "default" else f" --preset {preset}")
+    parts = [
+        f"# {title}",
+        f"**When.** {WHEN['allocation'][title]}",
+        f"**Use.** `rankwise compress MODEL {use}`; on [`{cls.decomposition}`](../decomposition/{cls.decomposition}.md) where no "
+        "other decomposition is named.",
+        "## What it does",
+        markdown(module.__doc__ or ""),
+        *([markdown(importlib.import_module(SECOND_FILES[title]).__doc__ or "")] if title in SECOND_FILES else []),
+        "## Options",
+        markdown(cls.__doc__ or ""),
+        options(cls),
+        f"Given as `--option NAME=VALUE`, or in Python as `allocation={cls.__name__}(...)` from `{cls.__module__}`.",
+    ]
+    return title, "\n\n".join(parts) + "\n"
+
+
+def decomposition_page(name: str, metric: Any) -> str:
+    """The page's text."""
+    needs = ", ".join(f"`{n}`" for n in sorted(metric.NEEDS)) or "nothing: it sees only the weights"
+    constants = {n: v for n, v in vars(metric).items() if n.isupper() and n != "NEEDS"}
+    parts = [
+        f"# {name}",
+        f"**When.** {WHEN['decomposition'][name]}",
+        f"**Use.** `rankwise compress MODEL --decomposition {name}`",
+        "## What it does",
+        markdown(metric.__doc__ or ""),
+        f"The metric: {inspect.cleandoc(metric.roots.__doc__)}",
+        f"**Statistics it needs.** {needs}.",
+        *(["**Constants.** " + ", ".join(f"`{n} = {v}`" for n, v in constants.items()) + "."] if constants else []),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def methods() -> None:
+    index = [
+        "# Methods",
+        "A method is an *allocation*, which chooses ranks, on a *decomposition*, which makes factors whose first components are "
+        "the best. Any goes with any. These pages are made of docstrings, in `rankwise.allocation` and `rankwise.decomposition`; "
+        "[`rankwise compare`](../guide/choose.md) measures all of them on your model.",
+        "## Allocations",
+    ]
+    table = ["| allocation | what it is | when |", "|---|---|---|"]
+    for name, presets in ALLOCATORS.items():
+        for preset, cls in presets.items():
+            title, text = allocation_page(name, preset, cls)
+            file = f"allocation/{title.replace(':', '-')}.md"
+            write(f"methods/{file}", text)
+            what = markdown(first_sentence(sys.modules[cls.__module__].__doc__ or ""))
+            table.append(f"| [{title}]({file}) | {what} | {WHEN['allocation'][title]} |")
+    index += ["\n".join(table), "## Decompositions"]
+    table = ["| decomposition | what it is | when |", "|---|---|---|"]
+    for name, metric in METRICS.items():
+        write(f"methods/decomposition/{name}.md", decomposition_page(name, metric))
+        what = markdown(first_sentence(metric.__doc__ or ""))
+        table.append(f"| [{name}](decomposition/{name}.md) | {what} | {WHEN['decomposition'][name]} |")
+    write("methods/index.md", "\n\n".join([*index, "\n".join(table)]) + "\n")
+
+
+def copies() -> None:
+    """The repository's own pages, links from its root made to fit."""
+    for source, page in (("README.md", "index.md"), ("CONTRIBUTING.md", "contributing.md"), ("CHANGELOG.md", "changelog.md")):
+        text = (HERE.parent / source).read_text()
+        text = text.replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
+        write(page, text)
+        mkdocs_gen_files.set_edit_path(page, f"../{source}")
+
+
+def command_line() -> None:
+    context = typer.Context(typer.main.get_command(app))
+    write("cli.md", get_docs_for_click(obj=context.command, ctx=context, name="rankwise", title="Command line"))
+
+
+methods()
+copies()
+command_line()

@@ -1,0 +1,29 @@
+"""LoRA on a compressed model: which names to give PEFT.
+
+PEFT adapts linear layers, so it adapts the factors of a low-rank layer, not the layer. An adapter on a factor merges into that
+factor: the ranks stay, and the merged model is saved like any compressed one.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rankwise.errors import RankwiseError
+from rankwise.layers.linear import is_linear
+from rankwise.layers.lowrank import LowRankLinear
+
+
+def lora_targets(model: nn.Module, *names: str) -> list[str]:
+    """For `LoraConfig(target_modules=...)`: the linear layers called `names` and, where one is low-rank, its two factors.
+
+    names: as one writes for the dense model: "q_proj", "v_proj". Raises `RankwiseError` for a name that no linear layer has.
+    """
+    targets = []
+    for name in names:
+        layers = [(path, module) for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+        low_rank = [f"{path}.{factor}" for path, m in layers if isinstance(m, LowRankLinear) for factor in ("first", "second")]
+        dense = [path for path, module in layers if is_linear(module)]
+        if not low_rank + dense:
+            raise RankwiseError(f"no linear layer of {type(model).__name__} is called {name!r}")
+        targets += low_rank + dense
+    return targets

@@ -1,0 +1,28 @@
+"""The command that makes a result once more."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from rankwise import bundled
+from rankwise.allocation.allocator import ALLOCATORS
+from rankwise.recipe import IN_MEMORY, Recipe
+
+REPEATED = {"include": "--include", "exclude": "--exclude", "options": "--option", "dataset_options": "--dataset-option"}
+
+
+def command_of(base_model: str, recipe: Mapping[str, Any], output: str) -> str | None:
+    """The `rankwise compress` line of a recipe, or None where the text or the options were Python objects."""
+    if recipe["calibration"] == IN_MEMORY or recipe["allocation"] not in ALLOCATORS:
+        return None
+    words = ["rankwise", "compress", *([] if base_model == bundled.NAME else [base_model])]
+    for name, field in Recipe.model_fields.items():
+        value = recipe.get(name, field.default)
+        if name in REPEATED:
+            items = [f"{key}={item}" for key, item in value.items()] if isinstance(value, Mapping) else value
+            words += [word for item in items for word in (REPEATED[name], str(item))]
+        elif value != field.default or name == "calibration":
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, "--output", output])

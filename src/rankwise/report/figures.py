@@ -1,0 +1,206 @@
+"""The page's charts: drawn by matplotlib as SVG whose colours are the page's CSS variables, so that they follow its theme.
+
+Each is small enough to be read on a phone as it is; its text stays text, its marks have titles for pointer and screen reader.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from rankwise.report.grid import Place
+
+SVG = "http://www.w3.org/2000/svg"
+INK, QUIET, LINE = "#010101", "#010102", "#010103"  # stand for the variables of the same name
+SERIES = [f"#0102{i:02x}" for i in range(8)]
+MARKERS = "osD^vPX*"
+SYMBOLS = "●■◆▲▼✚✖★"  # the same, as text for legends
+VARIABLES = {INK: "var(--ink)", QUIET: "var(--quiet)", LINE: "var(--line)"}
+VARIABLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": QUIET,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": QUIET,
+    "ytick.labelcolor": QUIET,
+    "xtick.minor.visible": False,
+    "ytick.minor.visible": False,
+    "path.simplify": False,
+}
+
+
+def depth(share: float) -> str:
+    """A colour for a layer `share` of the way through the model, 0 to 1."""
+    return f"#0103{round(100 * share):02x}"
+
+
+class Chart:
+    """One pair of axes on its way to SVG; `title` names what is drawn as `gid`."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes, self.titles, self.svg = axes, dict[str, str](), Markup()
+
+    def titled(self, text: str) -> str:
+        """A new gid whose element will have this title."""
+        gid = f"mark-{len(self.titles)}"
+        self.titles[gid] = text
+        return gid
+
+    def log_scale(self) -> None:
+        """The y axis logarithmic, its labels plain numbers."""
+        self.axes.set_yscale("log")
+        low, high = self.axes.get_ylim()
+        wide = high / low > 30
+        self.axes.yaxis.set_major_locator(LogLocator(numticks=6) if wide else LogLocator(subs=(1, 2, 5)))
+        self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+        self.axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    """Without an exponent, down to a hundred thousandth."""
+    return f"{value:g}" if not 1e-5 <= value < 1e-3 else f"{value:.5f}".rstrip("0")
+
+
+@contextmanager
+def chart(name: str, description: str, width: float = 400, height: float = 270) -> Iterator[Chart]:
+    """Axes to draw on, of this size in CSS pixels; on leaving, the chart's `svg` is there. `name` is unique in its page."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        drawing = Chart(figure.subplots())
+        yield drawing
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    drawing.svg = _inline(buffer.getvalue(), name, description, drawing.titles)
+
+
+def _inline(svg: bytes, name: str, description: str, titles: Mapping[str, str]) -> Markup:
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(svg)
+    for metadata in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(metadata)
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.attrib |= {"role": "img", "aria-label": description, "class": "chart"}
+    for element in root.iter():
+        text = titles.get(element.get("id", ""))
+        if text is not None:
+            title = ElementTree.Element(f"{{{SVG}}}title")
+            title.text = text
+            element.insert(0, title)
+    text = ElementTree.tostring(root, encoding="unicode")
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"#0103([0-9a-f]{2})", lambda m: f"color-mix(in oklab, var(--late) {int(m[1], 16)}%, var(--early))", text)
+    return Markup(re.sub(r"#010[12][0-9a-f]{2}", lambda m: VARIABLES[m[0]], text))
+
+
+def paid_and_cost(name: str, points: Sequence[tuple[str, str, int, float]], kinds: Sequence[str]) -> Markup:
+    """A mark for each (matrix, kind, parameters removed, KL)."""
+    floor = min((kl for *_, kl in points if kl > 0), default=1e-9)
+    with chart(name, "what each matrix paid and what it cost: parameters removed against KL") as drawing:
+        axes = drawing.axes
+        for matrix, kind, removed, kl in points:
+            series = kinds.index(kind) % len(SERIES)
+            gid = drawing.titled(f"{matrix}: {removed:,} parameters removed, KL {kl:.2g}")
+            axes.plot(
+                [removed], [max(kl, floor)], MARKERS[series], color=SERIES[series], markersize=6, alpha=0.85, gid=gid, mew=0
+            )
+        axes.set(xlabel="parameters removed", ylabel="KL alone, nats per token")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.set_xlim(left=0)
+        drawing.log_scale()
+    return drawing.svg
+
+
+def spectra_of_kind(name: str, kind: str, spectra: Sequence[tuple[Place, float, Mapping[str, Any]]]) -> Markup:
+    """The spectra of one type of matrix, a line per (place, depth, thinned spectrum), each over its first; a dot at the rank."""
+    with chart(name, f"singular values of {kind}, one line per layer, a dot where it is cut", 300, 200) as drawing:
+        axes = drawing.axes
+        largest = 1
+        for place, share, spectrum in spectra:
+            at, values = zip(*spectrum["points"], strict=True)
+            first = values[0] or 1.0
+            relative = [max(value / first, 1e-6) for value in values]
+            rank, largest = spectrum["rank"], max(largest, spectrum["components"])
+            cut = "dense" if rank is None else f"rank {rank} of {spectrum['components']}"
+            gid = drawing.titled(f"{_layer(place)}: {cut}")
+            style = {"linestyle": (0, (2, 2)), "linewidth": 1} if rank is None else {"linewidth": 1.5}
+            axes.plot(at, relative, color=depth(share), gid=gid, **style)
+            if rank is not None:
+                gid = drawing.titled(f"{_layer(place)}: {cut}")
+                axes.plot([rank], [relative[at.index(rank)]], "o", color=depth(share), markersize=5.5, gid=gid, mew=0)
+        axes.set_xlim(0, largest)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        drawing.log_scale()
+    return drawing.svg
+
+
+def _layer(place: Place) -> str:
+    return f"layer {place.layer}" if place.layer else place.kind
+
+
+def steps_chart(name: str, history: Sequence[Mapping[str, Any]]) -> Markup:
+    """A bar per named step, as long as its KL."""
+    with chart(name, "KL after each step of choosing the ranks", 400, 70 + 22 * len(history)) as drawing:
+        axes = drawing.axes
+        best = min(record["kl"] for record in history)
+        for i, record in enumerate(history):
+            gid = drawing.titled(f"{record['step']}: KL {record['kl']:.5f}")
+            axes.barh(i, record["kl"], height=0.6, color=SERIES[0], alpha=1 if record["kl"] == best else 0.45)[0].set_gid(gid)
+            axes.annotate(f"{record['kl']:.4g}", (record["kl"], i), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_yticks(range(len(history)), [record["step"] for record in history])
+        axes.set_xlim(0, 1.2 * max(record["kl"] for record in history))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("KL on the selection text, nats per token")
+    return drawing.svg
+
+
+def curve(name: str, label: str, steps: Sequence[float], values: Sequence[float]) -> Markup:
+    """A line: `label` over the training steps."""
+    with chart(name, f"{label} over the training steps", 300, 190) as drawing:
+        drawing.axes.plot(steps, values, color=SERIES[0], linewidth=1.6, gid=drawing.titled(f"{label}: {values[-1]:.4g} at last"))
+        drawing.axes.set(xlabel="step", ylabel=label)
+        drawing.axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        drawing.axes.yaxis.set_major_locator(MaxNLocator(5))
+    return drawing.svg
+
+
+def quality_against_rate(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
+    """KL over the rate, a line of (rate, KL) per label."""
+    floor = min((kl for points in series.values() for _, kl in points if kl > 0), default=1e-9)
+    with chart(name, "KL against the rate", 400, 290) as drawing:
+        axes = drawing.axes
+        for i, (label, points) in enumerate(series.items()):
+            colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+            rates, kls = zip(*sorted(points), strict=True)
+            axes.plot(rates, [max(kl, floor) for kl in kls], "-" if i < len(SERIES) else "--", color=colour, linewidth=1.4)
+            for rate, kl in zip(rates, kls, strict=True):
+                gid = drawing.titled(f"{label}, rate {rate:.3g}: KL {kl:.4g}")
+                axes.plot([rate], [max(kl, floor)], marker, color=colour, markersize=6, mew=0, gid=gid)
+        axes.set(xlabel="rate (fraction of parameters removed)", ylabel="KL(original || compressed), nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        drawing.log_scale()
+    return drawing.svg

@@ -1,0 +1,46 @@
+"""Where a matrix stands in its model: a layer and a type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+EXPERT = re.compile(r"(_matrices|experts)\.\d+")
+
+
+class Place(NamedTuple):
+    """layer: its number, after its stack's name where there are several stacks; "" outside of all layers. kind: the rest of
+    the path, the same for all experts of a layer."""
+
+    layer: str
+    kind: str
+
+
+def places(names: Iterable[str]) -> dict[str, Place]:
+    """The place of every matrix, by its path."""
+    found = {name: re.match(r"(.*?)\.(\d+)\.(.*)", name) for name in names}
+    stacks = {match[1] for match in found.values() if match}
+    return {
+        name: Place(f"{_last_name(match[1])} {match[2]}" if len(stacks) > 1 else match[2], EXPERT.sub(r"\1", match[3]))
+        if match
+        else Place("", name)
+        for name, match in found.items()
+    }
+
+
+def _last_name(stack: str) -> str:
+    """ "encoder" of "encoder.block", "layers" of "layers"."""
+    return stack.split(".")[-2] if "." in stack else stack
+
+
+def short(kind: str) -> str:
+    """The last name of a type without what all share: "q" of "self_attn.q_proj"."""
+    return re.sub(r"(_proj|_matrices)$", "", kind.rsplit(".", 1)[-1])
+
+
+def short_names(kinds: Iterable[str]) -> dict[str, str]:
+    """A short name for every type, no two alike."""
+    kinds = list(dict.fromkeys(kinds))
+    names = [short(kind) for kind in kinds]
+    return {kind: name if names.count(name) == 1 else kind for kind, name in zip(kinds, names, strict=True)}

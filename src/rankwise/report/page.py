@@ -1,0 +1,61 @@
+"""The report: one HTML file that needs nothing else, not even a network.
+
+Every figure of a report stands in the page as an element with a `data-path` into the JSON embedded at its end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from rankwise.errors import RankwiseError
+from rankwise.report.numbers import FORMATS
+from rankwise.report.read import Contest, Result, read_folder
+from rankwise.report.view import contest_view, overview, result_view
+
+
+def write_page(folders: Sequence[Path], output: Path) -> None:
+    """The report of these folders as one file. Raises `RankwiseError` for a folder without results or a file that cannot be."""
+    found = [read_folder(folder) for folder in folders]
+    page = page_of([r for r in found if isinstance(r, Result)], [c for c in found if isinstance(c, Contest)])
+    temporary = output.with_name(f"{output.name}.part")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        raise RankwiseError(f"cannot write {output}: {error.strerror}") from None
+
+
+def page_of(results: Sequence[Result], contests: Sequence[Contest] = ()) -> str:
+    """The HTML of some results and contests, at least one of either."""
+    data = {"results": [result.report for result in results], "contests": [contest.rows for contest in contests]}
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {"figure": functools.partial(_figure, data), "source": lambda name: Markup((here / name).read_text())}
+    environment.filters |= FORMATS
+    return environment.get_template("page.html.j2").render(
+        title=_title(results, contests),
+        results=[result_view(number, result) for number, result in enumerate(results)],
+        contests=[contest_view(number, contest) for number, contest in enumerate(contests)],
+        overview=overview(results, contests),
+        data=data,
+    )
+
+
+def _title(results: Sequence[Result], contests: Sequence[Contest]) -> str:
+    if contests:
+        return contests[0].name
+    return results[0].name if len(results) == 1 else f"{len(results)} results side by side"
+
+
+def _figure(data: Any, path: str, style: str) -> Markup:
+    """The value at `path` ("/results/0/kl") as text, marked with where it comes from."""
+    value = functools.reduce(lambda node, key: node[int(key) if isinstance(node, Sequence) else key], path.split("/")[1:], data)
+    return Markup(f'<span data-path="{escape(path)}" data-value="{value!r}">{FORMATS[style](value)}</span>')

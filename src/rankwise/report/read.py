@@ -1,0 +1,54 @@
+"""What a report is made of: result folders, and folders that `rankwise compare` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.contest import RESULTS
+from rankwise.errors import RankwiseError
+from rankwise.integration.result import REPORT, SPECTRA
+from rankwise.report.inspect import inspect
+
+
+@dataclass(frozen=True)
+class Result:
+    """One compressed model. spectra: as of `thinned_spectra`, empty where they were not kept."""
+
+    name: str
+    report: Mapping[str, Any]
+    spectra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The rows of `hold_contest`."""
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+
+
+def read_folder(folder: Path) -> Result | Contest:
+    """What is in `folder`. Raises `RankwiseError` where neither is."""
+    name = folder.resolve().name
+    if (folder / RESULTS).exists():
+        rows = _read(folder / RESULTS)
+        if not rows:
+            raise RankwiseError(f"{folder / RESULTS} holds no result yet")
+        return Contest(name, rows)
+    if not (folder / REPORT).exists():
+        raise RankwiseError(f"{folder} has neither {REPORT} (of rankwise compress) nor {RESULTS} (of rankwise compare)")
+    report = _read(folder / REPORT)
+    if "shapes" not in report:  # written by 0.1.0
+        report["shapes"] = {row["matrix"]: [row["out_features"], row["in_features"]] for row in inspect(folder)}
+    return Result(name, report, _read(folder / SPECTRA) if (folder / SPECTRA).exists() else {})
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RankwiseError(f"{file} cannot be read: {error}") from None

@@ -1,0 +1,216 @@
+"""What the page says of a result, and of a contest, beyond their own figures: charts, heat maps, what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rankwise.layers.matrices import Shape
+from rankwise.report import figures
+from rankwise.report.command import command_of
+from rankwise.report.contest import by_method
+from rankwise.report.grid import Place, places, short_names
+from rankwise.report.numbers import brief, percent
+from rankwise.report.read import Contest, Result
+
+LINES = 24  # of a chart of spectra, at most
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a result: its rank (None: dense), and the KL with it alone compressed, where that was measured."""
+
+    name: str
+    shape: Shape
+    rank: int | None
+    kl: float | None
+
+    @property
+    def kept(self) -> float:
+        """The fraction of its parameters kept."""
+        return self.shape.parameters(self.rank) / self.shape.dense
+
+    @property
+    def removed(self) -> int:
+        """The number of its parameters removed."""
+        return self.shape.dense - self.shape.parameters(self.rank)
+
+    @property
+    def note(self) -> str:
+        """All of it in a line."""
+        fate = "stays dense" if self.rank is None else f"rank {self.rank}, keeps {percent(self.kept)}"
+        cost = "" if self.kl is None else f"; alone costs {brief(self.kl)} nats per token"
+        return f"{self.name}: {self.shape.out_features} × {self.shape.in_features}, {fate}{cost}"
+
+
+def result_view(number: int, result: Result) -> dict[str, Any]:
+    """Of the result that is at `number` in the page's data."""
+    report, identity = result.report, f"result-{number}"
+    costs = report.get("costs", {}).get("kl", {})
+    matrices = [Matrix(m, Shape(*report["shapes"][m]), rank, costs.get(m)) for m, rank in report["ranks"].items()]
+    where = places(report["ranks"])
+    history = report.get("history", [])
+    named = [record for record in history if isinstance(record.get("step"), str) and "kl" in record]
+    return {
+        "id": identity,
+        "path": f"/results/{number}",
+        "name": result.name,
+        "base": report["base_model"].rstrip("/").rsplit("/", 1)[-1],
+        "report": report,
+        "faster": faster(report),
+        "worse": worse(report),
+        "grid": grid(report["ranks"], {m.name: m.kept for m in matrices}, {m.name: m.note for m in matrices}),
+        "dense": [m.name for m in matrices if m.rank is None],
+        "matrices": sorted(matrices, key=lambda m: -(m.kl or 0)),
+        "paid": _paid(identity, matrices, where),
+        "spectra": _spectra(identity, result.spectra, where),
+        "beyond": _beyond(result.spectra),
+        "steps": figures.steps_chart(f"{identity}-steps", named) if named else None,
+        "curves": _curves(identity, history),
+        "samples": [_parted(sample) for sample in report.get("samples", [])],
+        "command": command_of(report["base_model"], report["recipe"], result.name) if "recipe" in report else None,
+    }
+
+
+def faster(report: Mapping[str, Any]) -> float:
+    """How many times as fast: by `speed` (tokens per second of both) where the report has it, else as the bytes predict."""
+    if "speed" in report:
+        return report["speed"]["compressed"] / report["speed"]["reference"]
+    return report["bytes"]["model"]["reference"] / report["bytes"]["model"]["compressed"]
+
+
+def worse(report: Mapping[str, Any]) -> float | None:
+    """By what share perplexity has risen, or None for a model that has none."""
+    return None if report["perplexity"] is None else report["perplexity"] / report["reference_perplexity"] - 1
+
+
+def _paid(identity: str, matrices: Sequence[Matrix], where: Mapping[str, Place]) -> dict[str, Any] | None:
+    """What each matrix paid and what it cost: a chart and its legend, where that was measured."""
+    points = [(m.name, where[m.name].kind, m.removed, m.kl) for m in matrices if m.kl is not None]
+    if not points:
+        return None
+    kinds = short_names(place.kind for place in where.values())
+    paying = {kind for _, kind, _, _ in points}
+    legend = [key for key, kind in zip(_legend(kinds.values()), kinds, strict=True) if kind in paying]
+    chart = figures.paid_and_cost(f"{identity}-paid", points, list(kinds))
+    return {"chart": chart, "legend": legend, "sum": sum(kl for *_, kl in points)}
+
+
+def _beyond(spectra: Mapping[str, Any]) -> float:
+    """The share of kept components that are not among the first of their matrix."""
+    kept = sum(spectrum["rank"] or 0 for spectrum in spectra.values())
+    return sum(spectrum["beyond"] for spectrum in spectra.values()) / max(kept, 1)
+
+
+def _parted(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample with what both texts begin with apart from how they go on."""
+    texts = sample["original"], sample["compressed"]
+    length = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    original, compressed = (text[length:] for text in texts)
+    return {**sample, "same": texts[0][:length], "original": original, "compressed": compressed}
+
+
+def grid(ranks: Mapping[str, int | None], kept: Mapping[str, float], notes: Mapping[str, str]) -> dict[str, Any]:
+    """The heat map: `kinds` (type -> short name) across, `rows` [(layer, cells)] down; a cell is None where there is no matrix.
+    All experts of a layer share a cell."""
+    cells: dict[Place, list[str]] = {}
+    for name, place in places(ranks).items():
+        cells.setdefault(place, []).append(name)
+    kinds = short_names(place.kind for place in cells)
+    layers = dict.fromkeys(place.layer for place in cells)
+    rows = [
+        (layer, [_cell(cells[place], ranks, kept, notes) if (place := Place(layer, kind)) in cells else None for kind in kinds])
+        for layer in layers
+    ]
+    return {"kinds": kinds, "rows": rows}
+
+
+def _cell(
+    names: Sequence[str], ranks: Mapping[str, int | None], kept: Mapping[str, float], notes: Mapping[str, str]
+) -> dict[str, Any]:
+    low = [rank for name in names if (rank := ranks[name]) is not None]
+    share = sum(kept[name] for name in names) / len(names)
+    text = "dense" if not low else f"{min(low)}" if min(low) == max(low) else f"{min(low)}–{max(low)}"
+    note = notes[names[0]] if len(names) == 1 else f"{len(names)} experts, ranks {text}, {len(names) - len(low)} stay dense"
+    return {"matrix": names[0] if len(names) == 1 else None, "dense": not low, "share": share, "text": text, "note": note}
+
+
+def _legend(labels: Iterable[str]) -> list[dict[str, Any]]:
+    """Symbol, colour and label of each series."""
+    return [
+        {"symbol": figures.SYMBOLS[i % len(figures.SYMBOLS)], "series": i % len(figures.SERIES), "label": label}
+        for i, label in enumerate(labels)
+    ]
+
+
+def _spectra(name: str, spectra: Mapping[str, Any], where: Mapping[str, Place]) -> list[tuple[str, Markup]]:
+    """A chart per type of matrix; of many layers or experts evenly chosen ones."""
+    layers = list(dict.fromkeys(place.layer for place in where.values()))
+    by_kind: dict[str, list[tuple[Place, float, Any]]] = {}
+    for matrix, spectrum in spectra.items():
+        share = layers.index(where[matrix].layer) / max(len(layers) - 1, 1)
+        by_kind.setdefault(where[matrix].kind, []).append((where[matrix], share, spectrum))
+    charts = []
+    for number, (kind, lines) in enumerate(by_kind.items()):
+        some = lines if len(lines) <= LINES else [lines[i * (len(lines) - 1) // (LINES - 1)] for i in range(LINES)]
+        charts.append((kind, figures.spectra_of_kind(f"{name}-spectra-{number}", kind, some)))
+    return charts
+
+
+def _curves(name: str, history: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """What was noted at numbered steps, a chart each, and the losses within a named one."""
+    numbered = [record for record in history if isinstance(record.get("step"), int)]
+    lines = {
+        label: ([r["step"] for r in numbered], [r[label] for r in numbered])
+        for label in dict.fromkeys(key for record in numbered for key in record if key != "step")
+        if all(label in record for record in numbered)
+    }
+    for record in history:
+        if record.get("losses"):
+            lines[f"{record['step']}: training KL"] = (list(range(len(record["losses"]))), record["losses"])
+    return [figures.curve(f"{name}-curve-{i}", label, *line) for i, (label, line) in enumerate(lines.items()) if len(line[0]) > 1]
+
+
+def _label(report: Mapping[str, Any]) -> str:
+    """A result's method, as a contest names it."""
+    recipe = report.get("recipe", {})
+    preset = recipe.get("preset", "default")
+    return f"{recipe.get('allocation')}{'' if preset == 'default' else f':{preset}'} on {recipe.get('decomposition')}"
+
+
+def overview(results: Sequence[Result], contests: Sequence[Contest]) -> dict[str, Any] | None:
+    """Quality against rate, where there is more than one point of it."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        series.setdefault(_label(result.report), []).append((result.report["rate"], result.report["kl"]))
+    for contest in contests:
+        for row in contest.rows:
+            series.setdefault(row["method"], []).append((row["rate"], row["kl"]))
+    if sum(map(len, series.values())) < 2:
+        return None
+    return {"chart": figures.quality_against_rate("overview", series), "legend": _legend(series)}
+
+
+def contest_view(number: int, contest: Contest) -> dict[str, Any]:
+    rates = sorted({row["rate"] for row in contest.rows})
+    index = {(row["method"], row["rate"]): i for i, row in enumerate(contest.rows)}
+    middle = [row for row in contest.rows if row["rate"] == rates[len(rates) // 2]]
+    best = min(middle, key=lambda row: row["kl"])
+    notes = {m: f"{m}: " + ("stays dense" if r is None else f"rank {r}") for m, r in best["ranks"].items()}
+    table = [
+        (method, [f"/contests/{number}/{index[method, rate]}/kl" if (method, rate) in index else None for rate in rates])
+        for method in by_method(contest.rows)
+    ]
+    winners = [min((r for r in contest.rows if r["rate"] == rate), key=lambda r: r["kl"])["method"] for rate in rates]
+    return {
+        "id": f"contest-{number}",
+        "name": contest.name,
+        "rates": rates,
+        "table": table,
+        "best_paths": [f"/contests/{number}/{index[method, rate]}/kl" for method, rate in zip(winners, rates, strict=True)],
+        "best": best,
+        "grid": grid(best["ranks"], best["kept"], notes),
+    }

@@ -1,0 +1,85 @@
+"""Several processes on one run: the ranks of one process, measurements within rounding, and an end when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rankwise.testing.folders import content_of
+
+OPTIONS = ["--rate", "0.3", "--samples", "1200", "--length", "32", "--option", "rounds=1", "--option", "value_steps=3"]
+SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def start(folder: Path, output: str, processes: int, *more: str) -> subprocess.Popen[str]:
+    several = [*SEVERAL, str(processes)] if processes > 1 else []
+    command = [sys.executable, *several, "-m", "rankwise", "compress", "llama", "--calibration", "story.txt", "-o", output]
+    return subprocess.Popen(
+        [*command, *OPTIONS, *more], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(llama: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, a text of several batches, and `alone`: what one process made."""
+    folder = tmp_path_factory.mktemp("several")
+    (folder / "llama").symlink_to(llama)
+    (folder / "story.txt").write_text(story.read_text() * 8)
+    assert start(folder, "alone", 1).wait() == 0
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_as_one_process(processes: int, folder: Path) -> None:
+    output = f"by-{processes}"
+    process = start(folder, output, processes)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("written to") == 1
+    one, several = (content_of(folder / name) for name in ("alone", output))
+    assert one.keys() == several.keys()
+    assert one["ranks.json"] == several["ranks.json"]
+    reports = [json.loads(content["report.json"]) for content in (one, several)]
+    assert reports[0]["kl"] == pytest.approx(reports[1]["kl"], rel=1e-3)
+    efforts = [json.loads((folder / name / "report.json").read_text())["effort"] for name in ("alone", output)]
+    assert efforts[0]["backward_tokens"] == efforts[1]["backward_tokens"]
+    tensors = [load_file(folder / name / "model.safetensors") for name in ("alone", output)]
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_what_is_wrong_is_said_once(folder: Path) -> None:
+    process = start(folder, "wrong", 2, "--allocation", "nonsense")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (1, "")  # torchrun's own
+    assert "error: unknown allocation 'nonsense'" in err
+    assert not list(folder.glob("wrong*"))
+
+
+def test_a_dead_process_ends_the_run_which_resumes(folder: Path) -> None:
+    process = start(folder, "dead", 2)
+    run = folder / "dead.run"
+    while not list(run.glob("measured/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert out == ""
+    assert not (folder / "dead").exists()
+    assert "Signal 9 (SIGKILL)" in err
+    resumed = start(folder, "dead", 1, "--resume")
+    _, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert (folder / "dead" / "ranks.json").read_bytes() == (folder / "alone" / "ranks.json").read_bytes()
+    assert not run.exists()

@@ -1,0 +1,141 @@
+"""The documentation builds without a broken link; its blocks marked `<!-- runs -->` run, on the bundled model and little text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from mkdocs.exceptions import Abort
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from rankwise import bundled, compress
+from rankwise.allocation.allocator import ALLOCATORS
+from rankwise.allocation.llrc import LLRC
+from rankwise.decomposition.metric import METRICS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", *(f"docs/guide/{p.name}" for p in sorted((ROOT / "docs" / "guide").glob("*.md")))]
+BLOCK = re.compile(r"<!-- runs -->\n```(\w*)\n(.*?)```", re.DOTALL)
+NOT_RUN = ("pip install",)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return [text[:1500] for text in bundled.standard_library("held-out") if len(text) > 1500][:24]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class QuickLLRC(LLRC):
+    """The default in seconds."""
+
+    points: int = 0
+    rounds: int = 1
+    value_steps: int = 2
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:
+    """16 windows of 64 tokens wherever nothing else is asked for, and the default in its shortest form."""
+    monkeypatch.setitem(ALLOCATORS["llrc"], "default", QuickLLRC)
+    monkeypatch.setattr("rankwise.calibration.tokens.CALIBRATION_TOKENS", 0)
+    monkeypatch.setattr("rankwise.calibration.tokens.MAX_LENGTH", 64)
+    monkeypatch.setattr("rankwise.bundled.standard_library", lambda split: documents)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "small"
+    compress(rate=0.1, calibration=documents, allocation="uniform", samples=16, length=64, output=folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little: None, documents: list[str]) -> Path:
+    """A folder with the files that the documentation names."""
+    shutil.copytree(bundled.MODEL, tmp_path / "MODEL")
+    (tmp_path / "my_text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (tmp_path / "tasks").mkdir()
+    task = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/guide/evaluate.md").read_text(), re.DOTALL)
+    assert task
+    (tmp_path / "tasks" / "my_task.yaml").write_text(task[1])
+    rows = [{"ctx": f"x{i} =", "choices": ["1", "import"], "gold": 0} for i in range(4)]
+    (tmp_path / "tasks" / "my_task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page: str, place: Path, small: Path, rankwise: Callable[..., Any]) -> None:
+    blocks = BLOCK.findall((ROOT / page).read_text())
+    assert blocks
+    if "--output small\n" not in blocks[0][1]:
+        shutil.copytree(small, place / "small")
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, page, "exec", dont_inherit=True), namespace)
+            continue
+        for line in (line for line in block.splitlines() if not line.startswith(NOT_RUN)):
+            command, *arguments = shlex.split(line)
+            assert command == "rankwise", line
+            finished = rankwise(*arguments)
+            assert finished.code == 0, f"{line}\n{finished.err}"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages, built as `make docs` does."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
+    quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | quiet)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_method_has_a_page(site: Path) -> None:
+    for name, presets in ALLOCATORS.items():
+        for preset, cls in presets.items():
+            page = (site / "methods" / "allocation" / f"{name}{'' if preset == 'default' else '-' + preset}.html").read_text()
+            assert all(f"<code>{option}</code>" in page for option in (field.name for field in dataclasses.fields(cls)))
+            assert "When." in page
+    assert {p.stem for p in (site / "methods" / "decomposition").glob("*.html")} == METRICS.keys()
+
+
+def test_the_pages_know_the_names_they_use(site: Path) -> None:
+    """Commands and options in the guide are those of the command line."""
+    known = set(re.findall(r"--[a-z][a-z-]+", (site / "cli.html").read_text())) | {"--json"}
+    for page in PAGES:
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / page).read_text()))
+        assert used <= known, page
+
+
+def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
+    """Under the settings of our build, on a page of its own."""
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "index.md").write_text("# Here\n\n[there](#here)\n")
+    settings = {
+        "docs_dir": str(tmp_path / "pages"),
+        "site_dir": str(tmp_path / "site"),
+        "nav": ["index.md"],
+        "plugins": [],
+        "theme": "mkdocs",
+    }
+    build(load_config(str(ROOT / "mkdocs.yml"), **settings))
+    for target in ("nowhere.md", "#nowhere", "/absolute"):
+        (tmp_path / "pages" / "index.md").write_text(f"# Here\n\n[there]({target})\n")
+        with pytest.raises(Abort):
+            build(load_config(str(ROOT / "mkdocs.yml"), **settings))

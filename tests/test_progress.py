@@ -1,0 +1,130 @@
+"""A bar on a terminal, plain lines in a pipe, and nothing else there; interrupted work says how to go on."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise import progress
+from rankwise.contest import RESULTS
+
+LINE = re.compile(r"[a-z].* \.\.\.|[a-z].*: (done|stopped after \d+ of \d+), \d+\.\d s")
+FAST = ["--samples", "12", "--length", "32", "--option", "rounds=1", "--option", "value_steps=2"]
+
+
+@pytest.fixture
+def loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE")
+
+
+@pytest.mark.usefixtures("loud")
+def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress.progress([1, 2, 3], "counting")) == [1, 2, 3]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "counting ..."
+    assert re.fullmatch(r"counting: done, \d\.\d s", last)
+
+
+@pytest.mark.usefixtures("loud")
+def test_a_line_a_minute_says_how_long_still(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 100_000, 40))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    for item in progress.progress(range(4), "counting"):
+        if item == 3:
+            break
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "counting ..."
+    assert any(re.fullmatch(r"counting: \d of 4, \d\d:\d\d to go", line) for line in lines[1:-1])
+    assert lines[-1].startswith("counting: stopped after 3 of 4, ")
+
+
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress.progress(iter("ab"), "counting")) == ["a", "b"]
+    assert capsys.readouterr().err == ""
+
+
+def command(llama: Path, story: Path, output: Path, *more: str) -> dict[str, Any]:
+    line = [
+        sys.executable,
+        "-m",
+        "rankwise",
+        "compress",
+        str(llama),
+        "-o",
+        str(output),
+        "--calibration",
+        str(story),
+        *FAST,
+        *more,
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+    }
+    return {"args": line, "env": environment}
+
+
+def test_a_pipe_gets_plain_lines(llama: Path, story: Path, tmp_path: Path) -> None:
+    finished = subprocess.run(**command(llama, story, tmp_path / "small", "-v"), capture_output=True, text=True, check=True)
+    assert "\r" not in finished.stderr
+    lines = finished.stderr.splitlines()
+    stages = [line for line in lines if LINE.fullmatch(line)]
+    told = [line for line in lines if line not in stages]
+    for doing in ("loading", "calibrating", "decomposing", "pricing components", "training mask values", "measuring", "writing"):
+        assert any(line.startswith(doing) for line in stages), doing
+    assert any("on the selection text" in line for line in told)  # -v
+    told = [line for line in told if not re.search("torchao|_pytree|triton", line)]  # transformers imports torchao where it is
+    assert all(re.fullmatch(r".* took \d+\.\d s|.*: KL \d+\.\d+ on the selection text", line) for line in told), told
+    assert sum(line.endswith(" ...") for line in stages) * 2 == len(stages) < 40
+
+
+def test_a_terminal_gets_bars(llama: Path, story: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    process = subprocess.Popen(**command(llama, story, tmp_path / "small"), stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    assert b"decomposing: 100%" in seen
+    assert b"decomposing ..." not in seen
+
+
+def test_an_interrupted_comparison_goes_on(
+    rankwise: Callable[..., Any], llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankwise import stages
+
+    line = ["compare", llama, "--text", story, "--calibration", story, "--samples", 12, "--length", 32, "--judge-samples", 2]
+    line += ["--allocations", "uniform,energy", "--rates", "0.3", "-o", tmp_path / "many"]
+    allocate = stages.allocate
+    asked: list[str] = []
+
+    def interrupted(run: Any, student: Any, metric: str, allocator: Any, budget: Any) -> Any:
+        asked.append(type(allocator).__name__)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return allocate(run, student, metric, allocator, budget)
+
+    monkeypatch.setattr(stages, "allocate", interrupted)
+    finished = rankwise(*line)
+    assert finished.code == 130
+    assert finished.err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "many" / "run").rglob("*.safetensors")}
+    assert kept
+    assert rankwise(*line).code == 0
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "many" / "run").rglob("*.safetensors")}.items()
+    assert (tmp_path / "many" / RESULTS).exists()
+    assert (tmp_path / "many" / "report.html").exists()

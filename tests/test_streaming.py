@@ -1,0 +1,231 @@
+"""With a promise of memory a model is compressed block by block: to the same ranks and the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from rankwise import RankwiseError, compress
+from rankwise.integration.weights import write_safetensors
+from rankwise.streaming import run as streaming
+from rankwise.streaming.activations import Activations, Room
+from rankwise.streaming.memory import Share, bytes_of
+
+ENOUGH = "8GB"
+SMALL: dict[str, Any] = {"samples": 30, "length": 16, "allocation": "uniform"}
+WINDOWS = torch.randint(90, (12, 24), generator=torch.Generator().manual_seed(0))
+DECODERS = ["llama", "llama-gqa-tied", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "falcon"]
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """The files that must be the same: all but the recipe, the report and its page, which have times, and the card, which has
+    figures."""
+    other = ("recipe.yaml", "report.json", "report.html", "README.md")
+    files = {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in other}
+    assert "config.json" in files
+    assert any(name.endswith(".safetensors") for name in files)
+    return files
+
+
+def both(model: Path, output: Path, calibration: Any, rate: float = 0.25, **options: Any) -> tuple[Any, Any]:
+    """The report of a run in memory and of a streamed one, once their files are found to be the same."""
+    reports = []
+    for name, memory in (("whole", None), ("streamed", ENOUGH)):
+        reports.append(compress(model, rate, calibration=calibration, output=output / name, memory=memory, **options).report)
+    assert weights_of(output / "whole") == weights_of(output / "streamed")
+    assert not list(output.glob("*.run"))
+    return reports[0], reports[1]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "energy", "knapsack", "heavy-tail"])
+def test_a_streamed_llama_is_the_same_to_the_byte(llama: Path, story: Path, tmp_path: Path, allocation: str) -> None:
+    whole, streamed = both(llama, tmp_path, story, samples=30, length=16, allocation=allocation, decomposition="whitened")
+    assert whole["ranks"] == streamed["ranks"]
+    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    assert streamed["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
+    for key in ("parameters", "bytes", "left_dense", "tokens", "windows", "agreement", "base_model"):
+        assert streamed[key] == whole[key], key
+
+
+@pytest.mark.parametrize(("allocation", "options"), [("kl-knapsack", {"points": 2, "trials": 3}), ("strs", {"sequences": 4})])
+def test_allocators_that_measure_the_model(
+    llama: Path, story: Path, tmp_path: Path, allocation: str, options: dict[str, Any]
+) -> None:
+    both(llama, tmp_path, story, samples=60, length=16, allocation=allocation, decomposition="whitened", options=options)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_any_decoder_with_a_list_of_blocks(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "model")
+    both(tmp_path / "model", tmp_path, WINDOWS, allocation="energy")
+
+
+@pytest.mark.parametrize("model", ["stories260k", "babyllama-tok105"])
+def test_trained_models(shared: Path, model: str, tmp_path: Path) -> None:
+    text = shared / "text" / "tinystories-3000.jsonl"
+    whole, streamed = both(shared / "models" / model, tmp_path, text, samples=24, length=128, allocation="energy")
+    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-4)
+
+
+def test_bfloat16_and_several_shards(tmp_path: Path) -> None:
+    build("llama").bfloat16().save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    both(tmp_path / "model", tmp_path, WINDOWS, allocation="uniform")
+
+
+@pytest.mark.parametrize("room", [Share(0, 0), Share(20_000, 48 * 48 * 8)], ids=["none", "little"])
+def test_little_room_changes_nothing(
+    llama: Path, story: Path, tmp_path: Path, room: Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(llama, 0.25, calibration=story, output=tmp_path / "whole", **SMALL)
+    monkeypatch.setattr(streaming, "share_out", lambda *_: room)
+    compress(llama, 0.25, calibration=story, output=tmp_path / "streamed", memory=ENOUGH, **SMALL)
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "streamed")
+
+
+def test_an_interrupted_run_goes_on(llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress(llama, 0.25, calibration=story, output=tmp_path / "whole", **SMALL)
+    solved = 0
+
+    def limited(solve: Callable[..., Any], most: int) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal solved
+            solved += 1
+            if solved > most:
+                raise KeyboardInterrupt
+            return solve(*arguments)
+
+        return call
+
+    solve = streaming.decompose
+    monkeypatch.setattr(streaming, "decompose", limited(solve, 10))
+    with pytest.raises(KeyboardInterrupt):
+        compress(llama, 0.25, calibration=story, output=tmp_path / "streamed", memory=ENOUGH, **SMALL)
+    solved = 0
+    monkeypatch.setattr(streaming, "decompose", limited(solve, 4))  # what the first run solved is not solved again
+    compress(llama, 0.25, calibration=story, output=tmp_path / "streamed", memory=ENOUGH, resume=True, **SMALL)
+    assert solved == 4
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "streamed")
+
+
+def test_the_promise_is_kept_at_the_very_figure_that_a_refusal_names(tmp_path: Path) -> None:
+    config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 20_000}
+    build("llama", **config).save_pretrained(tmp_path / "model")
+    code = """
+import re, sys, torch, rankwise
+def compress(memory):
+    windows = torch.arange(40 * 64).view(40, 64)
+    return rankwise.compress("model", calibration=windows, allocation="energy", output="small", memory=memory)
+try:
+    compress("1MB")
+except rankwise.RankwiseError as refused:
+    needed = float(re.search(r"([0-9.]+) GB are needed", str(refused))[1]) + 0.03  # what the first call left behind
+    print(needed * 1e9, compress(f"{needed}GB").report["peak_memory_bytes"]["host"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    promised, peak = map(float, done.stdout.split())
+    assert peak <= promised
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "8 potatoes"}, "memory='8 potatoes'"),
+        ({"memory": "100MB"}, r"0\.10 GB is not enough, \d\.\d\d GB are needed"),
+        ({"calibration": "self"}, "name a calibration text"),
+        ({"allocation": "llrc"}, r"decomposition 'kronecker' runs the whole model .* takes \d+\.\d GB"),
+        ({"allocation": "mask-fisher", "decomposition": "whitened"}, "allocation 'mask-fisher' runs the whole model"),
+        ({"output": None}, "name an output folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    llama: Path, story: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    asked: dict[str, Any] = SMALL | {"calibration": story, "output": tmp_path / "out", "memory": ENOUGH} | options
+    with pytest.raises(RankwiseError, match=message):
+        compress(llama, 0.25, **asked)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("t5", "has an encoder"),
+        ("mixtral", "own names"),
+        ("gpt-neox", "own names"),
+        ("gpt-oss", "stacked experts"),
+        ("opt", "in none"),
+    ],
+)
+def test_other_architectures_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "model")
+    with pytest.raises(RankwiseError, match=message):
+        compress(tmp_path / "model", 0.2, calibration=torch.ones(9, 8).long(), output=tmp_path / "out", memory=ENOUGH, **SMALL)
+
+
+def test_blocks_that_are_handed_embeddings_are_refused(
+    llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaRotaryEmbedding.forward
+
+    def dependent(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        cos, sin = forward(self, x, position_ids)
+        return cos + x.mean(), sin
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", dependent)
+    with pytest.raises(RankwiseError, match="more than the hidden states"):
+        compress(llama, 0.25, calibration=story, output=tmp_path / "out", memory=ENOUGH, **SMALL)
+
+
+def test_missing_weights_are_named(llama: Path, story: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RankwiseError, match=r"misses lm_head\.weight"):
+        compress(tmp_path / "model", 0.2, calibration=story, output=tmp_path / "out", memory=ENOUGH, **SMALL)
+
+
+def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.randn(7).half(),
+        "z": torch.randn(2, 2, 2),
+        "guard": torch.empty(4, 0),
+        "ü": torch.randn(1, dtype=torch.float64),
+        "t": torch.randn(4, 6).T,
+    }
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "ours", empty, {"format": "pt"}, lambda name: tensors[name])
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_hidden_states_beyond_the_budget_are_on_disk(tmp_path: Path) -> None:
+    room = Room(tmp_path / "scratch", 100)
+    hidden = Activations("x", room)
+    values = [torch.randn(10), torch.randn(12), torch.randn(20)]
+    for _ in range(2):
+        for index, value in enumerate(values):
+            hidden[index] = value
+    assert room.bytes == 12
+    assert len(list(room.folder.iterdir())) == 1
+    assert all(torch.equal(hidden[i], value) for i, value in enumerate(values))
+    hidden.clear()
+    assert room.bytes == 100
+    assert not list(room.folder.iterdir())
+
+
+@pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("1000", 1000), ("20mb", 2 * 10**7)])
+def test_bytes(text: str, count: int) -> None:
+    assert bytes_of(text) == count
