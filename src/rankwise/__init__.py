@@ -11,23 +11,40 @@ from rankwise.errors import RankwiseError as RankwiseError
 from rankwise.integration.registration import register_when_imported
 
 if TYPE_CHECKING:
+    from rankwise.decomposing import decompose as decompose
     from rankwise.evaluation.evaluate import evaluate as evaluate
     from rankwise.integration.densify import densify as densify
     from rankwise.integration.peft import lora_targets as lora_targets
+    from rankwise.integration.quantizer import RankwiseConfig as RankwiseConfig
     from rankwise.pipeline import Compressed as Compressed
     from rankwise.pipeline import compress as compress
     from rankwise.recipe import Recipe as Recipe
+    from rankwise.runtime.optimize import optimize as optimize
 
 __version__ = "0.1.0"
-__all__ = ["Compressed", "RankwiseError", "Recipe", "compress", "densify", "evaluate", "lora_targets"]
+__all__ = [
+    "Compressed",
+    "RankwiseConfig",
+    "RankwiseError",
+    "Recipe",
+    "compress",
+    "decompose",
+    "densify",
+    "evaluate",
+    "lora_targets",
+    "optimize",
+]
 
 _HOMES = {
     "compress": "rankwise.pipeline",
     "Compressed": "rankwise.pipeline",
     "Recipe": "rankwise.recipe",
+    "RankwiseConfig": "rankwise.integration.quantizer",
+    "decompose": "rankwise.decomposing",
     "densify": "rankwise.integration.densify",
     "evaluate": "rankwise.evaluation.evaluate",
     "lora_targets": "rankwise.integration.peft",
+    "optimize": "rankwise.runtime.optimize",
 }
 
 

@@ -42,7 +42,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the 
 @app.command()
 def compress(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
-    rate: Annotated[float, typer.Option(help="Fraction of parameters to remove.")] = 0.2,
+    rate: Annotated[float | None, typer.Option(help="Fraction of parameters to remove (default: 0.2).")] = None,
+    target_bytes: Annotated[str | None, typer.Option(help="Instead: what the checkpoint may take, as 1.5GB or 800MiB.")] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Instead: how much faster to decode, on this machine, whose latencies are measured.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("compressed"),
     calibration: Annotated[
         str | None,
@@ -57,7 +61,10 @@ def compress(
     decomposition: Annotated[
         str | None, typer.Option(help="The metric; a wrong name lists all (default: the allocation's own).")
     ] = None,
-    allocation: Annotated[str, typer.Option(help="How ranks are chosen; a wrong name lists all.")] = "llrc",
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="How ranks are chosen; a wrong name lists all (default: llrc; of an artifact mask-fisher: seconds)."),
+    ] = None,
     preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
@@ -94,6 +101,8 @@ def compress(
         result = compress(
             model,
             rate,
+            target_bytes=target_bytes,
+            target_speedup=target_speedup,
             calibration=calibration,
             output=output,
             overwrite=overwrite,
@@ -126,6 +135,49 @@ def compress(
     print_report(result.report)
     print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
     print(f"what it cost, to look at: {output / PAGE}")
+
+
+@app.command()
+def decompose(
+    model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The artifact's folder.")] = Path("decomposed"),
+    calibration: Annotated[str | None, typer.Option(help="The text, as of compress.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    decomposition: Annotated[str, typer.Option(help="The metric; a wrong name lists all.")] = "kronecker",
+    include: Annotated[list[str] | None, typer.Option(help="Only these, as of compress. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
+    text_column: TextColumn = "text",
+    dataset_option: DatasetOption = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+) -> None:
+    """Write one folder for every rate: compress makes any of them from it within seconds."""
+    from rankwise.decomposing import decompose
+    from rankwise.recipe import pairs
+
+    with _interruptible("the same command with --resume goes on from here"):
+        artifact = decompose(
+            model,
+            output,
+            calibration=calibration,
+            overwrite=overwrite,
+            resume=resume,
+            samples=samples,
+            length=length,
+            decomposition=decomposition,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            text_column=text_column,
+            dataset_options=pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+    print(f"{len(artifact.shapes)} matrices decomposed, written to {output}: rankwise compress {output} --rate ...")
 
 
 @app.command()
@@ -283,6 +335,37 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise 
         print(json.dumps({"matrices": rows}))
     else:
         print_ranks(rows)
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
+    reference: Annotated[str | None, typer.Option(help="The original model, for the ratios.")] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,16",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in turn; medians count.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory on this machine: prefill and decode, the ratio to the original and to the ideal."""
+    from rankwise.runtime.bench import bench
+
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError:
+        raise RankwiseError(f"--batches {batches!r}: numbers with commas between, as 1,16") from None
+    options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads}
+    with _silent(as_json):
+        report = bench(folder, reference, batches=sizes, **options, dtype=dtype, device=device)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(report))
+        return
+    from rankwise.report.terminal import print_speed
+
+    print_speed(report)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.size import Size
 from rankwise.evaluation.spectra import thinned_spectra
+from rankwise.integration.artifact import Artifact
 from rankwise.integration.checkpoint import refuse_output
-from rankwise.integration.quantizer import RankwiseConfig, attach
+from rankwise.integration.factorise import factorise
+from rankwise.integration.quantizer import attach
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.experts import restack
-from rankwise.masks.student import Student, folded
 from rankwise.progress import stage
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.report.page import page_of
@@ -39,6 +40,7 @@ from rankwise.report.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
 from rankwise.streaming import run as streaming
+from rankwise.targets import Target
 
 logger = logging.getLogger(__name__)
 
@@ -86,32 +88,37 @@ class _Clock:
 
 def compress(
     model: str | Path | PreTrainedModel | None = None,
-    rate: float = 0.2,
+    rate: float | None = None,
     *,
     calibration: Calibration | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    allocation: str | Allocator = "llrc",
+    allocation: str | Allocator | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
     **options: Any,
 ) -> Compressed:
-    """Compress a language model: remove `rate` of its parameters, the rank of every matrix learned.
+    """Compress a language model: remove `rate` of its parameters (0.2 unless told), the rank of every matrix learned.
 
     model: a folder or a name for `from_pretrained`, or a model in memory, which is compressed in place; None is the bundled
-        model.
+        model. What `decompose` wrote is not decomposed again.
     calibration: a text source (see `read_documents`), "self" for text the model writes itself (the default), a list of
         documents, windows [windows, length] int64, or your own batches, each a dict of the model's inputs.
     tokenizer: for a model in memory with calibration text.
-    allocation: a name, or an allocator with its options set.
+    allocation: a name, or an allocator with its options set; by default "llrc", of an artifact "mask-fisher", whose prices are in
+        it.
     output: where to write the result; with `resume`, an interrupted run goes on from what it had computed.
-    options: any other field of `Recipe`.
+    options: any other field of `Recipe`, with `target_bytes` and `target_speedup` instead of a rate.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
     if model is None:
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
+    artifact = Artifact.at(model)
+    if artifact is not None:
+        options = artifact.options(calibration, options)
+        calibration, allocation = artifact.windows(), allocation or "mask-fisher"
     calibration = "self" if calibration is None else calibration
-    recipe, allocator = _recipe(rate, calibration, allocation, options)
+    recipe, allocator = _recipe(rate, calibration, allocation or "llrc", options)
     metric = str(recipe.decomposition)
     metric_named(metric)
     folder = RunFolder()
@@ -119,19 +126,27 @@ def compress(
         folder = RunFolder.beside(Path(output), resume, overwrite)
         overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
         refuse_output(Path(output), overwrite, model)
+    if artifact is not None:
+        folder = replace(folder, known=artifact.results)
 
     if recipe.memory is not None:
         return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder)
     clock = _Clock()
-    run = stages.start(model, calibration, tokenizer, recipe, [recipe.rate], folder)
-    run = stages.in_metric(run, metric)
-    stages.budget_of(run, recipe, recipe.rate)  # that there is one, before the long work
+    rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
+    run = stages.in_metric(stages.start(model, calibration, tokenizer, recipe, rates, folder, identity), metric)
+    try:
+        target = Target.of(run, recipe)
+    except RankwiseError:
+        for path in run.experts:
+            restack(run.model.get_submodule(path))
+        raise
     clock.lap("loading")
     statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
     clock.lap("calibration")
     student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
     clock.lap("decomposition")
-    chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
+    shapes, budget = target.budget(run)
+    chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
     clock.lap("allocation")
     comparison = stages.measure(student, chosen, run.data.measuring)
     clock.lap("measuring")
@@ -141,9 +156,11 @@ def compress(
     clock.lap("looking closer")
 
     size = Size.of(run.model, run.shapes, chosen.ranks)
-    attach(run.model, _factorise(student, chosen, run.experts))
+    attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
+    if target.latency is not None:
+        report["predicted_speedup"] = target.latency.speedup(chosen.ranks)
     result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer, spectra)
     if output is not None and distributed.rank() == 0:
         folder.finish()
@@ -166,6 +183,8 @@ def _compress_streamed(
     """`compress` with one block in memory at a time; the result is in `output` only."""
     if distributed.size() > 1:
         raise RankwiseError("with memory a run has one process: leave out memory, or torchrun")
+    if recipe.rate is None:
+        raise RankwiseError("with memory a rate is the only target: leave out memory, or ask for a rate")
     if output is None:
         raise RankwiseError("with memory the result is written block by block: name an output folder")
     metric, clock = str(recipe.decomposition), _Clock()
@@ -189,31 +208,17 @@ def _compress_streamed(
 
 
 def _recipe(
-    rate: float, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
+    rate: float | None, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
 ) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     name = allocation if isinstance(allocation, str) else type(allocation).__name__
-    recipe = Recipe.of(rate=rate, calibration=source, allocation=name, **options)
+    recipe = Recipe.of(**{"rate": rate, "calibration": source, "allocation": name} | options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     return recipe.model_copy(
         update={"decomposition": allocation.decomposition if recipe.decomposition is None else recipe.decomposition}
     ), allocation
-
-
-def _factorise(student: Student, chosen: Allocation, experts: list[str]) -> RankwiseConfig:
-    """Put the chosen layers into the model for good; experts that are all left dense are stacked again."""
-    for name, mask in chosen.masks.items():
-        if mask is not None:
-            linear = student.model.get_submodule(name)
-            student.model.set_submodule(name, folded(linear, student.decompositions[name], mask))
-    ranks = {n: r for n, r in chosen.ranks.items() if r is not None}
-    kept = [path for path in experts if any(n.startswith(f"{path}.") for n in ranks)]
-    for path in set(experts) - set(kept):
-        restack(student.model.get_submodule(path))
-    affine = any(d.centre is not None for d in student.decompositions.values())
-    return RankwiseConfig(ranks=ranks, experts=kept, affine=affine)
 
 
 def _report(
@@ -222,7 +227,7 @@ def _report(
     """Plain values, for JSON."""
     return {
         "base_model": run.base,
-        "rate": recipe.rate,
+        "rate": recipe.rate or size.achieved(recipe.scope),
         "scope": recipe.scope,
         **size.to_dict(),
         **comparison.to_dict(),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
 
 from rankwise.errors import RankwiseError
 
 LARGEST = 2**31  # of what is counted out: more would never end
+DEFAULT_RATE = 0.2
 IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
 
 
@@ -18,7 +19,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rate: float = Field(gt=0, lt=1, description="fraction of parameters to remove")
+    rate: float | None = Field(None, gt=0, lt=1, description="fraction of parameters to remove")
+    target_bytes: ByteSize | None = Field(None, gt=0, description="what the checkpoint may take, as 1.5GB; instead of a rate")
+    target_speedup: float | None = Field(None, gt=1, description="of decoding on this machine; instead of a rate")
     scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over")
     calibration: str = Field("self", description="the text: a file, a folder, a data set's name, self, stdlib:train")
     text_column: str = Field("text", description="the text's field in JSON lines and data sets")
@@ -44,8 +47,11 @@ class Recipe(BaseModel):
     @classmethod
     def of(cls, **fields: Any) -> Self:
         """The recipe of these fields. Raises `RankwiseError` for an unknown one and for a bad value."""
+        targets = [name for name in ("rate", "target_bytes", "target_speedup") if fields.get(name) is not None]
+        if len(targets) > 1:
+            raise RankwiseError(f"{' and '.join(targets)} are two targets: ask for one")
         try:
-            return cls(**fields)
+            return cls(**fields if targets else {**fields, "rate": DEFAULT_RATE})
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))

@@ -104,10 +104,12 @@ class RunFolder:
     """Results on disk; with no path, nothing is kept.
 
     shared: several processes may use it at once, which at worst compute the same twice.
+    known: another run folder, finished: what it holds is read from there, and nothing written to it.
     """
 
     path: Path | None = None
     shared: bool = False
+    known: Path | None = None
 
     @classmethod
     def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
@@ -152,6 +154,9 @@ class RunFolder:
         Either way they are contiguous: another layout would be multiplied in another order, to other last bits. Raises
         `RankwiseError` where they cannot be written, and where another process is at work in the folder.
         """
+        found = self._found(f"{stage}-{key}.safetensors")
+        if found is not None:
+            return found
         if self.path is None:
             return _contiguous(compute())
         if self.path.parent.exists():  # else nobody is in it, and should the computation fail, nothing shall be left behind
@@ -169,9 +174,17 @@ class RunFolder:
                 self.remove()
             raise
         self.hold()
-        on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
-        write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
+        write_tensors(file, tensors)
         return tensors
+
+    def _found(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of a file of the known run folder, None where it is not there or not whole."""
+        return None if self.known is None else _read(self.known / name)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is read or written, so that keys are worth their computation."""
+        return self.path is not None or self.known is not None
 
     def cached_values(self, stage: str, key: str, compute: Callable[[], Any]) -> Any:
         """As `cached`, for plain values: what JSON makes of them, whether read or just computed."""
@@ -184,7 +197,7 @@ class RunFolder:
     def together(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """As `cached`, for all processes of a run at once: all compute where the first finds nothing, and go on with what it
         has written."""
-        if self.path is None or distributed.size() == 1:
+        if self.path is None or distributed.size() == 1 or self._found(f"{stage}-{key}.safetensors") is not None:
             return self.cached(stage, key, compute)
         file = self.path / f"{stage}-{key}.safetensors"
         tensors: dict[str, Tensor] | None = None
@@ -195,6 +208,15 @@ class RunFolder:
         distributed.wait()
         return self.cached(stage, key, lambda: tensors or {})
 
+    def hand_over(self, to: Path) -> None:
+        """Make a finished run the folder `to` of a result, on the same disk, and let others in."""
+        assert self.path is not None
+        os.replace(self.path, to)
+        if self.path in _locks:
+            _locks.pop(self.path).close()
+        for name in (LOCK, FINISHED):
+            (to / name).unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Forget the run, and let others in."""
         if self.path is not None and self.path.exists() and distributed.rank() == 0:
@@ -202,6 +224,20 @@ class RunFolder:
             flush(self.path.parent)
             if self.path in _locks:
                 _locks.pop(self.path).close()
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that a run folder or an artifact must hold. Raises `RankwiseError` where it is not as written."""
+    tensors = _read(file)
+    if tensors is None:
+        raise RankwiseError(f"{file} is missing or damaged: decompose again")
+    return tensors
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whole or not at all, with the digest of its content. Raises `RankwiseError` where it cannot be written."""
+    on_host = {name: tensor.cpu() for name, tensor in _contiguous(tensors).items()}
+    write_whole(file, lambda path: save_file(on_host, path, metadata={"digest": _digest_of(on_host)}))
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
-from rankwise.allocation.plan import Budget
+from rankwise.allocation.plan import Budget, Shapes
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
@@ -26,6 +26,7 @@ from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
+from rankwise.integration.artifact import decomposition_key, decomposition_stage
 from rankwise.integration.checkpoint import (
     load_config,
     load_model,
@@ -70,10 +71,12 @@ def start(
     recipe: Recipe,
     rates: Collection[float],
     folder: RunFolder,
+    identity: str | None = None,
 ) -> Run:
     """Read the text, open the model, find its matrices, check that every rate can be reached, cut the text into batches.
 
-    Raises `RankwiseError` for whatever is wrong with these, and leaves a model in memory as it was.
+    identity: as of `Run`, where it is known already. Raises `RankwiseError` for whatever is wrong with these, and leaves a model
+    in memory as it was.
     """
     if isinstance(calibration, str | Path) and calibration != "self":
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
@@ -83,13 +86,13 @@ def start(
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
-        identity = fingerprint(dense) if folder.path else ""
-        data = read_data(dense, calibration, tokenizer, recipe, folder, identity)
+        of_model = fingerprint(dense) if folder.path and identity is None else ""
+        data = read_data(dense, calibration, tokenizer, recipe, folder, of_model)
     except RankwiseError:
         for path in experts:
             restack(dense.get_submodule(path))
         raise
-    identity = digest(identity, *data.tensors, recipe.seed)
+    identity = identity or digest(of_model, *data.tensors, recipe.seed)
     return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed)
 
 
@@ -164,7 +167,7 @@ def budget_of(run: Run, recipe: Recipe, rate: float) -> Budget:
 
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
-    chosen, key = metric_named(metric), digest(run.identity, metric)
+    chosen, key = metric_named(metric), decomposition_key(run.identity, metric)
 
     def decomposed(name: str) -> Decomposition:
         weight = weight_of(run.model.get_submodule(name))
@@ -174,7 +177,7 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
             return {name: value for name, value in vars(d).items() if value is not None}
 
         try:
-            saved = run.folder.cached(f"decomposition/{metric}/{name}", key, compute)
+            saved = run.folder.cached(decomposition_stage(metric, name), key, compute)
         except RankwiseError as error:
             raise RankwiseError(f"{name}: {error}") from None
         return Decomposition(**saved).to(weight.device)
@@ -190,19 +193,25 @@ def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) 
     """The masked model over the run's calibration text; what it measures is kept, so that a killed allocation goes on."""
 
     def kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        key = digest(run.identity, metric, *parts) if run.folder.path else ""
+        key = digest(run.identity, metric, *parts) if run.folder.keeps else ""
         return run.folder.together(f"measured/{what}", key, compute)
 
     return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed, kept=kept)
 
 
-def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget) -> Allocation:
-    """The allocator's answer; the masks are the truth, the ranks are counted from them."""
+def allocate(
+    run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget, shapes: Shapes | None = None
+) -> Allocation:
+    """The allocator's answer; the masks are the truth, the ranks are counted from them.
+
+    shapes: the matrices where they cost something else than parameters.
+    """
+    costs = run.shapes if shapes is None else shapes
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
         before, since = dict(student.effort), time.perf_counter() + student.spared
-        chosen = allocator.allocate(Problem(run.shapes, spectra, budget, student))
+        chosen = allocator.allocate(Problem(costs, spectra, budget, student))
         effort = {"seconds": round(time.perf_counter() + student.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
         text = json.dumps({"history": chosen.history, "effort": effort})
@@ -210,7 +219,7 @@ def allocate(run: Run, student: Student, metric: str, allocator: Allocator, budg
             name: mask for name, mask in chosen.masks.items() if mask is not None
         }
 
-    saved = run.folder.together("allocation", digest(run.identity, *run.shapes, metric, allocator, budget), choose)
+    saved = run.folder.together("allocation", digest(run.identity, *costs.items(), metric, allocator, budget), choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))

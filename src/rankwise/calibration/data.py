@@ -16,11 +16,15 @@ PART = 10  # one sequence in ten is for choosing, another one in ten for measuri
 
 @dataclass(frozen=True)
 class Data:
-    """Disjoint batches, unless there are fewer than three sequences: then all three are the same."""
+    """Disjoint batches, unless there are fewer than three sequences: then all three are the same.
+
+    windows: the text [windows, length] that they were made of, where it was no batches.
+    """
 
     training: list[Batch]
     selection: list[Batch]
     measuring: list[Batch]
+    windows: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -36,10 +40,11 @@ class Data:
             )
         refuse_foreign(model, windows)
         if len(windows) < 3:
-            return cls(*[batches_of(model, windows)] * 3)
+            batches = batches_of(model, windows)
+            return cls(batches, batches, batches, windows)
         part = max(1, len(windows) // PART)
         training, selection, measuring = windows[2 * part :], windows[:part], windows[part : 2 * part]
-        return cls(batches_of(model, training), batches_of(model, selection), batches_of(model, measuring))
+        return cls(batches_of(model, training), batches_of(model, selection), batches_of(model, measuring), windows)
 
     @classmethod
     def of_batches(cls, model: nn.Module, batches: Sequence[Batch]) -> Data:

@@ -87,7 +87,7 @@ def evaluate(
     size = Size.of(dense, shapes, ranks)
     return {
         "reference": str(reference),
-        "rate": recipe.rate if recipe else size.achieved("linear"),
+        "rate": (recipe and recipe.rate) or size.achieved("linear"),
         "scope": recipe.scope if recipe else "linear",
         **size.to_dict(),
         "bytes_on_disk": {"reference": weights_on_disk(Path(reference)), "compressed": weights_on_disk(Path(path))},

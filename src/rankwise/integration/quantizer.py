@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +39,13 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: path of each factorised linear layer -> its rank.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
     affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
+    rate: what to remove of a folder that `rankwise decompose` wrote, as it is loaded: the fraction of its matrices' parameters.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     affine: bool = False
+    rate: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD  # type: ignore[assignment]  # their enumeration is open to any name
 
@@ -67,15 +70,24 @@ class RankwiseConfig(QuantizationConfigMixin):
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: what the weights are, not how they came about."""
+        return {name: value for name, value in super().to_dict().items() if name != "rate"}
+
 
 class RankwiseQuantizer(HfQuantizer):
     """Puts low-rank layers into the empty model before its weights are read, and guards beside them when it is saved."""
 
     quantization_config: RankwiseConfig
-    requires_calibration = True  # a dense model is not compressed by loading it with our config
+
+    @property
+    def requires_calibration(self) -> bool:  # type: ignore[override]  # theirs is an attribute
+        """A dense model is not compressed by loading it with our config, unless its decomposition lies beside it."""
+        return self.quantization_config.rate is None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
+        self.files = kwargs.get("checkpoint_files") or []
         for path in config.experts:
             module = _submodule(model, path)
             if not is_stacked(module):
@@ -101,8 +113,19 @@ class RankwiseQuantizer(HfQuantizer):
                 absent = not getattr(parameter, "_is_hf_initialized", False)  # transformers warns, and goes on with random values
                 if absent and not parameter.is_meta:  # what is offloaded is still on its way
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
+        if self.quantization_config.rate is not None:
+            self._compress(model, self.quantization_config.rate)
         model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
         return model
+
+    def _compress(self, model: nn.Module, rate: float) -> None:
+        from rankwise.integration.artifact import Artifact
+
+        artifact = Artifact.at(Path(self.files[0]).parent if self.files else None)
+        if artifact is None:
+            raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
+        made = artifact.apply(model, rate)
+        vars(self.quantization_config).update(vars(made))  # no rate: from here on it is a compressed model like any other
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors and the guards. Raises `RankwiseError` where weights were quantized: the format holds floats."""

@@ -100,6 +100,14 @@ def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shap
     return {name: Shape.of(linear[name], affine) for name in ranks}
 
 
+def _asked(recipe: Recipe) -> str:
+    if recipe.target_bytes is not None:
+        return f"At most {recipe.target_bytes:,} bytes"
+    if recipe.target_speedup is not None:
+        return f"A speed-up of {recipe.target_speedup}"
+    return f"Rate {recipe.rate}"
+
+
 def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -> ModelCard:
     """The card of a `cls`: how to load it, what it is made from and how, what it measured."""
     data = ModelCardData(
@@ -145,7 +153,7 @@ have seen.
 {agreement}
 ## Method
 
-Rate {recipe.rate}, scope {recipe.scope}, decomposition {recipe.decomposition}, allocation {recipe.allocation} (preset
+{_asked(recipe)}, scope {recipe.scope}, decomposition {recipe.decomposition}, allocation {recipe.allocation} (preset
 {recipe.preset}), calibration {recipe.calibration}, seed {recipe.seed}. All options are in `{RECIPE}`, the ranks in
 `{RANKS}`, everything measured in `{REPORT}`.
 """

@@ -33,6 +33,10 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     where = f"on {report['text']}" if "text" in report else "on held-out calibration text"
     console.print(f"measured {where}: {report['windows']:,} windows, {report['tokens']:,} predicted tokens")
+    if "predicted_speedup" in report:
+        console.print(
+            f"decodes {report['predicted_speedup']:.2f} times as fast by this machine's table: check with rankwise bench"
+        )
     if "seconds" in report:
         memory = "".join(f", {size / 2**20:,.0f} MiB of {kind} memory" for kind, size in report["peak_memory_bytes"].items())
         console.print(f"took {sum(report['seconds'].values()):.0f} s{memory} at most")
@@ -69,3 +73,31 @@ def print_ranks(rows: Sequence[Mapping[str, Any]]) -> None:
         )
     after, before = (sum(row[k] for row in rows) for k in ("parameters", "dense_parameters"))
     Console(soft_wrap=True).print(table, f"{after:,} of {before:,} parameters kept ({after / before:.1%})")
+
+
+def print_speed(report: Mapping[str, Any]) -> None:
+    """Tokens per second of each phase and batch size, and peak memory."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("tokens per second", no_wrap=True)
+    compared = report["reference"] is not None
+    for column in ["model", "original", "speed-up", "ideal", "of ideal"] if compared else ["model"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in report["speed"]:
+        cells = [f"{speed:,.1f}" for speed in row["tokens_per_second"].values()]
+        if compared:
+            cells += [f"{row['speedup']:.2f}", f"{row['ideal']:.2f}", f"{row['of_ideal']:.0%}"]
+        table.add_row(f"{row['phase']}, batch {row['batch']}", *cells)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for role, name in (("compressed", "model"), ("reference", "original")):
+        peaks = [
+            f"{size / 2**20:,.0f} MiB of {kind} memory at batch {batch}"
+            for batch, sizes in report["peak_memory_bytes"].get(role, {}).items()
+            for kind, size in sizes.items()
+        ]
+        if peaks:
+            console.print(f"{name}: {', '.join(peaks)}")
+    console.print(
+        f"{report['dtype']} on {report['device']}, {report['threads']} threads; prompt {report['prompt']}, then "
+        f"{report['new_tokens']} tokens one at a time; medians of {report['repeats']} runs in turn"
+    )

@@ -133,6 +133,7 @@ def start(
     if any(is_stacked(module) for module in empty.modules()):
         raise RankwiseError(f"{type(empty).__name__} has stacked experts, which streaming does not take apart: leave out memory")
     shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
+    assert recipe.rate is not None
     Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
     refuse_gradients(recipe, allocator, empty, shapes)
     blocks = Blocks.of(empty, shapes, source, resolve_device(recipe.device))

@@ -1,0 +1,147 @@
+"""Speed against the ideal: low-rank layers and whole decoders beside dense ones, random weights at the shapes of Llamas.
+
+    python benchmarks/speed.py [--sizes 1B 7B 13B] [--rates 0.2 0.4 0.6] [--dtypes float32 bfloat16] [--threads 2]
+
+Ideal is dense over compressed bytes (decoding one token) or flops (prefill of 512). Dense and compressed run in turn in one
+process, medians of the paired ratios. Weights are cold, as in a whole model: decoding goes round copies that fill 256 MiB.
+Ranks are multiples of --multiple. Writes benchmarks/results/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import Shape, find_matrices
+from rankwise.runtime.bench import Load, ideal_speedup, times
+from rankwise.runtime.latency import Weights
+from rankwise.runtime.optimize import optimize
+from rankwise.runtime.timing import alternating, ratio
+
+HERE = Path(__file__).parent
+SIZES = {  # hidden, intermediate, attention heads, key-value heads: Llama 3.2 1B, Llama 2 7B and 13B
+    "1B": (2048, 8192, 32, 8),
+    "7B": (4096, 11008, 32, 32),
+    "13B": (5120, 13824, 40, 40),
+}
+COLD = 2**28  # bytes
+
+
+def shapes_of(size: str) -> list[Shape]:
+    hidden, inner, heads, kv_heads = SIZES[size]
+    outs = [(hidden, hidden), (hidden * kv_heads // heads, hidden), (inner, hidden), (hidden, inner)]
+    return [Shape(m, n) for m, n in dict.fromkeys(outs)]
+
+
+def rank_of(shape: Shape, rate: float, multiple: int) -> int:
+    return int((1 - rate) * shape.dense / shape.per_rank) // multiple * multiple
+
+
+@torch.inference_mode()
+def run(layers: list[nn.Module], x: torch.Tensor) -> None:
+    for layer in layers:
+        layer(x)
+
+
+def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int) -> tuple[float, float]:
+    """Speed-up of decoding one token and of prefill."""
+    dtype, pools = weights.buffer.dtype, []
+    for option in (None, rank):
+        count = max(2, COLD // (shape.parameters(option) * dtype.itemsize))
+        pools.append([weights.layer(shape, option) for _ in range(count)])
+    speedups = []
+    for tokens, turns in ((1, 3 * repeats), (512, repeats)):
+        x = torch.randn(1, tokens, shape.in_features).to(dtype)
+        used = pools if tokens == 1 else [pool[:2] for pool in pools]
+        seconds = alternating([functools.partial(run, pool, x) for pool in used], turns)
+        speedups.append(ratio(*([s / len(pool) for s in own] for own, pool in zip(seconds, used, strict=True))))
+    return speedups[0], speedups[1]
+
+
+def decoder(size: str, layers: int, dtype: torch.dtype) -> Any:
+    hidden, inner, heads, kv_heads = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def compress_at_random(model: Any, rate: float, multiple: int) -> Any:
+    for name, shape in find_matrices(model)[0].items():
+        rank, dtype = rank_of(shape, rate, multiple), model.dtype
+        second, first = torch.randn(shape.out_features, rank), torch.randn(rank, shape.in_features)
+        model.set_submodule(name, LowRankLinear.from_factors((0.02 * second).to(dtype), (0.02 * first).to(dtype)))
+    return model
+
+
+def decoder_speedups(size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Phase -> speed-up and ideal, with and without `optimize`."""
+    dense, plain, fast = decoder(size, layers, dtype), decoder(size, layers, dtype), decoder(size, layers, dtype)
+    compress_at_random(plain, rate, multiple)
+    optimize(compress_at_random(fast, rate, multiple))
+    seconds = times([dense, plain, fast], Load(1, 512, 16), repeats)
+    ideal = ideal_speedup(plain)
+    return {p: (ratio(s[0], s[1]), ratio(s[0], s[2]), ideal[p]) for p, s in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.4, 0.6])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--decoders", nargs="*", default=["1B"], choices=list(SIZES))
+    parser.add_argument("--layers", type=int, default=4, help="of the decoders")
+    parser.add_argument("--multiple", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.md")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, ranks multiples of {args.multiple}"
+    head = " | ".join(f"rate {rate}: decode | prefill 512" for rate in args.rates)
+    lines = [f"Speed-up over the dense layer (and its share of the ideal); {machine}.\n", f"| layer | {head} |"]
+    lines.append("|---|" + "---|---|" * len(args.rates))
+    for name in args.dtypes:
+        dtype = getattr(torch, name)
+        weights = Weights(2 * COLD, dtype)
+        for size in args.sizes:
+            for shape in shapes_of(size):
+                cells = []
+                for rate in args.rates:
+                    rank = rank_of(shape, rate, args.multiple)
+                    ideal = shape.dense / shape.parameters(rank)
+                    found = layer_speedups(weights, shape, rank, args.repeats)
+                    cells += [f"{speedup:.2f} ({speedup / ideal:.0%})" for speedup in found]
+                lines.append(f"| {name}, {size}, {shape.in_features} to {shape.out_features} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+    lines.append(f"\nWhole decoder of {args.layers} layers, batch 1: prompt of 512 tokens, then 16 with the key-value cache.\n")
+    lines += ["| decoder | phase | ideal | as loaded | optimised |", "|---|---|---|---|---|"]
+    for name in args.dtypes:
+        for size in args.decoders:
+            for rate in args.rates:
+                phases = decoder_speedups(size, args.layers, rate, args.multiple, getattr(torch, name), args.repeats)
+                for phase, (plain, fast, ideal) in phases.items():
+                    cells = [f"{ideal:.2f}", f"{plain:.2f} ({plain / ideal:.0%})", f"{fast:.2f} ({fast / ideal:.0%})"]
+                    lines.append(f"| {name}, {size}, rate {rate} | {phase} | {' | '.join(cells)} |")
+                    print(lines[-1], flush=True)
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

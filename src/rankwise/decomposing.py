@@ -1,0 +1,70 @@
+"""`rankwise decompose`: all that any rate needs, computed once (see `integration/artifact.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise import bundled, distributed, stages
+from rankwise.decomposition.metric import metric_named
+from rankwise.errors import RankwiseError
+from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
+from rankwise.integration.checkpoint import refuse_output, written_whole
+from rankwise.integration.result import MAX_SHARD_SIZE
+from rankwise.layers.experts import restack
+from rankwise.recipe import IN_MEMORY, Recipe
+from rankwise.run_folder import RunFolder, write_tensors
+from rankwise.stages import Calibration
+
+
+def decompose(
+    model: str | Path | PreTrainedModel | None,
+    output: str | Path,
+    *,
+    calibration: Calibration | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Any,
+) -> Artifact:
+    """Write the artifact of a language model to `output`: `compress` and `from_pretrained` make it any rate within seconds.
+
+    model, calibration, tokenizer, overwrite, resume, options: as of `compress`; a model in memory stays as it is. The calibration
+    is text or windows of tokens. Raises `RankwiseError`.
+    """
+    if model is None:
+        model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
+    calibration = "self" if calibration is None else calibration
+    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
+    recipe = Recipe.of(**{"calibration": source, "decomposition": "kronecker"} | options)
+    metric = str(recipe.decomposition)
+    needs = metric_named(metric).NEEDS
+    if distributed.size() > 1:
+        raise RankwiseError("decompose runs in one process: leave out torchrun")
+    refuse_output(Path(output), overwrite, model)
+    folder = RunFolder.beside(Path(output), resume, overwrite)
+
+    run = stages.start(model, calibration, tokenizer, recipe, [], folder)
+    run = stages.in_metric(run, metric)
+    windows = run.data.windows
+    if windows is None:
+        raise RankwiseError("decompose keeps its calibration text: give it text or windows of tokens, not batches")
+    statistics = stages.collect_statistics(run, needs)
+    student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+    prices = student.fisher()
+    parameters = run.model.num_parameters()
+    for path in run.experts:
+        restack(run.model.get_submodule(path))
+    with written_whole(Path(output), overwrite) as whole:
+        run.model.save_pretrained(whole, max_shard_size=MAX_SHARD_SIZE)
+        if run.tokenizer is not None:
+            run.tokenizer.save_pretrained(whole)
+        artifact = Artifact(whole, recipe, run.identity, run.shapes, parameters)
+        artifact.write()
+        folder.hand_over(whole / RESULTS)
+        write_tensors(artifact.results / WINDOWS, {"windows": windows})
+        write_tensors(artifact.results / PRICES, prices)
+    return replace(artifact, folder=Path(output))

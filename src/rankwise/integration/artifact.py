@@ -1,0 +1,146 @@
+"""The artifact: one folder that holds a model at every rate.
+
+It is the original model's own folder, which loads as such, with the results of a run beside the weights (`decomposed/`, see
+`run_folder.py`): the text's windows, statistics, full-length factors and the price of every component.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rankwise.allocation.llrc import choose
+from rankwise.allocation.plan import Budget
+from rankwise.allocation.problem import Problem
+from rankwise.decomposition.solver import Decomposition
+from rankwise.errors import RankwiseError
+from rankwise.integration.quantizer import RankwiseConfig
+from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.matrices import Shape, unstack_experts
+from rankwise.recipe import Recipe
+from rankwise.run_folder import digest, read_tensors
+
+FILE, RESULTS, WINDOWS, PRICES = "decomposed.json", "decomposed", "windows.safetensors", "prices.safetensors"
+FORMAT_VERSION = 1
+FREE = frozenset(
+    {"rate", "target_bytes", "target_speedup", "scope", "allocation", "preset", "options", "rank_multiple", "device"}
+)  # not settled by decomposing
+
+
+def decomposition_stage(metric: str, name: str) -> str:
+    """The stage of a matrix's full-length factors in a run folder."""
+    return f"decomposition/{metric}/{name}"
+
+
+def decomposition_key(identity: str, metric: str) -> str:
+    """What full-length factors depend on."""
+    return digest(identity, metric)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `rankwise decompose` wrote to `folder`.
+
+    recipe: of the decomposition; its rate means nothing. identity: of the run (see `stages.Run`). shapes: of the decomposed
+    matrices. parameters: of the whole original model.
+    """
+
+    folder: Path
+    recipe: Recipe
+    identity: str
+    shapes: dict[str, Shape]
+    parameters: int
+
+    @classmethod
+    def at(cls, folder: object) -> Artifact | None:
+        """The artifact in a folder, None where there is none. Raises `RankwiseError` for one of another format."""
+        if not isinstance(folder, str | Path) or not (Path(folder) / FILE).is_file():
+            return None
+        file = Path(folder) / FILE
+        try:
+            saved = json.loads(file.read_text())
+            version = saved["format_version"]
+            if version != FORMAT_VERSION:
+                raise RankwiseError(f"{file} has format {version!r}, this rankwise reads {FORMAT_VERSION}: decompose again")
+            shapes = {name: Shape(*shape) for name, shape in saved["shapes"].items()}
+            return cls(Path(folder), Recipe.of(**saved["recipe"]), saved["identity"], shapes, saved["parameters"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RankwiseError(f"{file} cannot be read: {error!r}") from None
+
+    def write(self) -> None:
+        """Write the description; the results are there already."""
+        shapes = {name: list(asdict(shape).values()) for name, shape in self.shapes.items()}
+        saved = {"format_version": FORMAT_VERSION, "identity": self.identity, "parameters": self.parameters}
+        saved |= {"recipe": self.recipe.model_dump(mode="json"), "shapes": shapes}
+        (self.folder / FILE).write_text(json.dumps(saved, indent=1) + "\n")
+
+    @property
+    def results(self) -> Path:
+        """The run folder within."""
+        return self.folder / RESULTS
+
+    def windows(self) -> Tensor:
+        """The calibration text [windows, length]."""
+        return read_tensors(self.results / WINDOWS)["windows"]
+
+    def options(self, calibration: object, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a recipe: `options` where they are free, the artifact's own otherwise.
+
+        Raises `RankwiseError` for one that asks for another decomposition.
+        """
+        own = {name: value for name, value in self.recipe.model_dump().items() if name not in FREE}
+        asked = dict(options) | ({} if calibration is None else {"calibration": calibration})
+        for name, value in asked.items():
+            default = Recipe.model_fields[name].get_default() if name in Recipe.model_fields else None
+            if name in own and value != own[name] and value != default:
+                raise RankwiseError(f"{self.folder} was decomposed with {name}={own[name]!r}, not {value!r}: decompose again")
+        return {name: value for name, value in options.items() if name not in own} | own
+
+    def decomposition(self, name: str) -> Decomposition:
+        """The full-length factors of a matrix."""
+        metric = str(self.recipe.decomposition)
+        stage, key = decomposition_stage(metric, name), decomposition_key(self.identity, metric)
+        return Decomposition(**read_tensors(self.results / f"{stage}-{key}.safetensors"))
+
+    def prices(self) -> dict[str, Tensor]:
+        """What each component of each matrix is worth: [k] float64, nats per token."""
+        return read_tensors(self.results / PRICES)
+
+    def apply(self, model: Any, rate: float) -> RankwiseConfig:
+        """Compress the loaded original, in place, to `rate` in scope "linear"; one matrix's full-length factors at a time.
+
+        Raises `RankwiseError` for a rate that cannot be reached and for weights that were not loaded (disk offload).
+        """
+        from rankwise.integration.factorise import factorise
+
+        budget = Budget.of(self.shapes, rate, "linear", self.parameters)
+        prices = self.prices()
+        chosen = choose(Problem(self.shapes, {}, budget, None), prices)  # type: ignore[arg-type]  # it asks no student
+        experts = unstack_experts(model)
+        return factorise(model, _Factors(self, model), chosen.masks, experts)
+
+
+class _Factors(Mapping[str, Decomposition]):
+    """The artifact's factors, each read when it is asked for, in the dtype and on the device of the model's weight."""
+
+    def __init__(self, artifact: Artifact, model: Any) -> None:
+        self.artifact, self.model = artifact, model
+
+    def __getitem__(self, name: str) -> Decomposition:
+        module = self.model.get_submodule(name)
+        assert is_linear(module)
+        weight = weight_of(module)
+        if weight.is_meta:
+            raise RankwiseError(f"{name} was not loaded but offloaded: compress {self.artifact.folder} to a folder first")
+        return self.artifact.decomposition(name).to(weight.device, weight.dtype)
+
+    def __iter__(self) -> Any:
+        return iter(self.artifact.shapes)
+
+    def __len__(self) -> int:
+        return len(self.artifact.shapes)

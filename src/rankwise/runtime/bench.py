@@ -1,0 +1,178 @@
+"""`rankwise bench`: how fast a model runs on this machine, beside the model it was made from and beside the ideal.
+
+The ideal speed-up is that of the numbers to be read and multiplied: dense over compressed weights of all linear layers (of a
+mixture of experts: of all experts). A token of decoding reads each of them once; in prefill the output head counts for one
+position only, and is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import RankwiseError
+from rankwise.evaluation.memory import peak_memory
+from rankwise.integration.checkpoint import load_config, load_model, refuse_compressed
+from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.runtime.optimize import optimize
+from rankwise.runtime.timing import alternating, ratio
+
+CHILD = "import json, sys; from rankwise.runtime import bench; bench.print_peaks(**json.loads(sys.argv[1]))"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run: a prompt of `prompt` random tokens, then `new_tokens` more, one at a time, for each of `batch` sequences."""
+
+    batch: int
+    prompt: int
+    new_tokens: int
+
+
+def bench(
+    path: str | Path,
+    reference: str | Path | None = None,
+    *,
+    batches: Sequence[int] = (1, 16),
+    prompt: int = 512,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    threads: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Tokens per second of prefill and decode with a key-value cache, peak memory, and the ratios to `reference` and the ideal.
+
+    path: a folder that rankwise wrote, or any causal model; compressed ones run as `optimize` leaves them. Both models run in
+    turn in this process, `repeats` times; speeds are medians, speed-ups medians of the pairs. Peak memory is that of a fresh
+    process that runs the model alone. Returns plain values for JSON. Raises `RankwiseError`.
+    """
+    if not batches or min(*batches, prompt, new_tokens, repeats) < 1:
+        raise RankwiseError("batch sizes, prompt, new tokens and repeats are 1 or more")
+    if threads is not None:
+        if threads < 1:
+            raise RankwiseError(f"threads={threads}: at least 1")
+        torch.set_num_threads(threads)
+    paths = {"compressed": path} if reference is None else {"compressed": path, "reference": reference}
+    if reference is not None:
+        refuse_compressed(reference, load_config(reference))
+    models = {role: _open(p, dtype, device, prompt + new_tokens) for role, p in paths.items()}
+    ideal = ideal_speedup(models["compressed"])
+    rows = []
+    loads = [Load(batch, prompt, new_tokens) for batch in sorted(set(batches))]
+    for load in loads:
+        seconds = times(list(models.values()), load, repeats)
+        for phase, tokens in (("prefill", load.batch * prompt), ("decode", load.batch * new_tokens)):
+            own = dict(zip(models, seconds[phase], strict=True))
+            row: dict[str, Any] = {"phase": phase, "batch": load.batch}
+            row["tokens_per_second"] = {role: tokens / statistics.median(s) for role, s in own.items()}
+            if reference is not None:
+                row["speedup"] = ratio(own["reference"], own["compressed"])
+                row["ideal"] = ideal[phase]
+                row["of_ideal"] = row["speedup"] / ideal[phase]
+            rows.append(row)
+    peaks = {role: _peaks(p, loads, torch.get_num_threads(), dtype, device) for role, p in paths.items()}
+    return {
+        "model": str(path),
+        "reference": None if reference is None else str(reference),
+        "dtype": str(models["compressed"].dtype).removeprefix("torch."),
+        "device": str(models["compressed"].device),
+        "threads": torch.get_num_threads(),
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "speed": rows,
+        "weight_bytes": {role: sum(p.nbytes for p in model.parameters()) for role, model in models.items()},
+        "peak_memory_bytes": {
+            role: {str(load.batch): peak for load, peak in zip(loads, own, strict=True)} for role, own in peaks.items()
+        },
+    }
+
+
+def _open(path: str | Path, dtype: str, device: str, length: int) -> Any:
+    model = load_model(path, load_config(path), dtype, device)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise RankwiseError(f"{path} is a {type(model).__name__}: only causal language models are timed")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise RankwiseError(f"prompt and new tokens are {length} tokens together, {path} takes {context}: ask for fewer")
+    return optimize(model)
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: Tensor) -> Any:
+    """The output for the prompts [batch, length], with the cache, the logits of the last position alone."""
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+@torch.inference_mode()
+def decode(model: Any, output: Any, tokens: int) -> None:
+    """Greedy steps from a prefill's output on."""
+    for _ in range(tokens):
+        output = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+
+
+def _prompts(model: Any, load: Load) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (load.batch, load.prompt), generator=generator)
+    return ids.to(model.device)
+
+
+def times(models: Sequence[Any], load: Load, repeats: int) -> dict[str, list[list[float]]]:
+    """Phase ("prefill", "decode") -> seconds [model][repeat]."""
+    outputs: list[Any] = [None for _ in models]
+
+    def start(index: int) -> None:
+        outputs[index] = prefill(models[index], _prompts(models[index], load))
+
+    prefills = [functools.partial(start, index) for index in range(len(models))]
+    decodes = [lambda i=i: decode(models[i], outputs[i], load.new_tokens) for i in range(len(models))]
+    seconds = alternating([*prefills, *decodes], repeats)
+    return {"prefill": seconds[: len(models)], "decode": seconds[len(models) :]}
+
+
+def ideal_speedup(model: nn.Module) -> dict[str, float]:
+    """Dense over compressed weights that a token of prefill and one of decoding is multiplied with."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    low_rank = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    factors = {id(factor) for layer in low_rank for factor in layer.children()}
+    others = [module for module in model.modules() if is_linear(module) and module is not head and id(module) not in factors]
+    stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]  # of experts
+    same = sum(weight_of(module).numel() for module in others) + sum(stack.numel() for stack in stacks)
+    dense = same + sum(layer.in_features * layer.out_features for layer in low_rank)
+    compressed = same + sum(layer.rank * (layer.in_features + layer.out_features) for layer in low_rank)
+    last = weight_of(head).numel() if head is not None and is_linear(head) else 0
+    return {"prefill": dense / compressed, "decode": (dense + last) / (compressed + last)}
+
+
+def print_peaks(path: str, loads: list[list[int]], threads: int, dtype: str, device: str) -> None:
+    """Run the model on each of the rising loads and print the process's peak memory after each as JSON."""
+    torch.set_num_threads(threads)
+    model = optimize(load_model(path, load_config(path), dtype, device))
+    peaks = []
+    for load in (Load(*numbers) for numbers in loads):
+        decode(model, prefill(model, _prompts(model, load)), load.new_tokens)
+        peaks.append(peak_memory())
+    print(json.dumps(peaks))
+
+
+def _peaks(path: str | Path, loads: Sequence[Load], threads: int, dtype: str, device: str) -> list[dict[str, int]]:
+    """Bytes by kind ("host", "gpu") for each of the rising loads, of a fresh process that runs nothing else."""
+    task = {"path": str(path), "loads": [astuple(load) for load in loads], "threads": threads, "dtype": dtype, "device": device}
+    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(task)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+        raise RankwiseError(f"the process that was to run {path} alone failed: {reason}")
+    peaks: list[dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    return peaks

@@ -1,0 +1,144 @@
+"""A measured table of this machine: how long one token takes through each matrix, dense and at a few ranks.
+
+A matrix of this table is a `Shape` whose cost is nanoseconds where that of others is parameters: whatever spends a budget of
+parameters spends one of time as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import RankwiseError
+from rankwise.layers.linear import weight_of
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import Shape
+from rankwise.progress import progress
+from rankwise.runtime.bench import decode, prefill
+from rankwise.runtime.optimize import arrange
+from rankwise.runtime.timing import alternating
+
+POINTS = 6  # ranks measured per shape
+COLD = 2**26  # bytes that are gone round at most, so that a weight is not found in a cache where a model's would not be
+REPEATS = 40
+PROMPT = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedShape(Shape):
+    """A matrix whose cost is the nanoseconds of one token: `dense_time`, or `times` at the rising `ranks`, linear between.
+
+    added: nanoseconds of a low-rank layer beside those of its rank.
+    """
+
+    dense_time: int
+    ranks: tuple[int, ...]
+    times: tuple[int, ...]
+
+    @classmethod
+    def of_times(cls, shape: Shape, dense_time: int, ranks: tuple[int, ...], times: tuple[int, ...]) -> TimedShape:
+        """The matrix of that shape."""
+        made = cls(shape.out_features, shape.in_features, dense_time=dense_time, ranks=ranks, times=times)
+        return replace(made, added=max(0, times[0] - ranks[0] * made.per_rank))
+
+    @property
+    def dense(self) -> int:
+        """Nanoseconds of the dense matrix."""
+        return self.dense_time
+
+    @property
+    def per_rank(self) -> int:
+        """Nanoseconds of one more unit of rank."""
+        return max(1, (self.times[-1] - self.times[0]) // max(1, self.ranks[-1] - self.ranks[0]))
+
+    def largest_rank(self, multiple: int = 1) -> int:
+        """The largest multiple of `multiple` that is both smaller and faster than dense; 0 where there is none."""
+        ranks = np.arange(multiple, Shape(self.out_features, self.in_features).largest_rank(multiple) + 1, multiple)
+        faster = ranks[np.interp(ranks, self.ranks, self.times) < self.dense_time]
+        return int(faster.max(initial=0))
+
+    def parameters(self, rank: int | None) -> int:
+        """Nanoseconds at `rank`; None is dense."""
+        return self.dense_time if rank is None else round(float(np.interp(rank, self.ranks, self.times)))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What was measured: the matrices by path, and the nanoseconds of one token through the whole dense model."""
+
+    shapes: dict[str, TimedShape]
+    step: int
+
+    def speedup(self, ranks: Mapping[str, int | None]) -> float:
+        """The predicted speed-up of decoding one token, with these ranks (all others stay as they are)."""
+        saved = sum(self.shapes[n].dense - self.shapes[n].parameters(r) for n, r in ranks.items() if n in self.shapes)
+        return self.step / (self.step - saved)
+
+
+class Weights:
+    """Random matrices cut from one buffer, one after the other: those of a pool share no memory while it lasts."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.buffer, self.at = (0.02 * torch.randn(size // dtype.itemsize)).to(device, dtype), 0
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """The next [rows, columns]."""
+        if self.at + rows * columns > len(self.buffer):
+            self.at = 0
+        self.at += rows * columns
+        return self.buffer[self.at - rows * columns : self.at].view(rows, columns)
+
+    def layer(self, shape: Shape, rank: int | None) -> nn.Module:
+        """A linear layer of the shape, or a low-rank one as `optimize` leaves it."""
+        if rank is not None:
+            layer = LowRankLinear.from_factors(self.matrix(shape.out_features, rank), self.matrix(rank, shape.in_features))
+            arrange(layer)
+            return layer
+        dense = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(self.matrix(shape.out_features, shape.in_features), requires_grad=False)
+        return dense
+
+
+def measure(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> Latency:
+    """Time the model's matrices and one step of its decoding, all in turn. Raises `RankwiseError` for a model that does not
+    decode."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise RankwiseError(f"a speed-up is that of decoding: {type(model).__name__} is no causal language model")
+    first = weight_of(model.get_submodule(next(iter(shapes))))
+    output = prefill(model, torch.zeros(1, PROMPT, dtype=torch.long, device=first.device))
+    step = _nanoseconds(alternating([lambda: decode(model, output, 1)], repeats)[0])
+    largest = max(shape.dense for shape in shapes.values()) * first.element_size()
+    whole = sum(shape.dense for shape in shapes.values()) * first.element_size()
+    weights = Weights(max(min(COLD, whole), 2 * largest), first.dtype, first.device)
+    times = {shape: _times(weights, shape, first, repeats) for shape in progress(sorted(set(shapes.values()), key=str), "timing")}
+    timed = {name: TimedShape.of_times(shape, *times[shape]) for name, shape in shapes.items()}
+    return Latency(timed, max(step, sum(shape.dense for shape in timed.values())))
+
+
+def _times(weights: Weights, shape: Shape, like: Tensor, repeats: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Nanoseconds dense; ranks; nanoseconds at these. Each call is of another copy."""
+    ranks = sorted({max(1, int(r)) for r in np.linspace(0, shape.largest_rank(), POINTS)})
+    x = torch.randn(1, 1, shape.in_features).to(like)
+    tasks = []
+    for rank in (None, *ranks):
+        copies = max(2, len(weights.buffer) // shape.parameters(rank))
+        pool = itertools.cycle([weights.layer(shape, rank) for _ in range(min(copies, repeats))])
+        tasks.append(functools.partial(_next, pool, x))
+    dense, *low = map(_nanoseconds, alternating(tasks, repeats))
+    return dense, tuple(ranks), tuple(np.maximum.accumulate(low).tolist())
+
+
+@torch.inference_mode()
+def _next(layers: Iterator[nn.Module], x: Tensor) -> None:
+    next(layers)(x)
+
+
+def _nanoseconds(seconds: list[float]) -> int:
+    return round(min(seconds) * 1e9)  # what other work on the machine adds is not the machine's

@@ -1,0 +1,110 @@
+"""A target in the user's units as a budget: a rate, bytes of the checkpoint, or a speed-up of decoding on this machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rankwise.allocation.plan import Budget, Shapes
+from rankwise.errors import RankwiseError
+from rankwise.layers.linear import weight_of
+from rankwise.recipe import Recipe
+from rankwise.runtime.latency import Latency, TimedShape, measure
+from rankwise.stages import Run
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a recipe asks for, ready to be spent. latency: of this machine, where a speed-up is asked for."""
+
+    recipe: Recipe
+    latency: Latency | None = None
+
+    @classmethod
+    def of(cls, run: Run, recipe: Recipe) -> Target:
+        """Time this machine where a speed-up is asked for; matrices that no rank makes faster are left dense from here on.
+
+        Raises `RankwiseError` for a target that cannot be reached.
+        """
+        latency = None
+        if recipe.target_speedup is not None:
+            latency = _latency(run)
+            for name in [n for n, s in latency.shapes.items() if s.largest_rank(recipe.rank_multiple) < recipe.rank_multiple]:
+                run.left_dense[name] = "no rank makes it faster on this machine"
+                del run.shapes[name]
+        target = cls(recipe, latency)
+        target.budget(run)
+        return target
+
+    def budget(self, run: Run) -> tuple[Shapes, Budget]:
+        """The matrices with their costs, and what may be spent: parameters, or nanoseconds. Raises `RankwiseError`."""
+        recipe, multiple = self.recipe, self.recipe.rank_multiple
+        if self.latency is not None:
+            assert recipe.target_speedup is not None
+            return self._time_budget(run, self.latency, recipe.target_speedup)
+        if recipe.target_bytes is not None:
+            return run.shapes, bytes_budget(run.model, run.shapes, recipe.target_bytes, multiple)
+        assert recipe.rate is not None
+        return run.shapes, Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), multiple)
+
+    def _time_budget(self, run: Run, latency: Latency, speedup: float) -> tuple[Shapes, Budget]:
+        multiple = self.recipe.rank_multiple
+        shapes = {name: latency.shapes[name] for name in run.shapes}
+        dense = sum(shape.dense for shape in shapes.values())
+        allowed = int(latency.step / speedup) - (latency.step - dense)
+        least = sum(shape.parameters(multiple) for shape in shapes.values())
+        if allowed < least:
+            fastest = latency.step / (latency.step - dense + least)
+            raise RankwiseError(
+                f"target_speedup={speedup} cannot be reached: rank {multiple} in every matrix decodes {fastest:.2f} times as "
+                f"fast on this machine, where the rest of the model takes {1 - dense / latency.step:.0%} of the time"
+            )
+        return shapes, Budget(allowed, multiple)
+
+
+def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budget:
+    """The budget whose checkpoint, safetensors headers included, takes at most `target` bytes. Raises `RankwiseError`."""
+    stored = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}.values()  # tied ones once
+    whole = sum(tensor.nbytes for _, tensor in stored)
+    weights = [weight_of(model.get_submodule(name)) for name in shapes]
+    element = max(weight.element_size() for weight in weights)
+    header = _header([(name, tensor.shape) for name, tensor in stored], shapes, whole)
+    others = whole - sum(weight.nbytes for weight in weights) + header
+    dense, least = (sum(shape.parameters(rank) for shape in shapes.values()) for rank in (None, multiple))
+    allowed = (target - others) // element
+    if allowed >= dense:
+        raise RankwiseError(f"target_bytes={target:,}: the model has no more than {whole + header:,} as it is")
+    if allowed < least:
+        raise RankwiseError(
+            f"target_bytes={target:,} cannot be reached: rank {multiple} in every matrix leaves {others + least * element:,}"
+        )
+    return Budget(allowed, multiple)
+
+
+def _header(stored: list[tuple[str, torch.Size]], shapes: Shapes, whole: int) -> int:
+    """Bytes of the checkpoint's headers at most: every matrix of low rank, with its guard, every number at its longest."""
+    entries = [(name, list(shape)) for name, shape in stored]
+    for name, shape in shapes.items():
+        sides = [shape.out_features, shape.in_features]
+        entries += [(f"{name}.{tensor}", sides) for tensor in ("first.weight", "second.weight", "second.bias")]
+    texts = (json.dumps({name: {"dtype": "BF16", "shape": s, "data_offsets": [whole, whole]}}) for name, s in entries)
+    return sum(map(len, texts)) + 1024
+
+
+def _latency(run: Run) -> Latency:
+    """The table of this machine, kept in the run folder: a resumed run spends the same budget."""
+
+    def compute() -> dict[str, torch.Tensor]:
+        found = measure(run.model, run.shapes)
+        numbers = {n: torch.tensor([[0, *s.ranks], [s.dense_time, *s.times]]) for n, s in found.shapes.items()}
+        return numbers | {"": torch.tensor(found.step)}
+
+    saved = run.folder.together("latency", run.identity, compute)
+    shapes = {}
+    for name, shape in run.shapes.items():
+        ranks, times = saved[name].tolist()
+        shapes[name] = TimedShape.of_times(shape, times[0], tuple(ranks[1:]), tuple(times[1:]))
+    return Latency(shapes, int(saved[""]))

@@ -1,0 +1,76 @@
+"""`rankwise bench`: that it runs both models and counts right. How fast they are is no test's affair."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rankwise.runtime.bench import ideal_speedup
+from rankwise.runtime.timing import alternating, ratio
+
+FAST = ["--prompt", 8, "--new-tokens", 2, "--repeats", 1]
+
+
+def test_the_report(rankwise: Callable[..., Any], small_llama: Path, llama: Path) -> None:
+    ended = rankwise("bench", small_llama, "--reference", llama, "--batches", "2,1", *FAST, "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert [(row["phase"], row["batch"]) for row in report["speed"]] == [(p, b) for b in (1, 2) for p in ("prefill", "decode")]
+    for row in report["speed"]:
+        speed = row["tokens_per_second"]
+        assert math.isclose(row["speedup"], speed["compressed"] / speed["reference"], rel_tol=1e-6)  # one repeat
+        assert math.isclose(row["of_ideal"], row["speedup"] / row["ideal"])
+        assert 1 < row["ideal"] < 1.5
+    weights, peaks = report["weight_bytes"], report["peak_memory_bytes"]
+    assert weights["compressed"] < weights["reference"]
+    assert all(peaks[role][size]["host"] > weights[role] for role in weights for size in ("1", "2"))
+
+
+def test_without_a_reference(rankwise: Callable[..., Any], small_llama: Path) -> None:
+    ended = rankwise("bench", small_llama, "--batches", "1", *FAST, "--threads", 1)
+    assert ended.code == 0, ended.err
+    assert "decode, batch 1" in ended.out
+    assert "ideal" not in ended.out
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--batches", "1,x"], "numbers with commas"),
+        (["--batches", "0"], "1 or more"),
+        (["--prompt", "63", "--new-tokens", "2"], "ask for fewer"),
+        (["--threads", "0"], "at least 1"),
+    ],
+)
+def test_bad_options(rankwise: Callable[..., Any], small_llama: Path, options: list[str], complaint: str) -> None:
+    ended = rankwise("bench", small_llama, *options)
+    assert ended.code == 2
+    assert complaint in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_the_ideal_counts_what_is_multiplied(small_llama: Path, llama: Path) -> None:
+    dense, small = (AutoModelForCausalLM.from_pretrained(folder) for folder in (llama, small_llama))
+    assert ideal_speedup(dense) == {"prefill": 1, "decode": 1}
+    rows = {
+        model: sum(m.weight.numel() for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head")
+        for model in (dense, small)
+    }
+    head = dense.lm_head.weight.numel()
+    expected = {"prefill": rows[dense] / rows[small], "decode": (rows[dense] + head) / (rows[small] + head)}
+    assert ideal_speedup(small) == pytest.approx(expected)
+
+
+def test_tasks_take_turns() -> None:
+    calls: list[str] = []
+    seconds = alternating([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == ["a", "b"] * 4
+    assert [len(own) for own in seconds] == [3, 3]
+    assert ratio([2, 6, 5], [1, 2, 1]) == 3
