@@ -3,9 +3,9 @@
     python benchmarks/allocators.py [--models babyllama-tok105 stories260k bundled] [--metrics kronecker whitened]
 
 Calibration: 128 windows of 256 tokens, drawn by the seed from the first 2,000 stories (the bundled model: from the standard
-library's training split). Judged on windows of the last 500 stories (the held-out split), WikiText-2 and C4, the
-same for every method and seed. Methods that take minutes for each rate run for the models in --slow, on the first seed and metric only.
-Needs the data folder beside the repository (--data). Writes benchmarks/results/allocators.md; what it computed is kept in --work.
+library's training split). Judged on windows of the last 500 stories (the held-out split), of WikiText-2 and of C4, the same for
+every method and seed. Methods that take minutes for each rate run for the models in --slow, on the first seed and metric.
+Needs the data folder beside the repository (--data). Writes benchmarks/results/allocators.md; what it computed is in --work.
 """
 
 from __future__ import annotations
