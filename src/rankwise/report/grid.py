@@ -34,13 +34,18 @@ def _last_name(stack: str) -> str:
     return stack.split(".")[-2] if "." in stack else stack
 
 
-def short(kind: str) -> str:
-    """The last name of a type without what all share: "q" of "self_attn.q_proj"."""
-    return re.sub(r"(_proj|_matrices)$", "", kind.rsplit(".", 1)[-1])
+def short(name: str) -> str:
+    """Without what all share: "q" of "q_proj"."""
+    return re.sub(r"(_proj|_matrices)$", "", name)
 
 
 def short_names(kinds: Iterable[str]) -> dict[str, str]:
-    """A short name for every type, no two alike."""
+    """A short name for every type, no two alike: of as few of its last names as tell it apart."""
     kinds = list(dict.fromkeys(kinds))
-    names = [short(kind) for kind in kinds]
-    return {kind: name if names.count(name) == 1 else kind for kind, name in zip(kinds, names, strict=True)}
+    return {kind: next(name for name in _endings(kind) if sum(name in _endings(other) for other in kinds) == 1) for kind in kinds}
+
+
+def _endings(kind: str) -> list[str]:
+    """Its last name, its last two, ..., the whole."""
+    *before, last = kind.split(".")
+    return [".".join([*before[len(before) - count :], short(last)]) for count in range(len(before) + 1)] + [kind]
