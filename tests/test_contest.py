@@ -11,7 +11,10 @@ import pytest
 
 from rankwise import RankwiseError, contest, stages
 from rankwise.allocation.kl_knapsack import KLKnapsack
+from rankwise.allocation.uniform import Uniform
 from rankwise.contest import all_allocations, hold_contest, methods_of
+from rankwise.recipe import Recipe
+from rankwise.run_folder import RunFolder
 
 QUICK = {"samples": 12, "length": 32, "judge_samples": 4}
 METHODS = ["uniform", "kl-knapsack points=2 trials=1", "llrc rounds=1 value_steps=0", "llrc rounds=1 value_steps=2"]
@@ -87,3 +90,12 @@ def test_the_command_prints_a_table_for_each_text_and_draws(
     for wanted in ("uniform on whitened", "energy on", "story.txt", "other.txt", "rate 0.2", "rate 0.3"):
         assert wanted in finished.out
     assert "uniform on whitened" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_was_spared_before_does_not_count(llama: Path, story: Path) -> None:
+    recipe = Recipe.of(rate=0.3, calibration=str(story), samples=12, length=32)
+    run = stages.start(llama, str(story), None, recipe, [0.3], RunFolder())
+    student = stages.student_of(run, stages.decompose_all(run, stages.collect_statistics(run, frozenset()), "svd"), "svd")
+    student.spared = 1e6
+    chosen = stages.allocate(run, student, "svd", Uniform(), stages.budget_of(run, recipe, 0.3))
+    assert 0 <= chosen.effort["seconds"] < 1e5

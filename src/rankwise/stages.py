@@ -210,7 +210,7 @@ def allocate(
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
-        before, since = dict(student.effort), time.perf_counter() - student.spared
+        before, since = dict(student.effort), time.perf_counter() + student.spared
         chosen = allocator.allocate(Problem(costs, spectra, budget, student))
         effort = {"seconds": round(time.perf_counter() + student.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
