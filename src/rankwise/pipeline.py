@@ -116,9 +116,9 @@ def compress(
     artifact = Artifact.at(model)
     if artifact is not None:
         options = artifact.options(calibration, options)
-        calibration, allocation = artifact.windows(), allocation or "mask-fisher"
+        calibration, allocation = artifact.windows(), "mask-fisher" if allocation is None else allocation
     calibration = "self" if calibration is None else calibration
-    recipe, allocator = _recipe(rate, calibration, allocation or "llrc", options)
+    recipe, allocator = _recipe(rate, calibration, "llrc" if allocation is None else allocation, options)
     metric = str(recipe.decomposition)
     metric_named(metric)
     folder = RunFolder()

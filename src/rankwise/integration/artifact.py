@@ -7,6 +7,7 @@ It is the original model's own folder, which loads as such, with the results of 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Problem
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
+from rankwise.integration.files import read_json
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.linear import is_linear, weight_of
 from rankwise.layers.matrices import Shape, unstack_experts
@@ -59,17 +61,19 @@ class Artifact:
     @classmethod
     def at(cls, folder: object) -> Artifact | None:
         """The artifact in a folder, None where there is none. Raises `RankwiseError` for one of another format."""
-        if not isinstance(folder, str | Path) or not (Path(folder) / FILE).is_file():
+        if not isinstance(folder, str | Path) or not os.path.isfile(os.path.join(folder, FILE)):
             return None
         file = Path(folder) / FILE
         try:
-            saved = json.loads(file.read_text())
+            saved = read_json(file)
             version = saved["format_version"]
             if version != FORMAT_VERSION:
                 raise RankwiseError(f"{file} has format {version!r}, this rankwise reads {FORMAT_VERSION}: decompose again")
             shapes = {name: Shape(*shape) for name, shape in saved["shapes"].items()}
             return cls(Path(folder), Recipe.of(**saved["recipe"]), saved["identity"], shapes, saved["parameters"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except RankwiseError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RankwiseError(f"{file} cannot be read: {error!r}") from None
 
     def write(self) -> None:
