@@ -333,6 +333,8 @@ def test_places() -> None:
     assert [place.layer for place in both.values()] == ["encoder 0", "decoder 0"]
     assert short_names(["self_attn.q_proj", "mlp.up_proj"]) == {"self_attn.q_proj": "q", "mlp.up_proj": "up"}
     assert len(set(short_names(["a.q", "b.q"]).values())) == 2
+    bert = short_names(["attention.output.dense", "output.dense", "intermediate.dense"])
+    assert len(set(bert.values())) == 3  # the second is the first's ending, whole
 
 
 def test_experts_share_a_cell() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ def short(name: str) -> str:
 def short_names(kinds: Iterable[str]) -> dict[str, str]:
     """A short name for every type, no two alike: of as few of its last names as tell it apart."""
     kinds = list(dict.fromkeys(kinds))
-    return {kind: next(name for name in _endings(kind) if sum(name in _endings(other) for other in kinds) == 1) for kind in kinds}
+    seen = Counter(ending for kind in kinds for ending in _endings(kind))
+    return {kind: next((ending for ending in _endings(kind) if seen[ending] == 1), kind) for kind in kinds}
 
 
 def _endings(kind: str) -> list[str]:
