@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from rankwise.allocation import llrc
@@ -37,12 +39,33 @@ def test_a_round_that_does_not_help_is_taken_back_and_the_last(monkeypatch: pyte
     asked = []
     true_gradients = problem.student.gradients
 
-    def misleading(masks: llrc.Masks) -> dict[str, llrc.Tensor]:
-        asked.append(masks)
-        return {name: -1e3 * gradient for name, gradient in true_gradients(masks).items()}
+    def misleading(*arguments: Any) -> dict[str, llrc.Tensor]:
+        asked.append(arguments)
+        return {name: -1e3 * gradient for name, gradient in true_gradients(*arguments).items()}
 
     monkeypatch.setattr(problem.student, "gradients", misleading)
     answer = LLRC(points=0, rounds=3, value_steps=0).allocate(problem)
     rounds = [record["kl"] for record in answer.history if record["step"].startswith("round")]
     assert len(rounds) == len(asked) == 1
     assert answer.ranks == MaskFisher().allocate(problem).ranks
+
+
+def test_curvature_and_rounds_read_one_part_of_the_text_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = tiny_problem("kronecker", 0.4)
+    student = problem.student
+    student.training = student.training[:3]
+    numbers = {id(batch): number for number, batch in enumerate(student.training)}
+    read: list[list[int]] = []
+
+    def reading(measure: Any) -> Any:
+        def measured(*arguments: Any) -> Any:
+            read.append([numbers[id(batch)] for batch in arguments[-1]])
+            return measure(*arguments)
+
+        return measured
+
+    monkeypatch.setattr(student, "fisher", reading(student.fisher))
+    monkeypatch.setattr(student, "gradients", reading(student.gradients))
+    LLRC(points=0, rounds=2, value_steps=0, pricing_tokens=2 * student.training[0]["input_ids"].numel()).allocate(problem)
+    assert len(read) > 1  # rounds end early where none helps
+    assert read == [[0, 1], [2, 0], [1, 2]][: len(read)]

@@ -16,17 +16,21 @@ arXiv 2512.13733); prices from gradients and curvature are Optimal Brain Damage'
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
+from rankwise.calibration.tokens import Batch
 from rankwise.masks.student import Masks
 from rankwise.masks.values import ValueTraining, train_values
 
@@ -38,18 +42,21 @@ STEPS = (0.7, 0.4, 0.2, 0.1)  # from the prices before towards the worths
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRC:
     """points: KLs measured per matrix for the second start; rounds of re-pricing at most; steps of value training and its
-    learning_rate. 0 points, rounds or steps leave that part out."""
+    learning_rate. 0 points, rounds or steps leave that part out. pricing_tokens: how much of the training text curvature
+    and each round's gradients are taken on, one part after the other."""
 
     decomposition: ClassVar[str] = "kronecker"
     points: NonNegativeInt = 1
     rounds: NonNegativeInt = 4
+    pricing_tokens: PositiveInt = 2**16
     value_steps: NonNegativeInt = 120
     learning_rate: PositiveFloat = 0.01
 
     def allocate(self, problem: Problem) -> Allocation:
         """The selection with the least KL on the selection text, its mask values trained."""
         student = problem.student
-        curvature = student.fisher()
+        parts = self._parts(student.training)
+        curvature = student.fisher(next(parts))
         best = _Plan.of("start by mask Fisher", problem, curvature)
         history: list[dict[str, Any]] = [best.record]
         if self.points:
@@ -58,7 +65,7 @@ class LLRC:
             history.append(other.record)
             best = min(best, other, key=lambda plan: plan.kl)
         for number in range(1, self.rounds + 1):
-            gradients = student.gradients(best.chosen.masks)
+            gradients = student.gradients(best.chosen.masks, next(parts))
             worths = {n: worth(best.chosen.masks[n], gradients[n], h) for n, h in curvature.items()}
             plan = min((best.towards(worths, step, f"round {number}", problem) for step in STEPS), key=lambda plan: plan.kl)
             history.append(plan.record)
@@ -75,6 +82,13 @@ class LLRC:
         for record in history:
             logger.info("%s: KL %.5f on the selection text", record["step"], record["kl"])
         return Allocation(best.chosen.ranks, masks, history)
+
+    def _parts(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+        """Parts of `pricing_tokens`, round and round; all of the text each time where there is less."""
+        number = math.ceil(self.pricing_tokens / next(iter(batches[0].values())).numel())
+        text = itertools.cycle(batches)
+        while True:
+            yield list(itertools.islice(text, min(number, len(batches))))
 
 
 class _Plan(NamedTuple):
