@@ -2,7 +2,7 @@
 
     python benchmarks/allocators.py [--models babyllama-tok105 stories260k bundled] [--metrics kronecker whitened]
 
-Calibration: 128 windows of 256 tokens, drawn by the seed from the first 2,000 stories (the bundled model: from the standard
+Calibration: 1,024 windows of 256 tokens, drawn by the seed from the first 2,000 stories (the bundled model: from the standard
 library's training split). Judged on windows of the last 500 stories (the held-out split), of WikiText-2 and of C4, the same for
 every method and seed. Methods that take minutes for each rate run for the models in --slow, on the first seed and metric.
 Needs the data folder beside the repository (--data). Writes benchmarks/results/allocators.md; what it computed is in --work.
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=["kronecker", "whitened"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--judge-samples", type=int, default=48)
     parser.add_argument("--off-domain", nargs="+", default=["wiki.test.raw", "c4.utf8"])
     parser.add_argument("--further-seeds", type=int, default=3, help="seeds of every metric after the first")
