@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,8 +209,9 @@ class Student:
         before, since = dict(self.effort), time.perf_counter()
 
         def compute() -> dict[str, Tensor]:
-            found = measure(batches)
-            tokens = distributed.add_up(torch.tensor([self.effort[name] - before[name] for name in before])).tolist()
+            with self.together():
+                found = measure(batches)
+            tokens = [self.effort[name] - before[name] for name in before]
             return found | {EFFORT: torch.tensor([*tokens, time.perf_counter() - since], dtype=torch.float64)}
 
         of = (*(part for item in masks.items() for part in item), *(tensor for batch in batches for tensor in batch.values()))
@@ -219,6 +220,14 @@ class Student:
         self.effort.update({name: before[name] + int(more) for name, more in zip(before, tokens, strict=True)})
         self.spared += seconds - (time.perf_counter() - since)
         return found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What every process's student is given while inside counts for all of them."""
+        before = dict(self.effort)
+        yield
+        tokens = distributed.add_up(torch.tensor([self.effort[name] - before[name] for name in before])).tolist()
+        self.effort.update({name: before[name] + more for name, more in zip(before, tokens, strict=True)})
 
     def divergence(self, masks: Masks, batches: Sequence[Batch] | None = None) -> float:
         """KL(original || student) in nats per token over `batches` (the selection text unless told)."""

@@ -4,13 +4,15 @@ into the dense weight, the values cost nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rankwise import distributed
 from rankwise.calibration.signal import Signal, divergence, signal_of
-from rankwise.calibration.tokens import endless
+from rankwise.calibration.tokens import Batch, endless
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import TEACHER_BYTES, MaskedLinear, Masks, Student, WeightedLinear, add, is_whole
 from rankwise.progress import progress
@@ -38,32 +40,50 @@ def train_values(student: Student, masks: Masks, options: ValueTraining, losses:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / options.steps)
     sequences = max(1, options.tokens // next(iter(student.training[0].values()))[0].numel())
     batches = endless(student.training, sequences, torch.Generator().manual_seed(student.seed))
-    known: dict[int, Signal] = {}  # what the original says to a part, of which there are not many
-    room = TEACHER_BYTES
-    with student.frozen():
+    known: dict[int, Signal] = {}
+    with student.frozen(), student.together():
         bar = progress(range(options.steps), "training mask values")
         for _ in bar:
-            batch = next(batches)
-            reference = known.get(id(batch)) or student.teacher(batch)
-            if id(batch) not in known and reference.values.nbytes <= room:
-                known[id(batch)] = reference
-                room -= reference.values.nbytes
-            with swapped(student.model, layers):
-                loss = divergence(reference, signal_of(student.model, batch)) / len(reference.values)
-                loss.backward()
-            student.count(reference, backward=True)
+            loss = _add_gradients(student, layers, next(batches), known)
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
             if losses is not None:
-                losses.append(loss.item())
-            bar.set_postfix(kl=f"{loss.item():.5f}", refresh=False)
+                losses.append(loss)
+            bar.set_postfix(kl=f"{loss:.5f}", refresh=False)
     trained: Masks = {}
     for name, mask in given.items():
         values = layers[name].mask.detach().float().cpu()
         values[values == 0] = torch.finfo(torch.float32).tiny  # a kept component stays one
         trained[name] = mask.float().masked_scatter(mask != 0, values)
     return trained
+
+
+def _add_gradients(
+    student: Student, layers: Mapping[str, MaskedLinear | WeightedLinear], batch: Batch, known: dict[int, Signal]
+) -> float:
+    """Give the masks the gradient of the mean KL over the batch, of which every process reads its sequences; the mean KL.
+
+    known: what the original says to this process's part of a batch, of which there are not many; as many as there is room for.
+    """
+    own = {name: tensor[distributed.rank() :: distributed.size()] for name, tensor in batch.items()}
+    loss, tokens = 0.0, 0
+    if len(next(iter(own.values()))):
+        reference = known.get(id(batch)) or student.teacher(own)
+        if reference.values.nbytes * (len(known) + 1) <= TEACHER_BYTES:
+            known[id(batch)] = reference
+        with swapped(student.model, layers):
+            own_loss = divergence(reference, signal_of(student.model, own))
+        own_loss.backward()
+        student.count(reference, backward=True)
+        loss, tokens = own_loss.item(), len(reference.values)
+    masks = [layer.mask for layer in layers.values()]
+    gradients = torch.cat([torch.zeros_like(mask) if mask.grad is None else mask.grad for mask in masks])
+    loss, tokens = distributed.add_up(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
+    gradients = distributed.add_up(gradients) / tokens
+    for mask, gradient in zip(masks, gradients.split([len(mask) for mask in masks]), strict=True):
+        mask.grad = gradient
+    return loss / tokens
 
 
 def _layer(student: Student, name: str, mask: Tensor) -> MaskedLinear | WeightedLinear:
