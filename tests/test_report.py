@@ -76,13 +76,13 @@ class Page(HTMLParser):
 def at(data: Any, path: str) -> float:
     """The value at a path."""
     for key in path.split("/")[1:]:
-        data = data[int(key)] if isinstance(data, list) else data[key]
+        data = data[int(key)] if isinstance(data, list) else data[key.replace("~1", "/").replace("~0", "~")]
     return float(data)
 
 
 def assert_same(text: str, value: float) -> None:
     """The text is the value, but for the digits that it leaves out."""
-    number, unit = re.fullmatch(r"([−\d.,e+-]+)\s*(%|[a-zA-Z]+)?", text.strip()).groups()  # type: ignore[union-attr]
+    number, unit = re.fullmatch(r"([−\d.,e+-]+)\s*(%|[a-zA-Z]+)?", text.strip().removesuffix("×").replace("−", "-")).groups()  # type: ignore[union-attr]
     digits = number.replace(",", "").split("e")[0].partition(".")[2]
     exponent = int(number.partition("e")[2] or 0)
     step = 10.0 ** (exponent - len(digits)) * (1 if digits or exponent else 10 ** (len(number.replace(",", "")) > 4))
@@ -126,7 +126,7 @@ def contest(llama: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_compress_writes_a_page_whose_figures_are_the_reports(folder: Path) -> None:
     page = Page(folder / "report.html")
     report = json.loads((folder / "report.json").read_text())
-    assert page.data == {"results": [report], "contests": []}
+    assert page.data == {"results": [report], "evaluations": [None], "speeds": [None], "contests": []}
     assert len(page.figures) > 20
     for path, value, text in page.figures:
         assert value == at(page.data, path)
@@ -190,6 +190,39 @@ def test_folders_and_a_contest_side_by_side(folder: Path, old_folder: Path, cont
     assert "Quality against rate" in page.text
     identities = re.findall(r' id="([^"]+)"', (tmp_path / "page.html").read_text())
     assert len(identities) == len(set(identities))
+
+
+def test_evaluation_and_speed_are_added(folder: Path, llama: Path, story: Path, rankwise: Run, tmp_path: Path) -> None:
+    small = shutil.copytree(folder, tmp_path / "small")
+    evaluate = ["evaluate", small, "--reference", llama, "--text", story, "--length", "32", "--samples", "4"]
+    evaluated = rankwise(*evaluate, "--cache", tmp_path / "cache", "--add-to-report", "--json")
+    assert evaluated.code == 0, evaluated.err
+    timing = ["--prompt", "8", "--new-tokens", "2", "--repeats", "1", "--batches", "1"]
+    timed = rankwise("bench", small, "--reference", llama, *timing, "--add-to-report", "--json")
+    assert timed.code == 0, timed.err
+    page = Page(small / "report.html")
+    assert page.data["evaluations"] == [json.loads(evaluated.out)]
+    assert page.data["speeds"] == [json.loads(timed.out)]
+    for path, value, text in page.figures:
+        assert value == at(page.data, path)
+        assert_same(text, value)
+    name = str(story).replace("/", "~1")
+    shown = {path for path, *_ in page.figures}
+    assert shown >= {
+        f"/evaluations/0/texts/{name}/kl",
+        f"/evaluations/0/texts/{name}/intervals/kl/1",
+        "/speeds/0/speed/1/speedup",
+    }
+    assert "Faster, measured" in page.text
+
+
+def test_nothing_is_added_to_what_has_no_report(llama: Path, contest: Path, rankwise: Run) -> None:
+    for folder in (llama, contest):
+        for command in ("evaluate", "bench"):
+            finished = rankwise(command, folder, "--reference", llama, "--add-to-report")
+            assert finished.code == 2
+            assert finished.err.count("\n") == 1
+            assert str(folder) in finished.err
 
 
 def test_a_single_result_is_compared_with_nothing(folder: Path) -> None:

@@ -40,7 +40,7 @@ def test_renders(browser: Any, small_llama: Path, width: int, scheme: str) -> No
     assert page.evaluate("JSON.parse(document.querySelector('#data').textContent).results") == [report]
     differing = """() => {
         const data = JSON.parse(document.querySelector("#data").textContent);
-        const at = (path) => path.split("/").slice(1).reduce((node, key) => node[key], data);
+        const at = (path) => path.split("/").slice(1).reduce((node, key) => node[key.replaceAll("~1", "/")], data);
         return [...document.querySelectorAll("[data-path]")].filter(e => Number(e.dataset.value) !== at(e.dataset.path)).length;
     }"""
     assert page.evaluate(differing) == 0

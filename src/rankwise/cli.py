@@ -31,6 +31,7 @@ DatasetOption = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="Passed to datasets.load_dataset (name=, split=, data_files=, ...). Repeatable."),
 ]
+AddToReport = Annotated[bool, typer.Option("--add-to-report", help="Keep this in the folder, and show it on its page.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
 Verbose = Annotated[
@@ -210,6 +211,7 @@ def evaluate(
     dataset_option: DatasetOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    add_to_report: AddToReport = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -219,30 +221,32 @@ def evaluate(
     """
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
+    from rankwise.integration.result import EVALUATION
     from rankwise.recipe import pairs
+    from rankwise.report.page import add_to_page, refuse_no_page
 
-    try:
-        with _silent(as_json):
-            report = evaluate(
-                folder,
-                reference or bundled.MODEL,
-                text or ["stdlib:held-out"],
-                tasks=[name for part in tasks or [] for name in _names(part)],
-                limit=limit,
-                shots=shots,
-                prompts=prompt or (),
-                length=length,
-                samples=samples,
-                seed=seed,
-                text_column=text_column,
-                dataset_options=pairs(dataset_option),
-                dtype=dtype,
-                device=device,
-                cache=cache,
-            )
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    if add_to_report:
+        refuse_no_page(folder)
+    with _silent(as_json), _interruptible("the same command goes on from here"):
+        report = evaluate(
+            folder,
+            reference or bundled.MODEL,
+            text or ["stdlib:held-out"],
+            tasks=[name for part in tasks or [] for name in _names(part)],
+            limit=limit,
+            shots=shots,
+            prompts=prompt or (),
+            length=length,
+            samples=samples,
+            seed=seed,
+            text_column=text_column,
+            dataset_options=pairs(dataset_option),
+            dtype=dtype,
+            device=device,
+            cache=cache,
+        )
+    if add_to_report:
+        add_to_page(folder, EVALUATION, report)
     if as_json:
         print(json.dumps(report))
         return
@@ -348,11 +352,16 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    add_to_report: AddToReport = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory on this machine: prefill and decode, the ratio to the original and to the ideal."""
+    from rankwise.integration.result import SPEED
+    from rankwise.report.page import add_to_page, refuse_no_page
     from rankwise.runtime.bench import bench
 
+    if add_to_report:
+        refuse_no_page(folder)
     try:
         sizes = [int(size) for size in batches.split(",")]
     except ValueError:
@@ -360,6 +369,8 @@ def bench(
     options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads}
     with _silent(as_json):
         report = bench(folder, reference, batches=sizes, **options, dtype=dtype, device=device)  # type: ignore[arg-type]
+    if add_to_report:
+        add_to_page(folder, SPEED, report)
     if as_json:
         print(json.dumps(report))
         return

@@ -22,6 +22,7 @@ from rankwise.recipe import Recipe
 
 MAX_SHARD_SIZE = "5GB"
 RANKS, RECIPE, REPORT, SPECTRA, PAGE = "ranks.json", "recipe.yaml", "report.json", "spectra.json", "report.html"
+EVALUATION, SPEED = "evaluation.json", "speed.json"  # where they were added
 
 
 def write_result(

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from rankwise.report.terminal import plain_console
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -23,7 +24,7 @@ def print_contest(results: Results) -> None:
             seconds = sum(row["effort"]["seconds"] for row in rows)
             tokens = sum(row["effort"]["forward_tokens"] + row["effort"]["backward_tokens"] for row in rows)
             table.add_row(label, *(f"{kl[r]:.4f}" if r in kl else "" for r in rates), f"{seconds:.0f}", f"{tokens / 1e6:.1f} M")
-        Console(soft_wrap=True).print(table)
+        plain_console().print(table)
 
 
 def by_method(results: Results) -> dict[str, list[Mapping[str, Any]]]:

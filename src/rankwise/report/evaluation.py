@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from rankwise.report.terminal import print_report
+from rankwise.report.terminal import plain_console, print_report
 
 Format = Callable[[float], str]
 
@@ -17,12 +16,11 @@ Format = Callable[[float], str]
 def print_evaluation(report: Mapping[str, Any]) -> None:
     """The headline, then every text, the tasks, the hidden states and the generations."""
     print_report(report)
-    console = Console(soft_wrap=True)
+    console = plain_console()
     console.print(_texts(report["texts"]))
     if report.get("tasks"):
         console.print(_tasks(report["tasks"]))
-        blind = [n for n, t in report["tasks"].items() if t["metrics"] and not _above_chance(t)]
-        if blind:
+        if blind := blind_tasks(report["tasks"]):
             console.print(f"the original itself is not above chance, so these say nothing of the compression: {', '.join(blind)}")
     behaviour = Table("", "original", "compressed", box=box.SIMPLE_HEAD)
     for name, measure in ((k, v) for k, v in report["hidden_states"].items() if k != "windows"):
@@ -41,7 +39,9 @@ def print_evaluation(report: Mapping[str, Any]) -> None:
 
 
 def _texts(texts: Mapping[str, Any]) -> Table:
-    table = Table("text", "perplexity, original", "compressed", "ratio", "KL", "flips", box=box.SIMPLE_HEAD)
+    table = Table(
+        Column("text", overflow="fold"), "perplexity, original", "compressed", "ratio", "KL", "flips", box=box.SIMPLE_HEAD
+    )
     gap = len(texts) > 1
     if gap:
         table.add_column("KL above the first's")
@@ -64,7 +64,7 @@ def _texts(texts: Mapping[str, Any]) -> Table:
 
 
 def _tasks(tasks: Mapping[str, Any]) -> Table:
-    columns = ("task", "items", "metric", "chance", "original", "compressed", "difference", "flips", "p")
+    columns = (Column("task", overflow="fold"), "items", "metric", "chance", "original", "compressed", "difference", "flips", "p")
     table = Table(*columns, box=box.SIMPLE_HEAD)
     for name, task in tasks.items():
         chance = "" if task["chance"] is None else f"{task['chance']:.1%}"
@@ -80,10 +80,15 @@ def _tasks(tasks: Mapping[str, Any]) -> Table:
     return table
 
 
+def blind_tasks(tasks: Mapping[str, Any]) -> list[str]:
+    """The tasks that say nothing: where the original itself is not above chance."""
+    return [name for name, task in tasks.items() if task["metrics"] and not _above_chance(task)]
+
+
 def _above_chance(task: Mapping[str, Any]) -> bool:
     """Whether the original is, in any metric; True where there is no chance level."""
     return any(m["above_chance"] is None or m["above_chance"]["reference"] for m in task["metrics"].values())
 
 
 def _with(value: float, interval: list[float] | None, form: Format) -> str:
-    return form(value) if interval is None else f"{form(value)} [{form(interval[0])}, {form(interval[1])}]"
+    return form(value) if interval is None else f"{form(value)}\n[{form(interval[0])}, {form(interval[1])}]"

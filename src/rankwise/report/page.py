@@ -6,7 +6,8 @@ Every figure of a report stands in the page as an element with a `data-path` int
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from rankwise.errors import RankwiseError
+from rankwise.integration.result import PAGE
 from rankwise.report.numbers import FORMATS
 from rankwise.report.read import Contest, Result, read_folder
 from rankwise.report.view import contest_view, overview, result_view
@@ -22,10 +24,25 @@ from rankwise.report.view import contest_view, overview, result_view
 def write_page(folders: Sequence[Path], output: Path) -> None:
     """The report of these folders as one file. Raises `RankwiseError` for a folder without results or a file that cannot be."""
     found = [read_folder(folder) for folder in folders]
-    page = page_of([r for r in found if isinstance(r, Result)], [c for c in found if isinstance(c, Contest)])
+    _write(output, page_of([r for r in found if isinstance(r, Result)], [c for c in found if isinstance(c, Contest)]))
+
+
+def refuse_no_page(folder: Path) -> None:
+    """Raises `RankwiseError` for a folder that is no result, which has no page."""
+    if not isinstance(read_folder(folder), Result):
+        raise RankwiseError(f"{folder} is no result of rankwise compress: there is no report to add to")
+
+
+def add_to_page(folder: Path, name: str, report: Mapping[str, Any]) -> None:
+    """Keep an evaluation or the measured speed of a result in its folder, as `name`, and write its page anew."""
+    _write(folder / name, json.dumps(report, indent=1) + "\n")
+    write_page([folder], folder / PAGE)
+
+
+def _write(output: Path, text: str) -> None:
     temporary = output.with_name(f"{output.name}.part")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(output)
     except OSError as error:
         raise RankwiseError(f"cannot write {output}: {error.strerror}") from None
@@ -33,13 +50,18 @@ def write_page(folders: Sequence[Path], output: Path) -> None:
 
 def page_of(results: Sequence[Result], contests: Sequence[Contest] = ()) -> str:
     """The HTML of some results and contests, at least one of either."""
-    data = {"results": [result.report for result in results], "contests": [contest.rows for contest in contests]}
+    data = {
+        "results": [result.report for result in results],
+        "evaluations": [result.evaluation for result in results],
+        "speeds": [result.speed for result in results],
+        "contests": [contest.rows for contest in contests],
+    }
     here = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"figure": functools.partial(_figure, data), "source": lambda name: Markup((here / name).read_text())}
-    environment.filters |= FORMATS
+    environment.filters |= FORMATS | {"pointed": lambda key: key.replace("~", "~0").replace("/", "~1")}
     return environment.get_template("page.html.j2").render(
         title=_title(results, contests),
         results=[result_view(number, result) for number, result in enumerate(results)],
@@ -56,6 +78,7 @@ def _title(results: Sequence[Result], contests: Sequence[Contest]) -> str:
 
 
 def _figure(data: Any, path: str, style: str) -> Markup:
-    """The value at `path` ("/results/0/kl") as text, marked with where it comes from."""
-    value = functools.reduce(lambda node, key: node[int(key) if isinstance(node, Sequence) else key], path.split("/")[1:], data)
+    """The value at `path` ("/results/0/kl", a JSON pointer) as text, marked with where it comes from."""
+    keys = [key.replace("~1", "/").replace("~0", "~") for key in path.split("/")[1:]]
+    value = functools.reduce(lambda node, key: node[int(key) if isinstance(node, Sequence) else key], keys, data)
     return Markup(f'<span data-path="{escape(path)}" data-value="{value!r}">{FORMATS[style](value)}</span>')

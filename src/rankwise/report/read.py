@@ -10,17 +10,20 @@ from typing import Any
 
 from rankwise.contest import RESULTS
 from rankwise.errors import RankwiseError
-from rankwise.integration.result import REPORT, SPECTRA
+from rankwise.integration.result import EVALUATION, REPORT, SPECTRA, SPEED
 from rankwise.report.inspect import inspect
 
 
 @dataclass(frozen=True)
 class Result:
-    """One compressed model. spectra: as of `thinned_spectra`, empty where they were not kept."""
+    """One compressed model. spectra: as of `thinned_spectra`, empty where they were not kept; evaluation, speed: what `evaluate`
+    and `bench` added."""
 
     name: str
     report: Mapping[str, Any]
     spectra: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ def read_folder(folder: Path) -> Result | Contest:
     report = _read(folder / REPORT)
     if "shapes" not in report:  # written by 0.1.0
         report["shapes"] = {row["matrix"]: [row["out_features"], row["in_features"]] for row in inspect(folder)}
-    return Result(name, report, _read(folder / SPECTRA) if (folder / SPECTRA).exists() else {})
+    spectra, evaluation, speed = (
+        _read(folder / name) if (folder / name).exists() else None for name in (SPECTRA, EVALUATION, SPEED)
+    )
+    return Result(name, report, spectra or {}, evaluation, speed)
 
 
 def _read(file: Path) -> Any:

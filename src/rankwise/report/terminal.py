@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,14 @@ from rich.table import Table
 MOST_STEPS = 12  # of an allocation, that are told one by one
 
 
+def plain_console() -> Console:
+    """Standard output, which may be as wide as it likes where it is no terminal."""
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """Size and quality of the original and the compressed model, side by side."""
-    console = Console(soft_wrap=True)
+    console = plain_console()
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "original", "compressed"):
         table.add_column(column, justify="left" if not column else "right")
@@ -72,7 +78,7 @@ def print_ranks(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['parameters'] / row['dense_parameters']:.0%}",
         )
     after, before = (sum(row[k] for row in rows) for k in ("parameters", "dense_parameters"))
-    Console(soft_wrap=True).print(table, f"{after:,} of {before:,} parameters kept ({after / before:.1%})")
+    plain_console().print(table, f"{after:,} of {before:,} parameters kept ({after / before:.1%})")
 
 
 def print_speed(report: Mapping[str, Any]) -> None:
@@ -87,7 +93,7 @@ def print_speed(report: Mapping[str, Any]) -> None:
         if compared:
             cells += [f"{row['speedup']:.2f}", f"{row['ideal']:.2f}", f"{row['of_ideal']:.0%}"]
         table.add_row(f"{row['phase']}, batch {row['batch']}", *cells)
-    console = Console(soft_wrap=True)
+    console = plain_console()
     console.print(table)
     for role, name in (("compressed", "model"), ("reference", "original")):
         peaks = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -12,6 +12,7 @@ from rankwise.layers.matrices import Shape
 from rankwise.report import figures
 from rankwise.report.command import command_of
 from rankwise.report.contest import by_method
+from rankwise.report.evaluation import blind_tasks
 from rankwise.report.grid import Place, places, short_names
 from rankwise.report.numbers import brief, percent
 from rankwise.report.read import Contest, Result
@@ -60,7 +61,12 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
         "name": result.name,
         "base": report["base_model"].rstrip("/").rsplit("/", 1)[-1],
         "report": report,
-        "faster": faster(report),
+        "faster": faster(result),
+        "evaluation": result.evaluation,
+        "blind": blind_tasks((result.evaluation or {}).get("tasks", {})),
+        "evaluation_path": f"/evaluations/{number}",
+        "speed": result.speed,
+        "speed_path": f"/speeds/{number}",
         "worse": worse(report),
         "grid": grid(report["ranks"], {m.name: m.kept for m in matrices}, {m.name: m.note for m in matrices}),
         "dense": [m.name for m in matrices if m.rank is None],
@@ -75,11 +81,23 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
     }
 
 
-def faster(report: Mapping[str, Any]) -> float:
-    """How many times as fast: by `speed` (tokens per second of both) where the report has it, else as the bytes predict."""
-    if "speed" in report:
-        return report["speed"]["compressed"] / report["speed"]["reference"]
-    return report["bytes"]["model"]["reference"] / report["bytes"]["model"]["compressed"]
+@dataclass(frozen=True)
+class Faster:
+    """How many times as fast it writes, and how that is known."""
+
+    times: float
+    known: Literal["measured", "by this machine's table", "by its bytes"]
+
+
+def faster(result: Result) -> Faster:
+    """Decoding at the smallest batch where that was measured, else as the table of a target or the bytes predict."""
+    decoding = [row for row in (result.speed or {}).get("speed", []) if row["phase"] == "decode" and "speedup" in row]
+    if decoding:
+        return Faster(decoding[0]["speedup"], "measured")
+    if "predicted_speedup" in result.report:
+        return Faster(result.report["predicted_speedup"], "by this machine's table")
+    size = result.report["bytes"]["model"]
+    return Faster(size["reference"] / size["compressed"], "by its bytes")
 
 
 def worse(report: Mapping[str, Any]) -> float | None:
