@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,43 @@ def test_push_to_hub(
     assert AutoTokenizer.from_pretrained(uploaded)(PROMPT).input_ids == ids[0].tolist()
     weights = "model.safetensors"
     assert (uploaded / weights).read_bytes() == (small_bundled / weights).read_bytes()
+
+
+SHARDED = """
+import sys, torch, rankwise
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+distributed.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.arange(1, 25).reshape(2, 12)
+whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+wanted = model(ids, labels=ids)
+wanted.loss.backward()
+gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+model.zero_grad()
+mesh = init_device_mesh("cpu", (2,))
+for part in (*model.model.layers, model):
+    fully_shard(part, mesh=mesh)
+got = model(ids, labels=ids)
+got.loss.backward()
+torch.testing.assert_close(got.logits, wanted.logits)
+for name, parameter in model.named_parameters():
+    torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-3, atol=1e-6)
+gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if distributed.get_rank() == 0:
+    assert gathered.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in gathered.items())
+distributed.destroy_process_group()
+"""
+
+
+def test_fsdp2_shards_the_factors(small_llama: Path, tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, small_llama]
+    finished = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
