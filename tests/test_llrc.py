@@ -11,7 +11,7 @@ from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc import LLRC
 from rankwise.allocation.mask_fisher import MaskFisher
 from rankwise.allocation.plan import parameters
-from rankwise.masks.student import is_whole
+from rankwise.masks.layers import is_whole
 from rankwise.testing.allocators import tiny_problem
 
 

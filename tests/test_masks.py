@@ -21,7 +21,8 @@ from rankwise.decomposition.solver import decompose
 from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.masks import student as student_module
 from rankwise.masks.gumbel import cycle, gumbel_sigmoid, total_variation
-from rankwise.masks.student import MaskedLinear, Masks, Student, WeightedLinear, factorised, folded, hard_mask, is_whole
+from rankwise.masks.layers import MaskedLinear, Masks, WeightedLinear, factorised, folded, hard_mask, is_whole
+from rankwise.masks.student import Student
 from rankwise.masks.values import ValueTraining, train_values
 from rankwise.testing.allocators import VOCABULARY, tiny_student
 

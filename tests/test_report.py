@@ -21,7 +21,7 @@ from rankwise import compress
 from rankwise.evaluation.costs import costs_of_each, first_tokens
 from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.spectra import thinned_spectra
-from rankwise.masks.student import hard_mask
+from rankwise.masks.layers import hard_mask
 from rankwise.masks.values import ValueTraining, train_values
 from rankwise.report.grid import places, short_names
 from rankwise.report.numbers import FORMATS

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rankwise import RankwiseError, compress
 from rankwise.integration.weights import write_safetensors
-from rankwise.streaming import run as streaming
+from rankwise.streaming import decomposition, stream
 from rankwise.streaming.activations import Activations, Room
 from rankwise.streaming.memory import Share, bytes_of
 
@@ -88,7 +88,7 @@ def test_little_room_changes_nothing(
     llama: Path, story: Path, tmp_path: Path, room: Share, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(llama, 0.25, calibration=story, output=tmp_path / "whole", **SMALL)
-    monkeypatch.setattr(streaming, "share_out", lambda *_: room)
+    monkeypatch.setattr(stream, "share_out", lambda *_: room)
     compress(llama, 0.25, calibration=story, output=tmp_path / "streamed", memory=ENOUGH, **SMALL)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "streamed")
 
@@ -107,12 +107,12 @@ def test_an_interrupted_run_goes_on(llama: Path, story: Path, tmp_path: Path, mo
 
         return call
 
-    solve = streaming.decompose
-    monkeypatch.setattr(streaming, "decompose", limited(solve, 10))
+    solve = decomposition.decompose
+    monkeypatch.setattr(decomposition, "decompose", limited(solve, 10))
     with pytest.raises(KeyboardInterrupt):
         compress(llama, 0.25, calibration=story, output=tmp_path / "streamed", memory=ENOUGH, **SMALL)
     solved = 0
-    monkeypatch.setattr(streaming, "decompose", limited(solve, 4))  # what the first run solved is not solved again
+    monkeypatch.setattr(decomposition, "decompose", limited(solve, 4))  # what the first run solved is not solved again
     compress(llama, 0.25, calibration=story, output=tmp_path / "streamed", memory=ENOUGH, resume=True, **SMALL)
     assert solved == 4
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "streamed")

@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
-from rankwise import bundled, distributed, stages
+from rankwise import bundled, distributed, stages, streaming
 from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
@@ -39,7 +39,6 @@ from rankwise.report.page import page_of
 from rankwise.report.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.stages import Calibration
-from rankwise.streaming import run as streaming
 from rankwise.targets import Target
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,8 @@ from rankwise.integration.checkpoint import (
 from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
-from rankwise.masks.student import Student, is_whole
+from rankwise.masks.layers import is_whole
+from rankwise.masks.student import Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint

@@ -29,7 +29,7 @@ from torch import Tensor
 from rankwise.allocation.energy import relative_energy
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
-from rankwise.masks.student import hard_mask
+from rankwise.masks.layers import hard_mask
 from rankwise.progress import progress
 
 FIRST_POINT, LAST_POINT = 0.1, 0.9  # of the break-even rank

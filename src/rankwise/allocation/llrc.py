@@ -31,7 +31,7 @@ from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.tokens import Batch
-from rankwise.masks.student import Masks
+from rankwise.masks.layers import Masks
 from rankwise.masks.values import ValueTraining, train_values
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor
 from rankwise.allocation.plan import Budget, Ranks, Shapes, fill, parameters
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.masks.gumbel import GumbelTraining, train_logits
-from rankwise.masks.student import Masks
+from rankwise.masks.layers import Masks
 
 # A sample keeps a component with probability 1 - exp(-exp(logit)): above one half from this logit on.
 KEPT = math.log(math.log(2))

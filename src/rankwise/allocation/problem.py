@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.allocation.plan import Budget, Ranks, Shapes
-from rankwise.masks.student import Masks, Student, hard_mask
+from rankwise.masks.layers import Masks, hard_mask
+from rankwise.masks.student import Student
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.threshold import by_threshold
 from rankwise.calibration.tokens import Batch
-from rankwise.masks.student import hard_mask
+from rankwise.masks.layers import hard_mask
 from rankwise.progress import progress
 
 

@@ -8,7 +8,8 @@ import torch
 
 from rankwise.calibration.signal import divergence, signal_of
 from rankwise.calibration.tokens import Batch
-from rankwise.masks.student import Masks, Student, is_whole
+from rankwise.masks.layers import Masks, is_whole
+from rankwise.masks.student import Student
 from rankwise.progress import progress
 
 TOKENS = 2**18  # through the model, all matrices together: as many as one pass over the calibration text

@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rankwise.calibration.signal import device_of, token_mask
 from rankwise.calibration.tokens import Batch
-from rankwise.masks.student import Masks, Student
+from rankwise.masks.layers import Masks
+from rankwise.masks.student import Student
 
 logger = logging.getLogger(__name__)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 96

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rankwise.decomposition.solver import Decomposition
-from rankwise.masks.student import Masks, is_whole
+from rankwise.masks.layers import Masks, is_whole
 
 POINTS = 48
 

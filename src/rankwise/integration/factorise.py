@@ -8,7 +8,7 @@ from typing import Any
 from rankwise.decomposition.solver import Decomposition
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.experts import restack
-from rankwise.masks.student import Masks, folded, is_whole
+from rankwise.masks.layers import Masks, folded, is_whole
 
 
 def factorise(model: Any, decompositions: Mapping[str, Decomposition], masks: Masks, experts: Sequence[str]) -> RankwiseConfig:

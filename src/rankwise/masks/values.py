@@ -14,7 +14,8 @@ from rankwise import distributed
 from rankwise.calibration.signal import Signal, divergence, signal_of
 from rankwise.calibration.tokens import Batch, endless
 from rankwise.layers.linear import swapped
-from rankwise.masks.student import TEACHER_BYTES, MaskedLinear, Masks, Student, WeightedLinear, add, is_whole
+from rankwise.masks.layers import MaskedLinear, Masks, WeightedLinear, add, is_whole
+from rankwise.masks.student import TEACHER_BYTES, Student
 from rankwise.progress import progress
 
 
@@ -44,7 +45,7 @@ def train_values(student: Student, masks: Masks, options: ValueTraining, losses:
     with student.frozen(), student.together():
         bar = progress(range(options.steps), "training mask values")
         for _ in bar:
-            loss = _add_gradients(student, layers, next(batches), known)
+            loss = _set_gradients(student, layers, next(batches), known)
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
@@ -59,7 +60,7 @@ def train_values(student: Student, masks: Masks, options: ValueTraining, losses:
     return trained
 
 
-def _add_gradients(
+def _set_gradients(
     student: Student, layers: Mapping[str, MaskedLinear | WeightedLinear], batch: Batch, known: dict[int, Signal]
 ) -> float:
     """Give the masks the gradient of the mean KL over the batch, of which every process reads its sequences; the mean KL.

@@ -25,7 +25,8 @@ from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.solver import Decomposition
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices
-from rankwise.masks.student import Student, is_whole
+from rankwise.masks.layers import is_whole
+from rankwise.masks.student import Student
 
 VOCABULARY, LENGTH, WINDOWS = 48, 16, 24
 RATES = (0.7, 0.5, 0.3, 0.1)

@@ -1,0 +1,131 @@
+"""A run whose model never is in memory as a whole: it is opened empty, and its blocks are loaded in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise import bundled, stages
+from rankwise.allocation.allocator import FORWARD_ONLY, Allocator
+from rankwise.allocation.plan import Budget
+from rankwise.calibration.signal import frozen
+from rankwise.calibration.text import read_documents
+from rankwise.calibration.tokens import Batch, vocabulary_of
+from rankwise.decomposition.metric import is_affine, metric_named
+from rankwise.errors import RankwiseError
+from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_compressed, refuse_foreign, resolve_device
+from rankwise.integration.weights import empty_model
+from rankwise.layers.experts import is_stacked
+from rankwise.layers.matrices import Shape, find_matrices
+from rankwise.progress import progress
+from rankwise.recipe import Recipe
+from rankwise.run_folder import RunFolder, digest
+from rankwise.stages import Calibration, Run
+from rankwise.streaming.activations import Activations, Room
+from rankwise.streaming.blocks import Blocks
+from rankwise.streaming.memory import Share, bytes_of, share_out, whole_run
+
+GRADIENTS = frozenset({"output", "fisher"})
+
+
+@dataclass
+class Stream:
+    """A `Run` on an empty model, and how its blocks are run."""
+
+    run: Run
+    blocks: Blocks
+    share: Share
+    room: Room
+
+    def matrices_of(self, index: int) -> list[str]:
+        """The matrices of a block that may be compressed."""
+        return [name for name in self.run.shapes if name.startswith(f"{self.blocks.path}.{index}.")]
+
+    def entered(self, name: str, batches: Sequence[Batch]) -> Activations:
+        """The hidden states that reach the first block."""
+        hidden = Activations(name, self.room)
+        outside = self.blocks.outside()
+        with self.blocks.loaded(outside["embedding"]):
+            self.blocks.refuse_other_inputs(batches[0])
+            for index, batch in enumerate(batches):
+                hidden[index] = self.blocks.enter(batch)
+        return hidden
+
+    def advance(self, index: int, hidden: Activations, batches: Sequence[Batch]) -> None:
+        """Move the hidden states through the loaded block."""
+        for number, batch in enumerate(batches):
+            hidden[number] = self.blocks.run(index, hidden[number], self.blocks.call_of(index, batch))
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The model as it computes: nothing asks for a gradient, what is outside of blocks is loaded but for both ends."""
+        with frozen(self.run.model), torch.no_grad(), self.blocks.loaded(self.blocks.outside()["rest"]):
+            yield
+
+
+def start(
+    model: str | Path | PreTrainedModel,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    allocator: Allocator,
+    folder: RunFolder,
+) -> Stream:
+    """As `stages.start`, for a model on disk. Raises `RankwiseError` also for what streaming cannot do, and where the memory
+    that was promised is not enough, with what would be."""
+    assert recipe.memory is not None
+    memory = bytes_of(recipe.memory)
+    if isinstance(model, PreTrainedModel):
+        raise RankwiseError("memory is for models on disk: give the model's folder or name, or leave memory out")
+    if calibration == "self":
+        raise RankwiseError("a model that is larger than the memory does not write its own text: name a calibration text")
+    if isinstance(calibration, str | Path):
+        calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
+    config = load_config(model)
+    refuse_compressed(model, config)
+    if os.path.isdir(model):
+        refuse_foreign(Path(model), config)
+    empty, source = empty_model(model, config, recipe.dtype)
+    if any(is_stacked(module) for module in empty.modules()):
+        raise RankwiseError(f"{type(empty).__name__} has stacked experts, which streaming does not take apart: leave out memory")
+    shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
+    assert recipe.rate is not None
+    Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
+    refuse_gradients(recipe, allocator, empty, shapes)
+    blocks = Blocks.of(empty, shapes, source, resolve_device(recipe.device))
+    tokenizer = tokenizer or load_tokenizer(model)
+    data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
+    everything = (*data.training, *data.selection, *data.measuring)
+    share = share_out(memory, blocks, shapes, everything, vocabulary_of(empty))
+    names = [name for name, _ in empty.named_parameters()]
+    values = [digest(name, source.read(name)) for name in progress(names, "reading the model")]
+    identity = digest(str(config), *values, *data.tensors, recipe.seed)
+    base = "the bundled model" if model == bundled.MODEL else str(model)
+    run = Run(empty, tokenizer, base, shapes, left_dense, [], data, folder, identity, recipe.seed)
+    assert folder.path is not None
+    return Stream(run, blocks, share, Room(folder.path / "activations", share.activations))
+
+
+def refuse_gradients(recipe: Recipe, allocator: Allocator, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
+    """Raises `RankwiseError` where the metric or the allocator asks for a backward pass, which needs the whole model, and for
+    an affine metric."""
+    needs = metric_named(str(recipe.decomposition)).NEEDS
+    if is_affine(metric_named(str(recipe.decomposition))):
+        raise RankwiseError(
+            f"with memory there are no affine factors: choose another decomposition than {recipe.decomposition!r}"
+        )
+    gradients = GRADIENTS & needs
+    what = f"the decomposition {recipe.decomposition!r}" if gradients else f"the allocation {recipe.allocation!r}"
+    if gradients or not isinstance(allocator, FORWARD_ONLY):
+        figure = f"{whole_run(model, shapes, needs) / 1e9:.1f} GB"
+        raise RankwiseError(
+            f"{what} runs the whole model with its gradients or masks, which takes {figure} and the activations of a batch: "
+            "leave out memory where there is as much, or choose --allocation uniform, energy, knapsack, error-bound, "
+            "effective-rank, heavy-tail, strs or kl-knapsack on --decomposition whitened, activation or svd"
+        )
