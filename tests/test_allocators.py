@@ -327,14 +327,14 @@ def test_labels_of_the_text() -> None:
 def test_gradient_of_the_text_is_that_of_the_models_own_loss() -> None:
     student = tiny_student("whitened")
     ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
-    layers = student.masked({n: torch.ones(len(d.spectrum)) for n, d in student.decompositions.items()})
-    with student.frozen(), swapped(student.model, layers):
+    leaves = student.leaves()
+    with student.frozen(), swapped(student.model, student.masked(leaves)):
         student.model(input_ids=ids, labels=ids).loss.backward()
     padded = {"input_ids": torch.nn.functional.pad(ids, (0, 3)), "attention_mask": (torch.arange(15) < 12).long().expand(2, -1)}
     plain, twice = student.text_gradients([{"input_ids": ids}]), student.text_gradients([padded, {"input_ids": ids}])
-    for name, layer in layers.items():
-        assert layer.mask.grad is not None
-        torch.testing.assert_close(plain[name].float(), layer.mask.grad, rtol=1e-3, atol=1e-6)
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(plain[name].float(), leaf.grad, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(twice[name], plain[name], rtol=1e-3, atol=1e-6)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from rankwise.progress import progress
 Batch = dict[str, Tensor]
 
 CALIBRATION_TOKENS = 2**18  # 128 windows of 2048: the field's habit
+T = TypeVar("T")
 TOKENS_PER_BATCH = 2**13
 MAX_LENGTH = 2048
 
@@ -138,13 +139,17 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     return {**batch, "decoder_input_ids": inputs, "decoder_attention_mask": (labels != -100).long()}
 
 
-def endless(batches: Iterable[Batch], sequences: int, generator: torch.Generator) -> Iterator[Batch]:
-    """The batches in parts of `sequences` sequences, in a new random order each time round."""
-    parts = [
+def parts_of(batches: Iterable[Batch], sequences: int) -> list[Batch]:
+    """The batches in parts of `sequences` sequences."""
+    return [
         {name: tensor[i : i + sequences] for name, tensor in batch.items()}
         for batch in batches
         for i in range(0, len(next(iter(batch.values()))), sequences)
     ]
+
+
+def endless(parts: Sequence[T], generator: torch.Generator) -> Iterator[T]:
+    """The parts in a new random order each time round."""
     while True:
         for index in torch.randperm(len(parts), generator=generator).tolist():
             yield parts[index]

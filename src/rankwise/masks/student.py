@@ -31,6 +31,7 @@ from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.masks.layers import MaskedLinear, Masks, folded
 from rankwise.progress import progress
 
+Layers = Mapping[str, nn.Module]
 Kept = Callable[[str, Iterable[Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]  # what, of what, how -> found
 EFFORT = "__effort__"  # beside the tensors of a measurement, which are named after matrices
 TEACHER_BYTES = 2**30  # the teacher's signals are kept below this size, and recomputed above it
@@ -41,15 +42,13 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
     total += gradients.double().flatten(0, -2).square().sum(0).cpu()
 
 
-def _mean_gradients(layers: Mapping[str, MaskedLinear], tokens: int) -> dict[str, Tensor]:
-    """The masks' gradients [k] float64 per token, of all processes; zero for a layer that no token went through."""
+def _mean_gradients(masks: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The masks' gradients [k] float64 per token, of all processes; zero for a mask that no token went through."""
     tokens = sum(distributed.everyones(tokens))
     return {
-        name: distributed.add_up(
-            torch.zeros(len(layer.mask), dtype=torch.float64) if layer.mask.grad is None else layer.mask.grad.double().cpu()
-        )
+        name: distributed.add_up(torch.zeros(len(mask), dtype=torch.float64) if mask.grad is None else mask.grad.double().cpu())
         / tokens
-        for name, layer in layers.items()
+        for name, mask in masks.items()
     }
 
 
@@ -76,7 +75,7 @@ class Student:
     seed: int = 0
     effort: dict[str, int] = field(default_factory=lambda: {"forward_tokens": 0, "backward_tokens": 0})
     spared: float = 0.0
-    _signals: dict[int, Signal] = field(default_factory=dict)
+    _signals: dict[int, tuple[Batch, Signal]] = field(default_factory=dict)
     kept: Kept = not_kept
 
     def frozen(self) -> AbstractContextManager[None]:
@@ -92,30 +91,50 @@ class Student:
         }
         return swapped(self.model, modules)
 
-    def masked(self, masks: Mapping[str, Tensor]) -> dict[str, MaskedLinear]:
-        """Layers of the full-length factors under `masks`, for `swapped`; their masks are leaves that ask for gradients."""
-        device = device_of(self.model)
-        return {
-            name: MaskedLinear(
-                self.decompositions[name].second,
-                self.decompositions[name].first,
-                self.bias(name),
-                mask.detach().float().to(device).requires_grad_(True),
-                self.decompositions[name].centre,
-            )
-            for name, mask in masks.items()
-        }
+    @property
+    def device(self) -> torch.device:
+        """Where masks are trained."""
+        return device_of(self.model)
+
+    def leaves(self, masks: Masks | None = None) -> dict[str, Tensor]:
+        """A mask [k] for every matrix that asks for its gradient: those given, else all ones."""
+        given = {name: mask for name, mask in (masks or {}).items() if mask is not None}
+        every = {name: torch.ones(len(d.spectrum)) for name, d in self.decompositions.items()} | given
+        return {name: mask.detach().float().to(self.device).requires_grad_(True) for name, mask in every.items()}
+
+    def layers_of(self, names: Iterable[str], make: Callable[[str], nn.Module]) -> Mapping[str, nn.Module]:
+        """The layer that `make` makes of each matrix, for `swapped` and `differentiate`."""
+        return {name: make(name) for name in names}
+
+    def masked(self, masks: Mapping[str, Tensor], see: Callable[[str], Callable[[Tensor], None]] | None = None) -> Layers:
+        """Layers of the full-length factors under these masks; `see(name)` is shown the mask's gradient sequence by sequence."""
+
+        def make(name: str) -> MaskedLinear:
+            d = self.decompositions[name]
+            layer = MaskedLinear(d.second.to(self.device), d.first.to(self.device), self.bias(name), masks[name], d.centre)
+            layer.on_gradient = see and see(name)
+            return layer
+
+        return self.layers_of(masks, make)
+
+    def differentiate(self, layers: Layers, batches: Iterable[Batch], loss: Callable[[Batch, Signal], Tensor]) -> None:
+        """Add the gradients of the sum over the batches of `loss` (of a batch and what the student with these layers says to
+        it) to the layers' masks. Call it in `frozen`."""
+        for batch in batches:
+            with swapped(self.model, layers):
+                signal = signal_of(self.model, batch)
+            loss(batch, signal).backward()
+            self.count(signal, backward=True)
 
     def teacher(self, batch: Batch) -> Signal:
-        """The signal of the original model. Call it with the original's layers in place, or after it was kept."""
+        """The signal of the original model, kept while there is room. Call it with the original's layers in place."""
         if id(batch) in self._signals:
-            return self._signals[id(batch)]
+            return self._signals[id(batch)][1]
         with torch.no_grad():
             signal = signal_of(self.model, batch)
         self.count(signal)
-        own = [id(b) for b in (*self.training, *self.selection)]  # these live as long as the student; other ids are reused
-        if id(batch) in own and signal.values.nbytes * len(own) <= TEACHER_BYTES:
-            self._signals[id(batch)] = signal
+        if sum(kept.values.nbytes for _, kept in self._signals.values()) + signal.values.nbytes <= TEACHER_BYTES:
+            self._signals[id(batch)] = (batch, signal)  # the batch too, lest another one get its id
         return signal
 
     def _measured(
@@ -172,21 +191,25 @@ class Student:
         return self._measured("fisher", {}, list(self.training if batches is None else batches), self._fisher)
 
     def _fisher(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        layers = self.masked({name: torch.ones(len(d.spectrum)) for name, d in self.decompositions.items()})
         prices = {name: torch.zeros(len(d.spectrum), dtype=torch.float64) for name, d in self.decompositions.items()}
-        for name, layer in layers.items():
-            layer.on_gradient = functools.partial(_add_squares, prices[name])
+        layers = self.masked(self.leaves(), lambda name: functools.partial(_add_squares, prices[name]))
         generator = torch.Generator().manual_seed(self.seed)
         tokens = 0
-        with self.frozen(), swapped(self.model, layers):
+
+        def own() -> Iterator[Batch]:
             for number, batch in enumerate(progress(batches, "pricing components")):
-                if number % distributed.size() != distributed.rank():
+                if number % distributed.size() == distributed.rank():
+                    yield batch
+                else:
                     skip_labels(batch, generator)
-                    continue
-                signal = signal_of(self.model, batch)
-                sampled_loss(signal, generator).backward()
-                self.count(signal, backward=True)
-                tokens += len(signal.values)
+
+        def loss(batch: Batch, signal: Signal) -> Tensor:
+            nonlocal tokens
+            tokens += len(signal.values)
+            return sampled_loss(signal, generator)
+
+        with self.frozen():
+            self.differentiate(layers, own(), loss)
         tokens = sum(distributed.everyones(tokens))
         return {name: distributed.add_up(price) / (2 * tokens) for name, price in prices.items()}
 
@@ -197,19 +220,25 @@ class Student:
         return self._measured("gradients", masks, text, lambda text: self._gradients(masks, text))
 
     def _gradients(self, masks: Masks, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        full = {
-            name: torch.ones(len(self.decompositions[name].spectrum)) if mask is None else mask for name, mask in masks.items()
-        }
-        layers = self.masked(full)
-        tokens = 0
+        leaves = self.leaves(masks)
         with self.frozen():
-            for batch in progress(distributed.dealt(batches), "gradients at the hard masks"):
-                reference = self.teacher(batch)
-                with swapped(self.model, layers):
-                    divergence(reference, signal_of(self.model, batch)).backward()
-                self.count(reference, backward=True)
-                tokens += len(reference.values)
-        return _mean_gradients(layers, tokens)
+            own = progress(distributed.dealt(batches), "gradients at the hard masks")
+            _, tokens = self.add_gradients(self.masked(leaves), own)
+        return _mean_gradients(leaves, tokens)
+
+    def add_gradients(self, layers: Layers, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Add the gradients of the KL to the layers' masks; the KL in nats and its tokens. Call it in `frozen`."""
+        total, tokens = 0.0, 0
+
+        def loss(batch: Batch, signal: Signal) -> Tensor:
+            nonlocal total, tokens
+            kl = divergence(self.teacher(batch), signal)
+            total += kl.item()
+            tokens += len(signal.values)
+            return kl
+
+        self.differentiate(layers, batches, loss)
+        return total, tokens
 
     def text_gradients(self, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
         """The gradient of the text's own cross entropy in nats per predicted token with respect to every mask weight, all
@@ -217,19 +246,22 @@ class Student:
         return self._measured("text-gradients", {}, list(self.training if batches is None else batches), self._text_gradients)
 
     def _text_gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        layers = self.masked({name: torch.ones(len(d.spectrum)) for name, d in self.decompositions.items()})
+        leaves = self.leaves()
         causal = getattr(self.model, "can_generate", lambda: False)()
         tokens = 0
-        with self.frozen(), swapped(self.model, layers):
-            for batch in progress(distributed.dealt(batches), "gradients of the text's loss"):
-                signal = signal_of(self.model, batch)
-                if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
-                    raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")
-                labels = text_labels(batch, causal).to(signal.values.device)
-                F.cross_entropy(signal.values.float(), labels, reduction="sum").backward()
-                self.count(signal, backward=True)
-                tokens += int((labels >= 0).sum())
-        return _mean_gradients(layers, tokens)
+
+        def loss(batch: Batch, signal: Signal) -> Tensor:
+            nonlocal tokens
+            if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
+                raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")
+            labels = text_labels(batch, causal).to(signal.values.device)
+            tokens += int((labels >= 0).sum())
+            return F.cross_entropy(signal.values.float(), labels, reduction="sum")
+
+        with self.frozen():
+            own = progress(distributed.dealt(batches), "gradients of the text's loss")
+            self.differentiate(self.masked(leaves), own, loss)
+        return _mean_gradients(leaves, tokens)
 
     def count(self, signal: Signal, backward: bool = False) -> None:
         """Note the tokens of a call in `effort`."""

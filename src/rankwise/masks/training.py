@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.calibration.signal import divergence, signal_of, text_labels, token_mask
-from rankwise.calibration.tokens import Batch, endless
+from rankwise.calibration.tokens import Batch, endless, parts_of
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import Student
 from rankwise.progress import progress
@@ -70,7 +70,7 @@ def train_masks(
     layers = student.masked({name: torch.ones(len(d.spectrum)) for name, d in student.decompositions.items()})
     optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, options.rate)
-    batches = endless(student.training, options.sequences, generator)
+    batches = endless(parts_of(student.training, options.sequences), generator)
     history: list[dict[str, Any]] = []
     with student.frozen():
         bar = progress(range(options.steps), "training masks")
