@@ -189,7 +189,7 @@ def _compress_streamed(
     metric, clock = str(recipe.decomposition), _Clock()
     stream = streaming.start(model, calibration, tokenizer, recipe, allocator, folder)
     clock.lap("loading")
-    student = streaming.student_of(stream, streaming.decompose_all(stream, metric))
+    student = streaming.student_of(stream, streaming.decompose_all(stream, metric), metric)
     clock.lap("decomposition")
     run = stream.run
     chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))

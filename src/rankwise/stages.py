@@ -38,7 +38,7 @@ from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.masks.layers import is_whole
-from rankwise.masks.student import Student
+from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
@@ -191,13 +191,19 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
 
 
 def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:
-    """The masked model over the run's calibration text; what it measures is kept, so that a killed allocation goes on."""
+    """The masked model over the run's calibration text."""
+    kept = kept_in(run, metric)
+    return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed, kept=kept)
+
+
+def kept_in(run: Run, metric: str) -> Kept:
+    """What a student measures is kept in the run folder, so that a killed allocation goes on."""
 
     def kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         key = digest(run.identity, metric, *parts) if run.folder.keeps else ""
         return run.folder.together(f"measured/{what}", key, compute)
 
-    return Student(run.model, decompositions, run.data.training, run.data.selection, run.seed, kept=kept)
+    return kept
 
 
 def allocate(

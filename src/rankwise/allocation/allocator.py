@@ -60,7 +60,9 @@ ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
 }
 
 FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, STRS)
-"""Those that ask the student for no more than weights, factors, spectra and `divergence`: the model may be on disk."""
+"""Those that ask the student for no more than weights, factors, spectra and `divergence`."""
+DIFFERENTIATING = (MaskFisher, ZeroSum, LLRC)
+"""Those that ask it for gradients too, as far as it can give them with its model on disk."""
 
 
 def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Allocator:

@@ -20,6 +20,7 @@ from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 from rankwise.progress import progress
 
+GRADIENTS = frozenset({"output", "fisher"})  # the moments that take a backward pass
 GRAM_BLOCK = 256  # columns of a product's block: the larger, the more of its upper half is computed for nothing
 
 
@@ -138,7 +139,7 @@ def collect(
         gradients. Gradients are those of `sampled_loss` (true Fisher). Products are float32, sums float64.
     Raises `RankwiseError` where the model or an activation has values that are not finite.
     """
-    backward = bool({"output", "fisher"} & set(needs))
+    backward = bool(GRADIENTS & set(needs))
     generator = torch.Generator().manual_seed(seed)
     probe = {name: tensor[:1] for name, tensor in batches[0].items()}
     with frozen(model), torch.set_grad_enabled(backward):
@@ -148,7 +149,7 @@ def collect(
                 if number % distributed.size() != distributed.rank():
                     skip_labels(batch, generator)
                     continue
-                watched.mask = token_mask(batch)
+                watched.expect(batch)
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
@@ -167,6 +168,10 @@ class Watched:
     statistics: Statistics
     mask: Tensor | None = None
 
+    def expect(self, batch: Batch) -> None:
+        """This batch comes next."""
+        self.mask = token_mask(batch)
+
 
 @contextmanager
 def watching(model: nn.Module, site_of: Mapping[str, str], needs: Collection[str]) -> Iterator[Watched]:
@@ -179,7 +184,7 @@ def watching(model: nn.Module, site_of: Mapping[str, str], needs: Collection[str
             if site_of[name] == name:
                 see = _input_hook(watched.statistics.sites[name], watched, needs)
                 stack.enter_context(_removed(module.register_forward_pre_hook(see)))
-            if {"output", "fisher"} & set(needs):
+            if GRADIENTS & set(needs):
                 see_out = _output_hook(watched.statistics.matrices[name], watched, needs)
                 stack.enter_context(_removed(module.register_forward_hook(see_out)))
         yield watched

@@ -37,7 +37,7 @@ class MaskedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""
         mask = self.mask.to(x.dtype)
-        if self.on_gradient is not None:  # one mask per sequence, so that each shows its own gradient
+        if self.on_gradient is not None and torch.is_grad_enabled():  # one mask per sequence, so that each shows its own gradient
             mask = mask.expand(len(x) if x.ndim == 3 else 1, *[1] * (x.ndim - 2), -1)
             mask.register_hook(self.on_gradient)
         z = F.linear(x, self.first)
@@ -83,10 +83,14 @@ def folded(linear: nn.Module, decomposition: Decomposition, mask: Tensor) -> nn.
     dense, with the values folded into its weight."""
     if not is_whole(mask):
         return factorised(decomposition, mask, bias_of(linear))
+    return dense_linear(weighted(weight_of(linear), decomposition, mask), bias_of(linear), isinstance(linear, Conv1D))
+
+
+def weighted(weight: Tensor, decomposition: Decomposition, mask: Tensor) -> Tensor:
+    """The dense weight [m, n] with its components weighted."""
     second, first = decomposition.second.float(), decomposition.first.float()
-    weight = weight_of(linear)
     change = (second * (mask - 1).to(second)) @ first
-    return dense_linear((weight.float() + change).to(weight.dtype), bias_of(linear), isinstance(linear, Conv1D))
+    return (weight.float() + change.to(weight.device)).to(weight.dtype)
 
 
 def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None) -> LowRankLinear:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rankwise.calibration.moments import Moments, Statistics, find_sites, watching
-from rankwise.calibration.signal import token_mask
+from rankwise.calibration.moments import GRADIENTS, Moments, Statistics, find_sites, watching
+from rankwise.calibration.signal import Signal, sampled_loss
+from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.solver import decompose
 from rankwise.errors import RankwiseError
@@ -19,6 +21,7 @@ from rankwise.layers.linear import weight_of
 from rankwise.progress import progress
 from rankwise.run_folder import RunFolder
 from rankwise.streaming.activations import Activations, finite
+from rankwise.streaming.backward import back, forward, gradients_of, pieces_of
 from rankwise.streaming.stream import Stream
 
 
@@ -45,6 +48,10 @@ class Stored:
     def spectrum(self) -> Tensor:
         return self._read("spectrum")
 
+    @property
+    def centre(self) -> None:
+        return None
+
     def dropped(self, mask: Tensor) -> None:
         """No affine metric gets here."""
 
@@ -53,17 +60,10 @@ def decompose_all(stream: Stream, metric: str) -> dict[str, Stored]:
     """Every matrix in the named metric, its statistics collected and forgotten block by block."""
     run, needs = stream.run, metric_named(metric).NEEDS
     key = decomposition_key(run.identity, metric)
-    missing = {name for name in progress(run.shapes, "looking for results") if not _is_kept(run.folder, metric, name, key)}
-    last = max((i for i in range(len(stream.blocks)) if missing & set(stream.matrices_of(i))), default=-1)
-    if last >= 0:
+    missing = [name for name in progress(run.shapes, "looking for results") if not _is_kept(run.folder, metric, name, key)]
+    if missing:
         with stream.opened():
-            hidden = stream.entered("training", run.data.training) if needs else None
-            for index in progress(range(last + 1), "decomposing blocks"):
-                with stream.blocks.loaded(stream.blocks.names(index)):
-                    wanted = [name for name in stream.matrices_of(index) if name in missing]
-                    _decompose_block(stream, index, wanted, hidden, metric, key, forward=index < last)
-            if hidden is not None:
-                hidden.clear()
+            (_backwards if GRADIENTS & needs else _forwards)(stream, metric, missing)
     assert run.folder.path is not None
     return {name: Stored(run.folder.path / f"{decomposition_stage(metric, name)}-{key}.safetensors") for name in run.shapes}
 
@@ -79,55 +79,98 @@ def _is_kept(folder: RunFolder, metric: str, name: str, key: str) -> bool:
     return True
 
 
-def _decompose_block(
-    stream: Stream, index: int, wanted: list[str], hidden: Activations | None, metric: str, key: str, forward: bool
-) -> None:
-    """Decompose the `wanted` matrices of a loaded block, as many sites at once as there is room for; with `forward`, move the
-    hidden states on to the next block."""
-    run, roots = stream.run, metric_named(metric).roots
-    needs = metric_named(metric).NEEDS
-    groups = _groups(stream, index, wanted, hidden) if hidden is not None else [{name: name for name in wanted}]
-    for number, group in enumerate(groups):
-        on = forward and number == len(groups) - 1
-        if hidden is not None:
-            statistics = _collect(stream, index, group, hidden, needs, on)
-        else:
-            statistics = Statistics(group, {name: Moments() for name in group})
-        for name in group:
-            moments = statistics.of(name)
-            if needs and not moments.holds(needs):
-                run.left_dense[name] = "the calibration text does not reach it"
-                del run.shapes[name]
+def _forwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
+    """Decompose the missing matrices from the first block to the last that has one, moving the hidden states on."""
+    blocks, needs = stream.blocks, metric_named(metric).NEEDS
+    hidden = stream.entered("training", stream.run.data.training) if needs else None
+    last = max(i for i in range(len(blocks)) if set(missing) & set(stream.matrices_of(i)))
+    for index in progress(range(last + 1), "decomposing blocks"):
+        with blocks.loaded(blocks.names(index)):
+            wanted = [name for name in stream.matrices_of(index) if name in missing]
+            if hidden is None:
+                _decompose(stream, metric, Statistics({name: name for name in wanted}, {name: Moments() for name in wanted}))
                 continue
-            weight = weight_of(run.model.get_submodule(name))
-
-            def compute(moments: Moments = moments, weight: Tensor = weight) -> dict[str, Tensor]:
-                d = decompose(weight, *roots(moments)).to(dtype=weight.dtype)
-                return {"second": d.second, "first": d.first, "spectrum": d.spectrum}
-
-            try:
-                run.folder.cached(decomposition_stage(metric, name), key, compute)
-            except RankwiseError as error:
-                raise RankwiseError(f"{name}: {error}") from None
-    if hidden is not None and forward and not groups:
-        _collect(stream, index, {}, hidden, needs, True)
+            groups = _groups(stream, index, wanted, hidden, needs)
+            for number, group in enumerate(groups):
+                on = index < last and number == len(groups) - 1
+                _decompose(stream, metric, _collect(stream, index, group, hidden, needs, on))
+            if not groups:
+                _collect(stream, index, {}, hidden, needs, index < last)
+    if hidden is not None:
+        hidden.clear()
 
 
-def _groups(stream: Stream, index: int, wanted: list[str], hidden: Activations) -> list[dict[str, str]]:
+def _backwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
+    """Decompose the missing matrices from the last block to the first that has one, taking the gradients of `sampled_loss`
+    back."""
+    blocks, run, needs = stream.blocks, stream.run, metric_named(metric).NEEDS
+    pieces, generator = pieces_of(run.data.training), torch.Generator().manual_seed(run.seed)
+
+    def loss(window: Batch, signal: Signal) -> Tensor:
+        if not finite(signal.values):
+            raise RankwiseError("the model's outputs on the calibration text are not finite")
+        return sampled_loss(signal, generator)
+
+    states = forward(stream, "training", pieces)
+    gradients = gradients_of(stream, states[-1], pieces, loss)
+    first = min(i for i in range(len(blocks)) if set(missing) & set(stream.matrices_of(i)))
+    for index in progress(range(first, len(blocks))[::-1], "decomposing blocks"):
+        with blocks.loaded(blocks.names(index)):
+            wanted = [name for name in stream.matrices_of(index) if name in missing]
+            groups = _groups(stream, index, wanted, states[index], needs)
+            for number, group in enumerate(groups):
+                on = index > first and number == len(groups) - 1
+                with watching(run.model, group, needs) as watched:
+                    back(stream, index, states[index], gradients, pieces, on, watched.expect)
+                watched.statistics.refuse_not_finite()
+                _decompose(stream, metric, watched.statistics)
+            if not groups:
+                back(stream, index, states[index], gradients, pieces, hand_on=True)
+    for hidden in (*states, gradients):
+        hidden.clear()
+
+
+def _decompose(stream: Stream, metric: str, statistics: Statistics) -> None:
+    """Decompose the matrices of the statistics, all of a loaded block, and keep their factors."""
+    run, chosen, key = stream.run, metric_named(metric), decomposition_key(stream.run.identity, metric)
+    for name in statistics.site_of:
+        moments = statistics.of(name)
+        if chosen.NEEDS and not moments.holds(chosen.NEEDS):
+            run.left_dense[name] = "the calibration text does not reach it"
+            del run.shapes[name]
+            continue
+        weight = weight_of(run.model.get_submodule(name))
+
+        def compute(moments: Moments = moments, weight: Tensor = weight) -> dict[str, Tensor]:
+            d = decompose(weight, *chosen.roots(moments)).to(dtype=weight.dtype)
+            return {"second": d.second, "first": d.first, "spectrum": d.spectrum}
+
+        try:
+            run.folder.cached(decomposition_stage(metric, name), key, compute)
+        except RankwiseError as error:
+            raise RankwiseError(f"{name}: {error}") from None
+
+
+def _groups(
+    stream: Stream, index: int, wanted: Sequence[str], hidden: Activations, needs: frozenset[str]
+) -> list[dict[str, str]]:
     """The wanted matrices and their sites, in groups whose moments have room together."""
     if not wanted:
         return []
     probe = {name: tensor[:1] for name, tensor in stream.run.data.training[0].items()}
     call = stream.blocks.call_of(index, probe)
     site_of = find_sites(stream.run.model, wanted, lambda: stream.blocks.run(index, hidden[0][:1], call))
-    groups: list[dict[str, str]] = []
+    groups: list[dict[str, str]] = []  # matrix -> the first matrix of its site in the group
     left = 0
-    for site in dict.fromkeys(site_of.values()):
-        size = 8 * stream.run.shapes[site].in_features ** 2
+    for name in sorted(wanted, key=lambda name: wanted.index(site_of[name])):
+        shape = stream.run.shapes[name]
+        own = 8 * shape.out_features**2 if "output" in needs else 0
+        same = next((other for other in groups[-1] if site_of[other] == site_of[name]), None) if groups else None
+        size = own + (8 * shape.in_features**2 if same is None else 0)
         if not groups or size > left:
             groups.append({})
-            left = stream.share.statistics
-        groups[-1] |= {name: s for name, s in site_of.items() if s == site}
+            left, same, size = stream.share.statistics, None, own + 8 * shape.in_features**2
+        groups[-1][name] = same or name
         left -= size
     return groups
 
@@ -138,7 +181,7 @@ def _collect(
     """The moments of these sites of a loaded block over the training text."""
     with watching(stream.run.model, site_of, needs) as watched:
         for number, batch in enumerate(stream.run.data.training):
-            watched.mask = token_mask(batch)
+            watched.expect(batch)
             output = stream.blocks.run(index, hidden[number], stream.blocks.call_of(index, batch))
             if not finite(output):
                 raise RankwiseError("the model's outputs on the calibration text are not finite")

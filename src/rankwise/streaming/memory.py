@@ -6,7 +6,7 @@ Legend: m, n a matrix's outputs and inputs, T the tokens of a batch, d the hidde
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rankwise.streaming.blocks import Blocks
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 LIBRARIES = 400 * 2**20  # what torch, its kernels and the solvers take beyond what is resident when the figure is made
+TOKENS_AT_ONCE = 2048  # that a block is differentiated on
 SLACK = 1.1  # for what an allocator cannot give back at once
 
 
@@ -46,13 +47,30 @@ class Share:
     statistics: int
 
 
-def share_out(memory: int, blocks: Blocks, shapes: dict[str, Shape], batches: Iterable[Batch], vocabulary: int) -> Share:
-    """Share `memory` bytes out. Raises `RankwiseError` with the figure needed where they are not enough."""
+def sequences_at_once(batches: Iterable[Batch]) -> int:
+    """How many sequences a block is differentiated on at once."""
+    return max(1, TOKENS_AT_ONCE // max(next(iter(batch.values())).shape[1] for batch in batches))
+
+
+def share_out(
+    memory: int,
+    blocks: Blocks,
+    shapes: dict[str, Shape],
+    batches: Sequence[Batch],
+    vocabulary: int,
+    needs: Collection[str],
+    gradients: bool,
+) -> Share:
+    """Share `memory` bytes out, for a metric's `needs` and, with `gradients`, passes back. Raises `RankwiseError` with the figure
+    needed where they are not enough."""
     tokens = max(next(iter(batch.values())).numel() for batch in batches)
     length = max(next(iter(batch.values())).shape[1] for batch in batches)
-    largest_site = max(8 * shape.in_features**2 for shape in shapes.values())
+    outputs = "output" in needs
+    largest_site = max(_moments(shape, outputs) for shape in shapes.values())
     fixed = resident() + LIBRARIES
-    phases = _phases(blocks, shapes, tokens, length, vocabulary)
+    phases = _phases(blocks, shapes, tokens, length, vocabulary, outputs)
+    if gradients:
+        phases |= _gradient_phases(blocks, shapes, sequences_at_once(batches) * length, length, vocabulary, outputs)
     needed = int(fixed + SLACK * max(phases.values()))
     if needed > memory:
         phase = max(phases, key=lambda name: phases[name])
@@ -61,12 +79,17 @@ def share_out(memory: int, blocks: Blocks, shapes: dict[str, Shape], batches: It
             f"torch and what is read, {_gigabytes(int(SLACK * phases[phase]))} for {phase}; give more, or shorter windows"
         )
     spare = memory - needed
-    sites = 8 * sum(shape.in_features**2 for name, shape in shapes.items() if f".{_block(name)}." == ".0.")
+    sites = sum(_moments(shape, outputs) for name, shape in shapes.items() if _block(name) == "0")
     more = min(spare // 2, max(sites - largest_site, 0))
     return Share(spare - more, largest_site + more)
 
 
-def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, vocabulary: int) -> dict[str, int]:
+def _moments(shape: Shape, outputs: bool) -> int:
+    """Bytes of a matrix's second moments, of its outputs too where those are needed."""
+    return 8 * shape.in_features**2 + 8 * shape.out_features**2 * outputs
+
+
+def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, vocabulary: int, outputs: bool) -> dict[str, int]:
     """The most bytes that each part of the work holds at once."""
     sizes = {name: p.numel() * p.element_size() for name, p in blocks.model.named_parameters(remove_duplicate=False)}
     outside = {group: sum(sizes[name] for name in names) for group, names in blocks.outside().items()}
@@ -78,13 +101,37 @@ def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, 
     widest = max(max(shape.in_features, shape.out_features) for shape in shapes.values())
     working = tokens * ((8 * d + 4 * widest) * e + 8 * d)  # a block's own values, its norms in float32
     seen = max(8 * s.in_features**2 + 4 * tokens * s.in_features + 2048 * s.in_features for s in shapes.values())
-    solved = max(8 * s.in_features**2 + workspace(s) for s in shapes.values())
+    solved = max(_moments(s, outputs) + workspace(s, outputs) for s in shapes.values())
     return {
         "the embedding": 2 * outside["embedding"] + outside["rest"] + 2 * tokens * d * e,
         "a block's statistics": outside["rest"] + block + largest + working + seen,
         "a block's decomposition": outside["rest"] + block + solved,
         "a block and its factors": outside["rest"] + 2 * block + largest + working,
         "the output head": 2 * outside["head"] + outside["rest"] + length * vocabulary * (2 * e + 24),
+    }
+
+
+def _gradient_phases(
+    blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, vocabulary: int, outputs: bool
+) -> dict[str, int]:
+    """As `_phases`, of the passes back on `tokens` at once: a block, its full-length factors, and what its gradient needs."""
+    sizes = {name: p.numel() * p.element_size() for name, p in blocks.model.named_parameters(remove_duplicate=False)}
+    outside = {group: sum(sizes[name] for name in names) for group, names in blocks.outside().items()}
+    e = max(p.element_size() for p in blocks.model.parameters())
+    d = blocks.model.config.get_text_config().hidden_size
+    most = 0
+    for index in range(len(blocks)):
+        names = blocks.names(index)
+        own = [shape for name, shape in shapes.items() if f"{name}.weight" in names]
+        factors = sum(e * shape.full_rank * shape.per_rank for shape in own)
+        kept = sum(shape.in_features + shape.out_features + 3 * shape.full_rank for shape in own) + 16 * d
+        widest = max((max(shape.in_features, shape.out_features) for shape in own), default=0)
+        seen = max((_moments(shape, outputs) + 4 * tokens * widest for shape in own), default=0)
+        held = sum(sizes[name] for name in names) + max(factors + max(sizes[name] for name in names), seen)
+        most = max(most, held + tokens * (kept * e + 12 * widest + 8 * d))
+    return {
+        "a block's gradients": outside["rest"] + most,
+        "the output head's gradients": 2 * outside["head"] + outside["rest"] + length * vocabulary * (2 * e + 44),
     }
 
 
@@ -97,10 +144,12 @@ def whole_run(model: nn.Module, shapes: Mapping[str, Shape], needs: Collection[s
     return size + factors + sum(8 * getattr(s, side) ** 2 for need, side in sides if need in needs for s in shapes.values())
 
 
-def workspace(shape: Shape) -> int:
-    """Bytes that `decompose` takes at its peak for float32 or smaller weights, beyond the weight and the moments."""
+def workspace(shape: Shape, outputs: bool) -> int:
+    """Bytes that `decompose` takes at its peak for float32 or smaller weights, beyond the weight and the moments; with a metric
+    on outputs it is float64 throughout, and factorises that."""
     m, n = shape.out_features, shape.in_features
-    return 24 * m * n + 48 * m * m if m <= n else 20 * m * n + 64 * n * n
+    plain = 24 * m * n + 48 * m * m if m <= n else 20 * m * n + 64 * n * n
+    return plain + outputs * (16 * m * n + 24 * m * m)
 
 
 def _block(name: str) -> str:

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, stages
-from rankwise.allocation.allocator import FORWARD_ONLY, Allocator
+from rankwise.allocation.allocator import DIFFERENTIATING, FORWARD_ONLY, Allocator
 from rankwise.allocation.plan import Budget
+from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import frozen
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, vocabulary_of
@@ -30,8 +31,6 @@ from rankwise.stages import Calibration, Run
 from rankwise.streaming.activations import Activations, Room
 from rankwise.streaming.blocks import Blocks
 from rankwise.streaming.memory import Share, bytes_of, share_out, whole_run
-
-GRADIENTS = frozenset({"output", "fisher"})
 
 
 @dataclass
@@ -97,12 +96,14 @@ def start(
     shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
     assert recipe.rate is not None
     Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
-    refuse_gradients(recipe, allocator, empty, shapes)
+    refuse_whole_runs(recipe, allocator, empty, shapes)
     blocks = Blocks.of(empty, shapes, source, resolve_device(recipe.device))
     tokenizer = tokenizer or load_tokenizer(model)
     data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
     everything = (*data.training, *data.selection, *data.measuring)
-    share = share_out(memory, blocks, shapes, everything, vocabulary_of(empty))
+    needs = metric_named(str(recipe.decomposition)).NEEDS
+    gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
+    share = share_out(memory, blocks, shapes, everything, vocabulary_of(empty), needs, gradients)
     names = [name for name, _ in empty.named_parameters()]
     values = [digest(name, source.read(name)) for name in progress(names, "reading the model")]
     identity = digest(str(config), *values, *data.tensors, recipe.seed)
@@ -112,20 +113,17 @@ def start(
     return Stream(run, blocks, share, Room(folder.path / "activations", share.activations))
 
 
-def refuse_gradients(recipe: Recipe, allocator: Allocator, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
-    """Raises `RankwiseError` where the metric or the allocator asks for a backward pass, which needs the whole model, and for
-    an affine metric."""
-    needs = metric_named(str(recipe.decomposition)).NEEDS
-    if is_affine(metric_named(str(recipe.decomposition))):
+def refuse_whole_runs(recipe: Recipe, allocator: Allocator, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
+    """Raises `RankwiseError` for an allocator that trains masks on the whole model, and for an affine metric."""
+    metric = metric_named(str(recipe.decomposition))
+    if is_affine(metric):
         raise RankwiseError(
             f"with memory there are no affine factors: choose another decomposition than {recipe.decomposition!r}"
         )
-    gradients = GRADIENTS & needs
-    what = f"the decomposition {recipe.decomposition!r}" if gradients else f"the allocation {recipe.allocation!r}"
-    if gradients or not isinstance(allocator, FORWARD_ONLY):
-        figure = f"{whole_run(model, shapes, needs) / 1e9:.1f} GB"
+    if not isinstance(allocator, FORWARD_ONLY + DIFFERENTIATING):
         raise RankwiseError(
-            f"{what} runs the whole model with its gradients or masks, which takes {figure} and the activations of a batch: "
-            "leave out memory where there is as much, or choose --allocation uniform, energy, knapsack, error-bound, "
-            "effective-rank, heavy-tail, strs or kl-knapsack on --decomposition whitened, activation or svd"
+            f"the allocation {recipe.allocation!r} runs the whole model with all of its masks, which takes "
+            f"{whole_run(model, shapes, metric.NEEDS) / 1e9:.1f} GB and the activations of a batch: leave out memory where there "
+            "is as much, or choose --allocation llrc, kl-knapsack, mask-fisher, zero-sum, strs, energy, knapsack, error-bound, "
+            "effective-rank, heavy-tail or uniform"
         )

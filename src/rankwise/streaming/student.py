@@ -3,54 +3,99 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.allocation.problem import Allocation
-from rankwise.calibration.signal import as_signal, divergence
+from rankwise.calibration.signal import Signal, as_signal, divergence
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.evaluation.compare import Comparison, compare
 from rankwise.layers.linear import swapped
-from rankwise.masks.layers import Masks, factorised
-from rankwise.masks.student import Student
+from rankwise.masks.layers import Masks, folded
+from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
+from rankwise.stages import kept_in
 from rankwise.streaming.activations import Activations
+from rankwise.streaming.backward import backward, forward, pieces_of, windows_of
 from rankwise.streaming.decomposition import Stored
 from rankwise.streaming.stream import Stream
 
 
 @dataclass
 class StreamedStudent(Student):
-    """A student that runs forward only, block by block.
+    """A student that runs block by block.
 
-    It keeps the original's hidden states before every block, so that a measurement starts at the first block with a mask.
+    It keeps the original's hidden states before every block, so that a measurement starts at the first block with a mask, and
+    of text that masks are trained on those after the last.
     """
 
     stream: Stream = field(kw_only=True)
-    _dense: dict[tuple[int, ...], list[Activations]] = field(default_factory=dict)
+    _dense: dict[tuple[int, ...], tuple[Sequence[Batch], list[Activations]]] = field(default_factory=dict)
+    _last: dict[tuple[int, ...], tuple[Sequence[Batch], list[Batch], Activations]] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """The weight [m, n] of a matrix, read from disk."""
         with self.stream.blocks.loaded([f"{name}.weight"]):
             return super().weight(name)
 
-    def layers(self, index: int, masks: Masks) -> dict[str, nn.Module]:
-        """The low-rank layers of a loaded block under `masks`."""
-        layers: dict[str, nn.Module] = {}
-        for name in self.stream.matrices_of(index):
-            mask = masks.get(name)
-            if mask is not None:
-                layers[name] = factorised(self.decompositions[name], mask, self.bias(name)).to(self.stream.blocks.device)
-        return layers
+    @property
+    def device(self) -> torch.device:
+        return self.stream.blocks.device
+
+    def layers_of(self, names: Iterable[str], make: Callable[[str], nn.Module]) -> Layers:
+        """The layers, each made anew when it is asked for: its block is loaded then."""
+        return _Made(list(names), make)
+
+    def low_rank(self, index: int, masks: Masks) -> dict[str, nn.Module]:
+        """The layers of a loaded block to ship under `masks`."""
+        return {
+            name: folded(self.model.get_submodule(name), self.decompositions[name], mask).to(self.device)
+            for name in self.stream.matrices_of(index)
+            if (mask := masks.get(name)) is not None
+        }
+
+    def differentiate(self, layers: Layers, batches: Iterable[Batch], loss: Callable[[Batch, Signal], Tensor]) -> None:
+        """As of `Student`, window by window at the head."""
+
+        def counted(window: Batch, signal: Signal) -> Tensor:
+            self.count(signal, backward=True)
+            return loss(window, signal)
+
+        def around(index: int) -> AbstractContextManager[None]:
+            own = [name for name in self.stream.matrices_of(index) if name in layers]
+            return swapped(self.model, {name: layers[name] for name in own})
+
+        pieces = pieces_of(batches)
+        with self.stream.opened():
+            backward(self.stream, forward(self.stream, "student", pieces, around), pieces, counted, around)
+
+    def add_gradients(self, layers: Layers, batches: Iterable[Batch]) -> tuple[float, int]:
+        """As of `Student`; what the original says is found from its last hidden states."""
+        pieces, last = self._original(list(batches))
+        places = iter(windows_of(pieces))
+        total, tokens = 0.0, 0
+
+        def loss(window: Batch, signal: Signal) -> Tensor:
+            nonlocal total, tokens
+            _, number, i = next(places)
+            with torch.no_grad():
+                reference = as_signal(*self.stream.blocks.leave(window, last[number][i : i + 1]), window)
+            kl = divergence(reference, signal)
+            total += kl.item()
+            tokens += len(signal.values)
+            return kl
+
+        self.differentiate(layers, pieces, loss)
+        return total, tokens
 
     @torch.no_grad()
-    def divergence(self, masks: Masks, batches: Sequence[Batch] | None = None) -> float:
-        """As of `Student`; the sum is taken window by window."""
-        batches = self.selection if batches is None else batches
+    def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
+        """The sum is taken window by window."""
         stream, blocks = self.stream, self.stream.blocks
         with stream.opened():
             dense = self._dense_states(batches)
@@ -60,11 +105,11 @@ class StreamedStudent(Student):
             for number in range(len(batches)):
                 small[number] = dense[first][number]
             for index in range(first, len(blocks)):
-                with blocks.loaded(blocks.names(index)), swapped(self.model, self.layers(index, masks)):
+                with blocks.loaded(blocks.names(index)), swapped(self.model, self.low_rank(index, masks)):
                     stream.advance(index, small, batches)
             total, tokens = 0.0, 0
             with blocks.loaded(blocks.outside()["head"]):
-                for piece, number, i in windows(batches):
+                for piece, number, i in windows_of(batches):
                     reference, other = (
                         as_signal(*blocks.leave(piece, hidden[number][i : i + 1]), piece) for hidden in (dense[-1], small)
                     )
@@ -76,41 +121,57 @@ class StreamedStudent(Student):
 
     def forget(self) -> None:
         """Give back what the hidden states take."""
-        for states in self._dense.values():
-            for hidden in states:
-                hidden.clear()
+        for hidden in (*(h for _, states in self._dense.values() for h in states), *(last for *_, last in self._last.values())):
+            hidden.clear()
         self._dense.clear()
+        self._last.clear()
 
     def _dense_states(self, batches: Sequence[Batch]) -> list[Activations]:
-        """The original's hidden states before every block and after the last."""
+        """The original's hidden states before every block and after the last. Needs `stream.opened`."""
         key = tuple(map(id, batches))
         if key not in self._dense:
-            stream = self.stream
-            states = [stream.entered(f"dense-{len(self._dense)}-0", batches)]
-            for index in progress(range(len(stream.blocks)), "running the original"):
-                states.append(Activations(f"dense-{len(self._dense)}-{index + 1}", stream.room))
-                with stream.blocks.loaded(stream.blocks.names(index)):
-                    for number, batch in enumerate(batches):
-                        call = stream.blocks.call_of(index, batch)
-                        states[-1][number] = stream.blocks.run(index, states[-2][number], call)
-            self._dense[key] = states
-        return self._dense[key]
+            self._dense[key] = batches, forward(self.stream, f"dense-{len(self._dense)}", batches)
+        return self._dense[key][1]
+
+    def _original(self, batches: Sequence[Batch]) -> tuple[list[Batch], Activations]:
+        """The batches in pieces, and the original's hidden states after its last block."""
+        key, stream = tuple(map(id, batches)), self.stream
+        if key not in self._last:
+            pieces = pieces_of(batches)
+            with stream.opened():
+                hidden = stream.entered(f"original-{len(self._last)}", pieces)
+                for index in range(len(stream.blocks)):
+                    with stream.blocks.loaded(stream.blocks.names(index)):
+                        stream.advance(index, hidden, pieces)
+            self._last[key] = batches, pieces, hidden
+        return self._last[key][1:]
 
 
-def windows(batches: Sequence[Batch]) -> list[tuple[Batch, int, int]]:
-    """Every single sequence as a batch of its own, with its batch's number and its place there."""
-    return [
-        ({name: tensor[i : i + 1] for name, tensor in batch.items()}, number, i)
-        for number, batch in enumerate(batches)
-        for i in range(len(next(iter(batch.values()))))
-    ]
+class _Made(Mapping[str, nn.Module]):
+    """Layers by name, made at each access."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], nn.Module]) -> None:
+        self._names, self._make = names, make
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-def student_of(stream: Stream, decompositions: Mapping[str, Stored]) -> StreamedStudent:
-    """The student for allocators that need no backward pass."""
-    kept: Mapping[str, Decomposition] = decompositions  # type: ignore[assignment]  # the same three tensors
+def student_of(stream: Stream, decompositions: Mapping[str, Stored], metric: str) -> StreamedStudent:
+    """As `stages.student_of`."""
+    stored: Mapping[str, Decomposition] = decompositions  # type: ignore[assignment]  # the same tensors
     run = stream.run
-    return StreamedStudent(run.model, kept, run.data.training, run.data.selection, run.seed, stream=stream)
+    kept = kept_in(run, metric)
+    return StreamedStudent(run.model, stored, run.data.training, run.data.selection, run.seed, kept=kept, stream=stream)
 
 
 def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Comparison:
@@ -122,9 +183,9 @@ def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Com
         for index in progress(range(len(blocks)), "measuring blocks"):
             with blocks.loaded(blocks.names(index)):
                 stream.advance(index, dense, batches)
-                with swapped(stream.run.model, student.layers(index, chosen.masks)):
+                with swapped(stream.run.model, student.low_rank(index, chosen.masks)):
                     stream.advance(index, small, batches)
-        pieces = windows(batches)
+        pieces = windows_of(batches)
         place = {id(piece): (number, i) for piece, number, i in pieces}
 
         def values(hidden: Activations, piece: Batch) -> tuple[Tensor, bool]:
