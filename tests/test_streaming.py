@@ -13,6 +13,7 @@ import pytest
 import torch
 from architectures import build
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rankwise import RankwiseError, compress
@@ -20,6 +21,7 @@ from rankwise.integration.weights import write_safetensors
 from rankwise.streaming import decomposition, stream
 from rankwise.streaming.activations import Activations, Room
 from rankwise.streaming.memory import Share, bytes_of
+from rankwise.streaming.student import StreamedStudent
 
 ENOUGH = "8GB"
 SMALL: dict[str, Any] = {"samples": 30, "length": 16, "allocation": "uniform"}
@@ -62,6 +64,45 @@ def test_allocators_that_measure_the_model(
     llama: Path, story: Path, tmp_path: Path, allocation: str, options: dict[str, Any]
 ) -> None:
     both(llama, tmp_path, story, samples=60, length=16, allocation=allocation, decomposition="whitened", options=options)
+
+
+def differ_by_rounding(model: Path, output: Path, calibration: Any, **options: Any) -> None:
+    """A run in memory and a streamed one find the same ranks and, but for rounding, the same weights and KL."""
+    reports = []
+    for name, memory in (("whole", None), ("streamed", ENOUGH)):
+        reports.append(compress(model, 0.3, calibration=calibration, output=output / name, memory=memory, **options).report)
+    whole, streamed = reports
+    assert whole["ranks"] == streamed["ranks"]
+    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-3)
+    assert streamed["effort"]["backward_tokens"] == whole["effort"]["backward_tokens"]
+    steps = [[record["kl"] for record in report["history"] if "kl" in record] for report in reports]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-3)
+    tensors = [load_file(output / name / "model.safetensors") for name in ("whole", "streamed")]
+    assert tensors[0].keys() == tensors[1].keys()
+    models = [AutoModelForCausalLM.from_pretrained(output / name) for name in ("whole", "streamed")]
+    with torch.no_grad():
+        logits = [model(WINDOWS).logits for model in models]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-2, atol=1e-3)
+
+
+LEARNED: dict[str, Any] = {"options": {"rounds": 2, "value_steps": 3, "pricing_tokens": 256}}
+
+
+@pytest.mark.parametrize("decomposition", ["kronecker", "whitened", "fisher"])
+def test_learned_ranks(llama: Path, story: Path, tmp_path: Path, decomposition: str) -> None:
+    options = {"samples": 60, "length": 16, "decomposition": decomposition}
+    differ_by_rounding(llama, tmp_path, story, allocation="llrc", **options, **LEARNED)
+
+
+@pytest.mark.parametrize("allocation", ["mask-fisher", "zero-sum"])
+def test_allocators_that_ask_for_gradients(llama: Path, story: Path, tmp_path: Path, allocation: str) -> None:
+    differ_by_rounding(llama, tmp_path, story, samples=60, length=16, allocation=allocation, decomposition="kronecker")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gemma3", "phi3", "gpt2", "falcon"])
+def test_learned_ranks_of_any_decoder(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "model")
+    differ_by_rounding(tmp_path / "model", tmp_path, WINDOWS, **LEARNED)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -118,21 +159,43 @@ def test_an_interrupted_run_goes_on(llama: Path, story: Path, tmp_path: Path, mo
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "streamed")
 
 
-def test_the_promise_is_kept_at_the_very_figure_that_a_refusal_names(tmp_path: Path) -> None:
+def test_interrupted_between_gradients(llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"calibration": story, "samples": 60, "length": 16, "memory": ENOUGH, **LEARNED}
+    compress(llama, 0.3, output=tmp_path / "whole", **options)
+    differentiate, calls = StreamedStudent.differentiate, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        differentiate(*arguments)
+
+    monkeypatch.setattr(StreamedStudent, "differentiate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(llama, 0.3, output=tmp_path / "resumed", **options)
+    first, calls = calls, 3
+    compress(llama, 0.3, output=tmp_path / "resumed", resume=True, **options)
+    assert first == 3
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("allocation", ["energy", "mask-fisher"])
+def test_the_promise_is_kept_at_the_very_figure_that_a_refusal_names(allocation: str, tmp_path: Path) -> None:
     config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 20_000}
     build("llama", **config).save_pretrained(tmp_path / "model")
     code = """
 import re, sys, torch, rankwise
 def compress(memory):
     windows = torch.arange(40 * 64).view(40, 64)
-    return rankwise.compress("model", calibration=windows, allocation="energy", output="small", memory=memory)
+    return rankwise.compress("model", calibration=windows, allocation=sys.argv[1], output="small", memory=memory)
 try:
     compress("1MB")
 except rankwise.RankwiseError as refused:
     needed = float(re.search(r"([0-9.]+) GB are needed", str(refused))[1]) + 0.03  # what the first call left behind
     print(needed * 1e9, compress(f"{needed}GB").report["peak_memory_bytes"]["host"])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, allocation], cwd=tmp_path, check=True, capture_output=True, text=True)
     promised, peak = map(float, done.stdout.split())
     assert peak <= promised
 
@@ -143,8 +206,9 @@ except rankwise.RankwiseError as refused:
         ({"memory": "8 potatoes"}, "memory='8 potatoes'"),
         ({"memory": "100MB"}, r"0\.10 GB is not enough, \d\.\d\d GB are needed"),
         ({"calibration": "self"}, "name a calibration text"),
-        ({"allocation": "llrc"}, r"decomposition 'kronecker' runs the whole model .* takes \d+\.\d GB"),
-        ({"allocation": "mask-fisher", "decomposition": "whitened"}, "allocation 'mask-fisher' runs the whole model"),
+        ({"allocation": "ara", "decomposition": "whitened"}, r"allocation 'ara' runs the whole model .* takes \d+\.\d GB"),
+        ({"allocation": "llrc", "preset": "paper"}, "allocation 'llrc' runs the whole model"),
+        ({"allocation": "uniform", "decomposition": "centred"}, "no affine factors"),
         ({"output": None}, "name an output folder"),
     ],
 )

@@ -82,7 +82,7 @@ def compress(
     device: Device = "auto",
     memory: Annotated[
         str | None,
-        typer.Option(help="What the run may take, as 8GB: the model is read block by block, and may be larger than that."),
+        typer.Option(help="What the run may take, as 8GB: the model is read block by block, and may be larger."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn: same seed, same ranks.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,

@@ -131,7 +131,7 @@ def _gradient_phases(
         most = max(most, held + tokens * (kept * e + 12 * widest + 8 * d))
     return {
         "a block's gradients": outside["rest"] + most,
-        "the output head's gradients": 2 * outside["head"] + outside["rest"] + length * vocabulary * (2 * e + 44),
+        "the output head's gradients": 2 * outside["head"] + outside["rest"] + length * vocabulary * (2 * e + 36),
     }
 
 
