@@ -1,10 +1,11 @@
 """A random Llama of 7B's shape, compressed with 8 GB: the peak memory, and the seconds of a block.
 
     python benchmarks/streaming.py [--layers 3] [--memory 8GB] [--allocation energy] [--rate 0.2] [--windows 16] [--length 1024]
+    python benchmarks/streaming.py --allocation llrc --decomposition kronecker --options rounds=1 value_steps=2 --output FILE
 
 The model (hidden 4096, ffn 11008, 32 heads, 32,000 tokens, bfloat16) is written shard by shard, with fewer layers than 32 and
 less calibration text than the default: what a block costs does not depend on how many there are, so 32 layers are extrapolated.
-The compression runs in a process of its own, whose peak is the kernel's (VmHWM). Writes benchmarks/results/streaming.md.
+The compression runs in a process of its own, whose peak is the kernel's (VmHWM). Writes results/streaming.md, or --output.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ import json, torch, rankwise
 torch.set_num_threads({args.threads})
 windows = torch.randint(32000, ({args.windows}, {args.length}), generator=torch.Generator().manual_seed(0))
 result = rankwise.compress({str(folder / "model")!r}, {args.rate}, calibration=windows, output={str(folder / "small")!r},
-    allocation={args.allocation!r}, decomposition="whitened", memory={args.memory!r}, overwrite=True)
+    allocation={args.allocation!r}, decomposition={args.decomposition!r}, memory={args.memory!r}, overwrite=True,
+    options={dict(option.split("=") for option in args.options)!r})
 print(json.dumps(result.report))
 """
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
@@ -69,11 +71,12 @@ print(json.dumps(result.report))
 def text_of(report: dict[str, Any], args: argparse.Namespace) -> str:
     """The figures as Markdown."""
     seconds, peak = report["seconds"], report["peak_memory_bytes"]["host"]
-    each = {stage: seconds[stage] / args.layers for stage in ("loading", "decomposition", "measuring")}
-    full = FULL * sum(each.values()) + seconds["allocation"]
+    each = {stage: value / args.layers for stage, value in seconds.items() if stage != "allocation"}
+    method = " ".join((args.allocation, *args.options))
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    return f"""A Llama of hidden 4096, ffn 11008, 32 heads, bfloat16, {args.layers} of 7B's {FULL} layers; {args.allocation} on
-whitened at rate {args.rate}, {args.windows} windows of {args.length} tokens, {args.threads} threads, torch {torch.__version__}.
+    return f"""A Llama of hidden 4096, ffn 11008, 32 heads, bfloat16, {args.layers} of 7B's {FULL} layers; {method} on
+{args.decomposition} at rate {args.rate}, {args.windows} windows of {args.length} tokens, {args.threads} threads, torch
+{torch.__version__}.
 
 | | |
 |---|---|
@@ -81,8 +84,8 @@ whitened at rate {args.rate}, {args.windows} windows of {args.length} tokens, {a
 | peak resident memory of the process | {peak / 1e9:.2f} GB |
 | rate achieved | {report["achieved_rate"]["linear"]:.4f} |
 | seconds | {stages} |
-| seconds of a block: reading, decomposing, measuring | {", ".join(f"{value:.0f}" for value in each.values())} |
-| {FULL} layers at that (extrapolated, not run) | {full / 3600:.1f} hours |
+| seconds of a block | {", ".join(f"{stage} {value:.0f}" for stage, value in each.items())} |
+| {FULL} layers at that, the allocation apart (extrapolated, not run) | {FULL * sum(each.values()) / 3600:.1f} hours |
 
 Statistics and the passes of a block grow with the tokens, its decompositions do not; peak memory does not grow with the layers.
 """
@@ -93,16 +96,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--memory", default="8GB")
     parser.add_argument("--allocation", default="energy")
+    parser.add_argument("--decomposition", default="whitened")
+    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of the allocation")
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "streaming.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
         write_model(Path(folder) / "model", args.layers)
         text = text_of(compress_in_a_process(Path(folder), args), args)
-    (HERE / "results" / "streaming.md").write_text(text)
+    args.output.write_text(text)
     print(text)
 
 
