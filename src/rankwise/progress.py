@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -17,13 +17,19 @@ LINE_EVERY = 60.0  # seconds
 
 
 class Lines(Generic[T]):
-    """What `tqdm` is on a terminal, as plain lines."""
+    """What `tqdm` is on a terminal, as plain lines; of a stage inside of another one nothing is said."""
+
+    _shown: ClassVar[bool] = False
 
     def __init__(self, items: Iterable[T], desc: str) -> None:
         self.items, self.doing = items, desc
         self.size = f" of {len(items):,}" if isinstance(items, Sized) else ""
 
     def __iter__(self) -> Iterator[T]:
+        if Lines._shown:
+            yield from self.items
+            return
+        Lines._shown = True
         since = last = time.perf_counter()
         done, ended = 0, False
         _say(f"{self.doing} ...")
@@ -36,6 +42,7 @@ class Lines(Generic[T]):
                     _say(f"{self.doing}: {done:,}{self.size}{self._left(done, last - since)}")
             ended = True
         finally:
+            Lines._shown = False
             how_far = "done" if ended else f"stopped after {done:,}{self.size}"
             _say(f"{self.doing}: {how_far}, {time.perf_counter() - since:.1f} s")
 
@@ -50,7 +57,7 @@ class Lines(Generic[T]):
 
 def progress(items: Iterable[T], doing: str) -> tqdm[T] | Lines[T]:
     """The items, while it is shown what is being done to them, how far it is and how long it still takes."""
-    return (tqdm if sys.stderr.isatty() else Lines)(items, desc=doing)
+    return tqdm(items, desc=doing, leave=None) if sys.stderr.isatty() else Lines(items, doing)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class Root:
     def _factor(self) -> Tensor:
         """F, lower triangular. Where rounding leaves the metric indefinite, no eigenvalue is taken below the least of scale^2."""
         assert self.full is not None
-        damped = self.full + self.scale.square().diag()
+        damped = self.full.clone()
+        damped.diagonal().add_(self.scale.square())
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             values, basis = torch.linalg.eigh(damped)

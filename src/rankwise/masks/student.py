@@ -228,11 +228,14 @@ class Student:
 
     def add_gradients(self, layers: Layers, batches: Iterable[Batch]) -> tuple[float, int]:
         """Add the gradients of the KL to the layers' masks; the KL in nats and its tokens. Call it in `frozen`."""
+        return self._add_gradients(layers, batches, self.teacher)
+
+    def _add_gradients(self, layers: Layers, batches: Iterable[Batch], original: Callable[[Batch], Signal]) -> tuple[float, int]:
         total, tokens = 0.0, 0
 
         def loss(batch: Batch, signal: Signal) -> Tensor:
             nonlocal total, tokens
-            kl = divergence(self.teacher(batch), signal)
+            kl = divergence(original(batch), signal)
             total += kl.item()
             tokens += len(signal.values)
             return kl

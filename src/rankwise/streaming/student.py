@@ -78,20 +78,13 @@ class StreamedStudent(Student):
         """As of `Student`; what the original says is found from its last hidden states."""
         pieces, last = self._original(list(batches))
         places = iter(windows_of(pieces))
-        total, tokens = 0.0, 0
 
-        def loss(window: Batch, signal: Signal) -> Tensor:
-            nonlocal total, tokens
+        @torch.no_grad()
+        def original(window: Batch) -> Signal:
             _, number, i = next(places)
-            with torch.no_grad():
-                reference = as_signal(*self.stream.blocks.leave(window, last[number][i : i + 1]), window)
-            kl = divergence(reference, signal)
-            total += kl.item()
-            tokens += len(signal.values)
-            return kl
+            return as_signal(*self.stream.blocks.leave(window, last[number][i : i + 1]), window)
 
-        self.differentiate(layers, pieces, loss)
-        return total, tokens
+        return self._add_gradients(layers, pieces, original)
 
     @torch.no_grad()
     def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
