@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,10 +39,10 @@ def folder(llama: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_as_one_process(processes: int, folder: Path) -> None:
+@pytest.mark.parametrize(("processes", "more"), [(2, []), (4, []), (3, ["--memory", "8GB"])], ids=["2", "4", "3, streamed"])
+def test_as_one_process(processes: int, more: list[str], folder: Path) -> None:
     output = f"by-{processes}"
-    process = start(folder, output, processes)
+    process = start(folder, output, processes, *more)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.count("written to") == 1
@@ -65,8 +66,9 @@ def test_what_is_wrong_is_said_once(folder: Path) -> None:
     assert not list(folder.glob("wrong*"))
 
 
-def test_a_dead_process_ends_the_run_which_resumes(folder: Path) -> None:
-    process = start(folder, "dead", 2)
+@pytest.mark.parametrize("more", [[], ["--memory", "8GB"]], ids=["in memory", "streamed"])
+def test_a_dead_process_ends_the_run_which_resumes(more: list[str], folder: Path) -> None:
+    process = start(folder, "dead", 2, *more)
     run = folder / "dead.run"
     while not list(run.glob("measured/*")):
         assert process.poll() is None
@@ -78,8 +80,9 @@ def test_a_dead_process_ends_the_run_which_resumes(folder: Path) -> None:
     assert out == ""
     assert not (folder / "dead").exists()
     assert "Signal 9 (SIGKILL)" in err
-    resumed = start(folder, "dead", 1, "--resume")
+    resumed = start(folder, "dead", 1, *more, "--resume")
     _, err = resumed.communicate()
     assert resumed.returncode == 0, err
     assert (folder / "dead" / "ranks.json").read_bytes() == (folder / "alone" / "ranks.json").read_bytes()
     assert not run.exists()
+    shutil.rmtree(folder / "dead")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.allocation.llrc import worth
-from rankwise.calibration.signal import Signal, divergence, sampled_loss, signal_of
+from rankwise.calibration.signal import DRAWS, Signal, divergence, sampled_loss, signal_of, with_draws
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import decompose
 from rankwise.layers.linear import bias_of, swapped, weight_of
@@ -262,32 +262,37 @@ def test_the_cycle_starts_low_and_is_high_in_the_middle() -> None:
     assert all(a < b for a, b in pairwise(values[: period // 2 + 1]))
 
 
-def sampled_labels(logits: Tensor, seed: int = 0) -> Tensor:
+def drawn(tokens: int) -> Batch:
+    """A sequence of so many tokens, with its draws."""
+    (batch,) = with_draws([{"input_ids": torch.zeros(1, tokens, dtype=torch.long)}], seed=0)
+    return batch
+
+
+def sampled_labels(logits: Tensor, batch: Batch) -> Tensor:
     """The labels that `sampled_loss` drew, read off its gradient: softmax minus one-hot."""
     logits = logits.clone().requires_grad_()
-    sampled_loss(Signal(logits, categorical=True), torch.Generator().manual_seed(seed)).backward()
+    sampled_loss(Signal(logits, categorical=True), batch).backward()
     assert logits.grad is not None
     return (logits.detach().softmax(-1) - logits.grad).argmax(-1)
 
 
 def test_sampled_labels_have_the_right_frequencies() -> None:
     count, p = 20_000, torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
-    labels = sampled_labels(p.log().expand(count, -1))
+    labels = sampled_labels(p.log().expand(count, -1), drawn(count))
     got = torch.bincount(labels, minlength=5) / count
     assert got[1] == 0
     assert ((got - p).abs() <= 4 * (p * (1 - p) / count).sqrt()).all(), got
 
 
 @pytest.mark.parametrize(("uniform", "label"), [(0.0, 1), (0.5, 2), (1 - 2**-24, 2)])
-def test_a_label_without_probability_is_never_drawn(uniform: float, label: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform))
+def test_a_label_without_probability_is_never_drawn(uniform: float, label: int) -> None:
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
-    assert sampled_labels(logits).tolist() == [label]
+    assert sampled_labels(logits, {DRAWS: torch.tensor([[uniform]])}).tolist() == [label]
 
 
 def test_sampled_features_have_the_variance_of_the_features() -> None:
     values = (3 * torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)) + 1).requires_grad_()
-    sampled_loss(Signal(values, categorical=False), torch.Generator().manual_seed(1)).backward()
+    sampled_loss(Signal(values, categorical=False), drawn(4000)).backward()
     variance = values.detach().var(0).mean()
     assert values.grad is not None
     noise = -values.grad * variance

@@ -36,11 +36,11 @@ def llama() -> tuple[PreTrainedModel, list[str]]:
 
 
 def sampled_labels() -> Callable[[Tensor], Tensor]:
-    """Labels of logits [tokens, vocabulary] by inverse transform, one uniform number per token."""
+    """Labels of logits [tokens, vocabulary] by inverse transform, one uniform number per token, of padding too."""
     generator = torch.Generator().manual_seed(SEED)
 
     def draw(logits: Tensor) -> Tensor:
-        uniform = torch.rand(len(logits), 1, generator=generator)
+        uniform = torch.rand(WINDOWS.shape[1], 1, generator=generator)[: len(logits)]
         return (logits.float().softmax(-1).cumsum(-1) <= uniform).sum(-1).clamp(max=VOCABULARY - 1)
 
     return draw

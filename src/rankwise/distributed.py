@@ -80,9 +80,12 @@ def everyones(value: T) -> list[T]:
     return [value] if size() == 1 else _all_gather(value)
 
 
-def first_ones(value: T) -> T:
-    """The value of the first process."""
-    return everyones(value)[0]
+def of_the_first(find: Callable[[], T]) -> T:
+    """What the first process finds, which alone looks."""
+    if size() == 1:
+        return find()
+    found: T = _all_gather(find() if rank() == 0 else None)[0]
+    return found
 
 
 def add_up(tensor: Tensor) -> Tensor:

@@ -180,8 +180,6 @@ def _compress_streamed(
     folder: RunFolder,
 ) -> Compressed:
     """`compress` with one block in memory at a time; the result is in `output` only."""
-    if distributed.size() > 1:
-        raise RankwiseError("with memory a run has one process: leave out memory, or torchrun")
     if recipe.rate is None:
         raise RankwiseError("with memory a rate is the only target: leave out memory, or ask for a rate")
     if output is None:
@@ -195,14 +193,16 @@ def _compress_streamed(
     chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
     clock.lap("allocation")
     comparison = streaming.measure(stream, student, chosen)
+    distributed.wait()  # the others read the run folder too
     clock.lap("measuring")
     size = Size.of(run.model, run.shapes, chosen.ranks)
     report = _report(recipe, run, size, comparison, chosen, clock)
-    folder.finish()
-    with saving_from(streaming.factorise(stream, student, chosen)):
-        files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
-        write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
-    folder.remove()
+    if distributed.rank() == 0:
+        folder.finish()
+        with saving_from(streaming.factorise(stream, student, chosen)):
+            files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
+            write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
+        folder.remove()
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
 
 

@@ -201,7 +201,7 @@ class RunFolder:
             return self.cached(stage, key, compute)
         file = self.path / f"{stage}-{key}.safetensors"
         tensors: dict[str, Tensor] | None = None
-        if not distributed.first_ones(file.exists() and _read(file) is not None):
+        if not distributed.of_the_first(lambda: file.exists() and _read(file) is not None):
             tensors = compute()
         if distributed.rank() == 0:
             self.cached(stage, key, lambda: tensors or {})

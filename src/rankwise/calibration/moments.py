@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import distributed
-from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, skip_labels, token_mask
+from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, token_mask, with_draws
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 from rankwise.progress import progress
@@ -140,25 +140,18 @@ def collect(
     Raises `RankwiseError` where the model or an activation has values that are not finite.
     """
     backward = bool(GRADIENTS & set(needs))
-    generator = torch.Generator().manual_seed(seed)
     probe = {name: tensor[:1] for name, tensor in batches[0].items()}
     with frozen(model), torch.set_grad_enabled(backward):
         site_of = find_sites(model, matrices, lambda: signal_of(model, probe))
         with watching(model, site_of, needs) as watched:
-            for number, batch in enumerate(progress(batches, "calibrating")):
-                if number % distributed.size() != distributed.rank():
-                    skip_labels(batch, generator)
-                    continue
+            for batch in progress(with_draws(batches, seed), "calibrating"):
                 watched.expect(batch)
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
                 if backward:
-                    sampled_loss(signal, generator).backward()
-    for moments in (*watched.statistics.sites.values(), *watched.statistics.matrices.values()):
-        _add_up(moments, device_of(model))
-    watched.statistics.refuse_not_finite()
-    return watched.statistics
+                    sampled_loss(signal, batch).backward()
+    return watched.everyones(device_of(model))
 
 
 @dataclass
@@ -171,6 +164,13 @@ class Watched:
     def expect(self, batch: Batch) -> None:
         """This batch comes next."""
         self.mask = token_mask(batch)
+
+    def everyones(self, device: torch.device) -> Statistics:
+        """What all processes have seen. Raises `RankwiseError` where it is not finite."""
+        for moments in (*self.statistics.sites.values(), *self.statistics.matrices.values()):
+            _add_up(moments, device)
+        self.statistics.refuse_not_finite()
+        return self.statistics
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankwise import distributed
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
+
+DRAWS = "draws"  # in a batch, beside the model's inputs: a number in [0, 1) for every token, which `sampled_loss` draws with
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,14 @@ def token_mask(batch: Batch) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 
+def inputs_of(batch: Batch, device: torch.device) -> Batch:
+    """What a model on `device` is called with: neither labels nor draws."""
+    return {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DRAWS)}
+
+
 def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
-    """The model's own output object for `batch`, its inputs moved to the model's device and its labels left out."""
-    device = device_of(model)
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-    return model(**inputs, **options)
+    """The model's own output object for `batch`."""
+    return model(**inputs_of(batch, device_of(model)), **options)
 
 
 def values_of(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
@@ -59,7 +65,7 @@ def values_of(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
 
 
 def signal_of(model: nn.Module, batch: Batch) -> Signal:
-    """The model's signal over `batch`; labels in the batch are not passed on."""
+    """The model's signal over `batch`."""
     return as_signal(*values_of(model, batch), batch)
 
 
@@ -90,29 +96,37 @@ def divergence(reference: Signal, other: Signal) -> Tensor:
     return 0.5 * (other.values.float() - mean).square().sum() / mean.var(dim=0).mean()
 
 
-def sampled_loss(signal: Signal, generator: torch.Generator) -> Tensor:
+def with_draws(batches: Iterable[Batch], seed: int) -> Sequence[Batch]:
+    """This process's batches with what `sampled_loss` draws with: the same for any number of processes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(batch: Batch) -> Batch:
+        written = batch.get("decoder_input_ids", next(iter(batch.values())))
+        return batch | {DRAWS: torch.rand(written.shape[:2], generator=generator)}
+
+    return distributed.dealt([drawn(batch) for batch in batches])
+
+
+def sampled_loss(signal: Signal, batch: Batch) -> Tensor:
     """Minus the log likelihood, summed over tokens, of labels sampled from the signal itself: scalar float32.
 
     The outer product of its gradients is an unbiased estimate of the true Fisher information (Kunstner et al. 2019).
-    `generator` lives on the CPU, so that every device draws the same labels.
+    `batch` is one of `with_draws`.
     """
-    values = signal.values.float()
+    values, draws, mask = signal.values.float(), batch[DRAWS], token_mask(batch)
     if signal.categorical:
-        uniform = torch.rand(len(values), 1, generator=generator).to(values.device)
+        uniform = draws.flatten() if mask is None else draws[mask]
+        if len(uniform) != len(values):
+            uniform = draws[:, 0]  # a label for each sequence
         cumulative = values.detach().softmax(-1).cumsum(-1)
-        labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=values.shape[-1] - 1)
+        at = uniform[:, None].to(values.device) * cumulative[:, -1:]
+        labels = torch.searchsorted(cumulative, at, right=True).clamp(max=values.shape[-1] - 1)
         return F.cross_entropy(values, labels.squeeze(-1), reduction="sum")
     mean = values.detach()
     variance = mean.var(dim=0).mean()
+    generator = torch.Generator().manual_seed(int(draws.flatten()[0] * 2**24))  # on the CPU: the same noise for every device
     noise = torch.randn(mean.shape, generator=generator).to(mean.device) * variance.sqrt()
     return 0.5 * (values - mean - noise).square().sum() / variance
-
-
-def skip_labels(batch: Batch, generator: torch.Generator) -> None:
-    """Draw what `sampled_loss` would for a batch of text that another process has, so that the next labels are the same."""
-    mask = token_mask(batch)
-    ids = batch.get("decoder_input_ids", next(iter(batch.values())))
-    torch.rand(ids.shape[:2].numel() if mask is None else int(mask.sum()), 1, generator=generator)
 
 
 @contextmanager

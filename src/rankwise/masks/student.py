@@ -21,8 +21,8 @@ from rankwise.calibration.signal import (
     frozen,
     sampled_loss,
     signal_of,
-    skip_labels,
     text_labels,
+    with_draws,
 )
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
@@ -193,23 +193,15 @@ class Student:
     def _fisher(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         prices = {name: torch.zeros(len(d.spectrum), dtype=torch.float64) for name, d in self.decompositions.items()}
         layers = self.masked(self.leaves(), lambda name: functools.partial(_add_squares, prices[name]))
-        generator = torch.Generator().manual_seed(self.seed)
         tokens = 0
-
-        def own() -> Iterator[Batch]:
-            for number, batch in enumerate(progress(batches, "pricing components")):
-                if number % distributed.size() == distributed.rank():
-                    yield batch
-                else:
-                    skip_labels(batch, generator)
 
         def loss(batch: Batch, signal: Signal) -> Tensor:
             nonlocal tokens
             tokens += len(signal.values)
-            return sampled_loss(signal, generator)
+            return sampled_loss(signal, batch)
 
         with self.frozen():
-            self.differentiate(layers, own(), loss)
+            self.differentiate(layers, progress(with_draws(batches, self.seed), "pricing components"), loss)
         tokens = sum(distributed.everyones(tokens))
         return {name: distributed.add_up(price) / (2 * tokens) for name, price in prices.items()}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from rankwise.calibration.signal import inputs_of
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 from rankwise.integration.weights import Source
@@ -150,7 +151,7 @@ class Blocks:
         return (output.last_hidden_state, False) if logits is None else (logits, True)
 
     def _forward(self, batch: Batch) -> Any:
-        return self.model(**{name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"})
+        return self.model(**inputs_of(batch, self.device))
 
     def _reach(self, index: int, batch: Batch) -> tuple[Tensor, Call]:
         reached: list[tuple[Tensor, Call]] = []

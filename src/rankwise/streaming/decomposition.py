@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rankwise import distributed
 from rankwise.calibration.moments import GRADIENTS, Moments, Statistics, find_sites, watching
-from rankwise.calibration.signal import Signal, sampled_loss
+from rankwise.calibration.signal import Signal, sampled_loss, with_draws
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.solver import decompose
@@ -60,10 +60,13 @@ def decompose_all(stream: Stream, metric: str) -> dict[str, Stored]:
     """Every matrix in the named metric, its statistics collected and forgotten block by block."""
     run, needs = stream.run, metric_named(metric).NEEDS
     key = decomposition_key(run.identity, metric)
-    missing = [name for name in progress(run.shapes, "looking for results") if not _is_kept(run.folder, metric, name, key)]
+    missing = distributed.of_the_first(
+        lambda: [name for name in progress(run.shapes, "looking for results") if not _is_kept(run.folder, metric, name, key)]
+    )
     if missing:
         with stream.opened():
             (_backwards if GRADIENTS & needs else _forwards)(stream, metric, missing)
+        distributed.wait()  # for what the others have decomposed
     assert run.folder.path is not None
     return {name: Stored(run.folder.path / f"{decomposition_stage(metric, name)}-{key}.safetensors") for name in run.shapes}
 
@@ -82,7 +85,7 @@ def _is_kept(folder: RunFolder, metric: str, name: str, key: str) -> bool:
 def _forwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
     """Decompose the missing matrices from the first block to the last that has one, moving the hidden states on."""
     blocks, needs = stream.blocks, metric_named(metric).NEEDS
-    hidden = stream.entered("training", stream.run.data.training) if needs else None
+    hidden = stream.entered("training", stream.training) if needs else None
     last = max(i for i in range(len(blocks)) if set(missing) & set(stream.matrices_of(i)))
     for index in progress(range(last + 1), "decomposing blocks"):
         with blocks.loaded(blocks.names(index)):
@@ -104,12 +107,12 @@ def _backwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
     """Decompose the missing matrices from the last block to the first that has one, taking the gradients of `sampled_loss`
     back."""
     blocks, run, needs = stream.blocks, stream.run, metric_named(metric).NEEDS
-    pieces, generator = pieces_of(run.data.training), torch.Generator().manual_seed(run.seed)
+    pieces = pieces_of(with_draws(run.data.training, run.seed))
 
     def loss(window: Batch, signal: Signal) -> Tensor:
         if not finite(signal.values):
             raise RankwiseError("the model's outputs on the calibration text are not finite")
-        return sampled_loss(signal, generator)
+        return sampled_loss(signal, window)
 
     states = forward(stream, "training", pieces)
     gradients = gradients_of(stream, states[-1], pieces, loss)
@@ -122,8 +125,7 @@ def _backwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
                 on = index > first and number == len(groups) - 1
                 with watching(run.model, group, needs) as watched:
                     back(stream, index, states[index], gradients, pieces, on, watched.expect)
-                watched.statistics.refuse_not_finite()
-                _decompose(stream, metric, watched.statistics)
+                _decompose(stream, metric, watched.everyones(blocks.device))
             if not groups:
                 back(stream, index, states[index], gradients, pieces, hand_on=True)
     for hidden in (*states, gradients):
@@ -131,14 +133,14 @@ def _backwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
 
 
 def _decompose(stream: Stream, metric: str, statistics: Statistics) -> None:
-    """Decompose the matrices of the statistics, all of a loaded block, and keep their factors."""
+    """Decompose the matrices of the statistics, all of a loaded block, each process its part, and keep their factors."""
     run, chosen, key = stream.run, metric_named(metric), decomposition_key(stream.run.identity, metric)
-    for name in statistics.site_of:
+    reached = [name for name in statistics.site_of if not chosen.NEEDS or statistics.of(name).holds(chosen.NEEDS)]
+    for name in statistics.site_of.keys() - reached:
+        run.left_dense[name] = "the calibration text does not reach it"
+        del run.shapes[name]
+    for name in distributed.dealt(reached):
         moments = statistics.of(name)
-        if chosen.NEEDS and not moments.holds(chosen.NEEDS):
-            run.left_dense[name] = "the calibration text does not reach it"
-            del run.shapes[name]
-            continue
         weight = weight_of(run.model.get_submodule(name))
 
         def compute(moments: Moments = moments, weight: Tensor = weight) -> dict[str, Tensor]:
@@ -154,10 +156,16 @@ def _decompose(stream: Stream, metric: str, statistics: Statistics) -> None:
 def _groups(
     stream: Stream, index: int, wanted: Sequence[str], hidden: Activations, needs: frozenset[str]
 ) -> list[dict[str, str]]:
-    """The wanted matrices and their sites, in groups whose moments have room together."""
+    """The wanted matrices and their sites, in groups whose moments have room together: those of the first process."""
     if not wanted:
         return []
-    probe = {name: tensor[:1] for name, tensor in stream.run.data.training[0].items()}
+    return distributed.of_the_first(lambda: _own_groups(stream, index, wanted, hidden, needs))
+
+
+def _own_groups(
+    stream: Stream, index: int, wanted: Sequence[str], hidden: Activations, needs: frozenset[str]
+) -> list[dict[str, str]]:
+    probe = {name: tensor[:1] for name, tensor in stream.training[0].items()}
     call = stream.blocks.call_of(index, probe)
     site_of = find_sites(stream.run.model, wanted, lambda: stream.blocks.run(index, hidden[0][:1], call))
     groups: list[dict[str, str]] = []  # matrix -> the first matrix of its site in the group
@@ -180,12 +188,11 @@ def _collect(
 ) -> Statistics:
     """The moments of these sites of a loaded block over the training text."""
     with watching(stream.run.model, site_of, needs) as watched:
-        for number, batch in enumerate(stream.run.data.training):
+        for number, batch in enumerate(stream.training):
             watched.expect(batch)
             output = stream.blocks.run(index, hidden[number], stream.blocks.call_of(index, batch))
             if not finite(output):
                 raise RankwiseError("the model's outputs on the calibration text are not finite")
             if forward:
                 hidden[number] = output
-    watched.statistics.refuse_not_finite()
-    return watched.statistics
+    return watched.everyones(stream.blocks.device)

@@ -49,7 +49,7 @@ class Share:
 
 def sequences_at_once(batches: Iterable[Batch]) -> int:
     """How many sequences a block is differentiated on at once."""
-    return max(1, TOKENS_AT_ONCE // max(next(iter(batch.values())).shape[1] for batch in batches))
+    return max(1, TOKENS_AT_ONCE // max((next(iter(batch.values())).shape[1] for batch in batches), default=1))
 
 
 def share_out(

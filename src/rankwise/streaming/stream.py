@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, stages
+from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import DIFFERENTIATING, FORWARD_ONLY, Allocator
 from rankwise.allocation.plan import Budget
 from rankwise.calibration.moments import GRADIENTS
@@ -42,6 +42,11 @@ class Stream:
     share: Share
     room: Room
 
+    @property
+    def training(self) -> Sequence[Batch]:
+        """This process's part of the text that statistics are collected on."""
+        return distributed.dealt(self.run.data.training)
+
     def matrices_of(self, index: int) -> list[str]:
         """The matrices of a block that may be compressed."""
         return [name for name in self.run.shapes if name.startswith(f"{self.blocks.path}.{index}.")]
@@ -51,7 +56,8 @@ class Stream:
         hidden = Activations(name, self.room)
         outside = self.blocks.outside()
         with self.blocks.loaded(outside["embedding"]):
-            self.blocks.refuse_other_inputs(batches[0])
+            for batch in batches[:1]:
+                self.blocks.refuse_other_inputs(batch)
             for index, batch in enumerate(batches):
                 hidden[index] = self.blocks.enter(batch)
         return hidden
@@ -105,12 +111,12 @@ def start(
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
     share = share_out(memory, blocks, shapes, everything, vocabulary_of(empty), needs, gradients)
     names = [name for name, _ in empty.named_parameters()]
-    values = [digest(name, source.read(name)) for name in progress(names, "reading the model")]
-    identity = digest(str(config), *values, *data.tensors, recipe.seed)
+    own = [digest(name, source.read(name)) for name in progress(distributed.dealt(names), "reading the model")]
+    identity = digest(str(config), *distributed.collected(own), *data.tensors, recipe.seed)
     base = "the bundled model" if model == bundled.MODEL else str(model)
     run = Run(empty, tokenizer, base, shapes, left_dense, [], data, folder, identity, recipe.seed)
     assert folder.path is not None
-    return Stream(run, blocks, share, Room(folder.path / "activations", share.activations))
+    return Stream(run, blocks, share, Room(folder.path / f"activations-{distributed.rank()}", share.activations))
 
 
 def refuse_whole_runs(recipe: Recipe, allocator: Allocator, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:

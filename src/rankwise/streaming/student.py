@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rankwise import distributed
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.signal import Signal, as_signal, divergence
 from rankwise.calibration.tokens import Batch
@@ -71,6 +72,8 @@ class StreamedStudent(Student):
             return swapped(self.model, {name: layers[name] for name in own})
 
         pieces = pieces_of(batches)
+        if not pieces:
+            return
         with self.stream.opened():
             backward(self.stream, forward(self.stream, "student", pieces, around), pieces, counted, around)
 
@@ -89,7 +92,7 @@ class StreamedStudent(Student):
     @torch.no_grad()
     def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
         """The sum is taken window by window."""
-        stream, blocks = self.stream, self.stream.blocks
+        stream, blocks, batches = self.stream, self.stream.blocks, distributed.dealt(batches)
         with stream.opened():
             dense = self._dense_states(batches)
             touched = [i for i in range(len(blocks)) if any(masks.get(name) is not None for name in stream.matrices_of(i))]
@@ -100,17 +103,18 @@ class StreamedStudent(Student):
             for index in range(first, len(blocks)):
                 with blocks.loaded(blocks.names(index)), swapped(self.model, self.low_rank(index, masks)):
                     stream.advance(index, small, batches)
-            total, tokens = 0.0, 0
+            parts = [[0.0, 0] for _ in batches]
             with blocks.loaded(blocks.outside()["head"]):
                 for piece, number, i in windows_of(batches):
                     reference, other = (
                         as_signal(*blocks.leave(piece, hidden[number][i : i + 1]), piece) for hidden in (dense[-1], small)
                     )
-                    total += divergence(reference, other).item()
+                    parts[number][0] += divergence(reference, other).item()
+                    parts[number][1] += len(reference.values)
                     self.count(other)
-                    tokens += len(reference.values)
             small.clear()
-        return total / tokens
+        totals, tokens = zip(*distributed.collected(parts), strict=True)
+        return sum(totals) / sum(tokens)
 
     def forget(self) -> None:
         """Give back what the hidden states take."""
