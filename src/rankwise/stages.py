@@ -149,10 +149,15 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
         lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors(),
     )
     statistics = Statistics.from_tensors(saved, device_of(run.model))
-    for name in [n for n in run.shapes if not statistics.of(n).holds(needs)]:
+    leave_unreached(run, statistics, needs)
+    return statistics
+
+
+def leave_unreached(run: Run, statistics: Statistics, needs: frozenset[str]) -> None:
+    """Leave dense from here on what these statistics, of some of the matrices or all, did not reach."""
+    for name in [name for name in statistics.site_of if not statistics.of(name).holds(needs)]:
         run.left_dense[name] = "the calibration text does not reach it"
         del run.shapes[name]
-    return statistics
 
 
 def in_metric(run: Run, metric: str) -> Run:

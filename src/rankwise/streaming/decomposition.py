@@ -20,6 +20,7 @@ from rankwise.integration.artifact import decomposition_key, decomposition_stage
 from rankwise.layers.linear import weight_of
 from rankwise.progress import progress
 from rankwise.run_folder import RunFolder
+from rankwise.stages import leave_unreached
 from rankwise.streaming.activations import Activations, finite
 from rankwise.streaming.backward import back, forward, gradients_of, pieces_of
 from rankwise.streaming.stream import Stream
@@ -135,11 +136,9 @@ def _backwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
 def _decompose(stream: Stream, metric: str, statistics: Statistics) -> None:
     """Decompose the matrices of the statistics, all of a loaded block, each process its part, and keep their factors."""
     run, chosen, key = stream.run, metric_named(metric), decomposition_key(stream.run.identity, metric)
-    reached = [name for name in statistics.site_of if not chosen.NEEDS or statistics.of(name).holds(chosen.NEEDS)]
-    for name in statistics.site_of.keys() - reached:
-        run.left_dense[name] = "the calibration text does not reach it"
-        del run.shapes[name]
-    for name in distributed.dealt(reached):
+    if chosen.NEEDS:
+        leave_unreached(run, statistics, chosen.NEEDS)
+    for name in distributed.dealt([name for name in statistics.site_of if name in run.shapes]):
         moments = statistics.of(name)
         weight = weight_of(run.model.get_submodule(name))
 
