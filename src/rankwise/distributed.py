@@ -11,6 +11,7 @@ import atexit
 import functools
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import distributed as dist
 from rankwise.errors import RankwiseError
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # with the slowest: one may decompose for long; of one that dies torchrun tells at once
 
 
 def rank() -> int:
@@ -38,7 +40,7 @@ def _together(work: Callable[..., T]) -> Callable[..., T]:
     def act(*arguments: Any) -> T:
         try:
             if not dist.is_initialized():
-                dist.init_process_group()
+                dist.init_process_group(timeout=PATIENCE)
                 atexit.register(dist.destroy_process_group)
             return work(*arguments)
         except RuntimeError as error:  # torch's own errors of a lost connection are of this class
