@@ -33,26 +33,27 @@ LEAST = 1e-290  # a smaller mean is no metric, but what is left of one below the
 
 @dataclass(frozen=True)
 class Root:
-    """A square root F of the metric F F^T = full + diag(scale^2) [d, d]: `full` positive semidefinite (None is zero), scale [d].
-    All float64."""
+    """A square root F of the metric F F^T = full / count + diag(scale^2) [d, d]: `full` positive semidefinite (None is zero),
+    scale [d]. All float64; `full` is read, never copied to be kept."""
 
     scale: Tensor
     full: Tensor | None = None
+    count: int = 1
 
     @classmethod
-    def of(cls, metric: Tensor, damping: float) -> Root:
-        """The root of a positive semidefinite [d, d] float64 metric plus `damping` times the mean of its diagonal, of a zero
-        metric the root of `damping` times the identity."""
-        level = metric.diagonal().mean()
+    def of(cls, total: Tensor, damping: float, count: int = 1) -> Root:
+        """The root of a positive semidefinite [d, d] float64 metric, `total` / `count`, plus `damping` times the mean of its
+        diagonal; of a zero metric the root of `damping` times the identity."""
+        level = (total.diagonal() / count).mean()
         level = torch.where(level > LEAST, level, 1.0)
-        return cls((damping * level).sqrt().expand(len(metric)), metric)
+        return cls((damping * level).sqrt().expand(len(total)), total, count)
 
     def gram(self, X: Tensor) -> Tensor:
         """(X F) (X F)^T for X [c, d]; needs no root."""
         if self.full is None:
             X = X * self.scale
             return X @ X.T
-        return (X @ self.full).addcmul_(X, self.scale.square()) @ X.T
+        return (X @ self.full).div_(self.count).addcmul_(X, self.scale.square()) @ X.T
 
     def apply(self, X: Tensor) -> Tensor:
         """F^T X for X [d, c]."""
@@ -66,7 +67,7 @@ class Root:
     def _factor(self) -> Tensor:
         """F, lower triangular. Where rounding leaves the metric indefinite, no eigenvalue is taken below the least of scale^2."""
         assert self.full is not None
-        damped = self.full.clone()
+        damped = self.full / self.count
         damped.diagonal().add_(self.scale.square())
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
