@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import platform
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.runtime.bench import Load, ideal_speedup, times
 from rankwise.runtime.latency import Weights
 from rankwise.runtime.optimize import optimize
+from rankwise.runtime.pack import pack
 from rankwise.runtime.timing import alternating, ratio
 
 HERE = Path(__file__).parent
@@ -33,6 +35,13 @@ SIZES = {  # hidden, intermediate, attention heads, key-value heads: Llama 3.2 1
     "13B": (5120, 13824, 40, 40),
 }
 COLD = 2**28  # bytes
+PACKED = {"": (False, False), ", packed": (False, True), ", both packed": (True, True)}  # dense, low-rank
+WAYS = {
+    "as loaded": ("dense", "as loaded"),
+    "optimised": ("dense", "optimised"),
+    "packed": ("dense", "packed"),
+    "packed over packed": ("packed dense", "packed"),
+}
 
 
 def shapes_of(size: str) -> list[Shape]:
@@ -51,12 +60,13 @@ def run(layers: list[nn.Module], x: torch.Tensor) -> None:
         layer(x)
 
 
-def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int) -> tuple[float, float]:
-    """Speed-up of decoding one token and of prefill."""
+def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int, packed: tuple[bool, bool]) -> tuple[float, float]:
+    """Speed-up of decoding one token and of prefill. packed: the dense layers, the low-rank ones."""
     dtype, pools = weights.buffer.dtype, []
-    for option in (None, rank):
+    for option, packs in zip((None, rank), packed, strict=True):
         count = max(2, COLD // (shape.parameters(option) * dtype.itemsize))
-        pools.append([weights.layer(shape, option) for _ in range(count)])
+        pool = nn.ModuleList(weights.layer(shape, option) for _ in range(count))
+        pools.append(list(pack(pool) if packs else pool))
     speedups = []
     for tokens, turns in ((1, 3 * repeats), (512, repeats)):
         x = torch.randn(1, tokens, shape.in_features).to(dtype)
@@ -89,14 +99,23 @@ def compress_at_random(model: Any, rate: float, multiple: int) -> Any:
     return model
 
 
-def decoder_speedups(size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """Phase -> speed-up and ideal, with and without `optimize`."""
-    dense, plain, fast = decoder(size, layers, dtype), decoder(size, layers, dtype), decoder(size, layers, dtype)
-    compress_at_random(plain, rate, multiple)
-    optimize(compress_at_random(fast, rate, multiple))
-    seconds = times([dense, plain, fast], Load(1, 512, 16), repeats)
-    ideal = ideal_speedup(plain)
-    return {p: (ratio(s[0], s[1]), ratio(s[0], s[2]), ideal[p]) for p, s in seconds.items()}
+def decoder_speedups(
+    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Phase -> the "ideal" speed-up, and those of `WAYS`."""
+
+    def small() -> Any:
+        return compress_at_random(decoder(size, layers, dtype), rate, multiple)
+
+    models = {"dense": decoder(size, layers, dtype), "as loaded": small(), "optimised": optimize(small())}
+    if dtype == torch.bfloat16:
+        models |= {"packed": pack(small()), "packed dense": pack(decoder(size, layers, dtype))}
+    ideal, found = ideal_speedup(models["as loaded"]), {}
+    for phase, seconds in times(list(models.values()), Load(1, 512, 16), repeats).items():
+        own = dict(zip(models, seconds, strict=True))
+        found[phase] = {way: ratio(own[over], own[under]) for way, (over, under) in WAYS.items() if under in own}
+        found[phase]["ideal"] = ideal[phase]
+    return found
 
 
 def main() -> None:
@@ -119,24 +138,26 @@ def main() -> None:
     for name in args.dtypes:
         dtype = getattr(torch, name)
         weights = Weights(2 * COLD, dtype)
-        for size in args.sizes:
+        kinds = PACKED if dtype == torch.bfloat16 else {"": (False, False)}
+        for kind, size in itertools.product(kinds, args.sizes):
             for shape in shapes_of(size):
                 cells = []
                 for rate in args.rates:
                     rank = rank_of(shape, rate, args.multiple)
                     ideal = shape.dense / shape.parameters(rank)
-                    found = layer_speedups(weights, shape, rank, args.repeats)
+                    found = layer_speedups(weights, shape, rank, args.repeats, kinds[kind])
                     cells += [f"{speedup:.2f} ({speedup / ideal:.0%})" for speedup in found]
-                lines.append(f"| {name}, {size}, {shape.in_features} to {shape.out_features} | {' | '.join(cells)} |")
+                lines.append(f"| {name}{kind}, {size}, {shape.in_features} to {shape.out_features} | {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
     lines.append(f"\nWhole decoder of {args.layers} layers, batch 1: prompt of 512 tokens, then 16 with the key-value cache.\n")
-    lines += ["| decoder | phase | ideal | as loaded | optimised |", "|---|---|---|---|---|"]
+    lines += [f"| decoder | phase | ideal | {' | '.join(WAYS)} |", "|---" * (3 + len(WAYS)) + "|"]
     for name in args.dtypes:
         for size in args.decoders:
             for rate in args.rates:
                 phases = decoder_speedups(size, args.layers, rate, args.multiple, getattr(torch, name), args.repeats)
-                for phase, (plain, fast, ideal) in phases.items():
-                    cells = [f"{ideal:.2f}", f"{plain:.2f} ({plain / ideal:.0%})", f"{fast:.2f} ({fast / ideal:.0%})"]
+                for phase, own in phases.items():
+                    ideal = own["ideal"]
+                    cells = [f"{ideal:.2f}", *(f"{own[w]:.2f} ({own[w] / ideal:.0%})" if w in own else "" for w in WAYS)]
                     lines.append(f"| {name}, {size}, rate {rate} | {phase} | {' | '.join(cells)} |")
                     print(lines[-1], flush=True)
     args.output.parent.mkdir(exist_ok=True)

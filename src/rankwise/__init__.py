@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rankwise.pipeline import compress as compress
     from rankwise.recipe import Recipe as Recipe
     from rankwise.runtime.optimize import optimize as optimize
+    from rankwise.runtime.pack import pack as pack
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "lora_targets",
     "optimize",
+    "pack",
 ]
 
 _HOMES = {
@@ -45,6 +47,7 @@ _HOMES = {
     "evaluate": "rankwise.evaluation.evaluate",
     "lora_targets": "rankwise.integration.peft",
     "optimize": "rankwise.runtime.optimize",
+    "pack": "rankwise.runtime.pack",
 }
 
 

@@ -1,8 +1,8 @@
 """Several processes that share one run: `torchrun` starts them, each does its part, and all go on with the same numbers.
 
-Every process runs the whole program on its own copy of the model, or of a block. Batches and matrices are dealt out, sums are added
-up, and the first process alone writes and prints. They join when the first sum is due: what is wrong with the input is found, and
-said once, before that. In a process of its own nothing here does anything.
+Every process runs the whole program on its own copy of the model, or of a block. Batches and matrices are dealt out, sums are
+added up, and the first process alone writes and prints. They join when the first sum is due: what is wrong with the input is
+found, and said once, before that. In a process of its own nothing here does anything.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense product [out_features, in_features], computed at each read: some models look at their layers' weights."""
-        return self.second.weight @ self.first.weight
+        weights = (self.second.weight, self.first.weight)
+        second, first = (weight.to_dense() if weight.is_mkldnn else weight for weight in weights)
+        return second @ first
 
     @property
     def bias(self) -> Tensor | None:
