@@ -47,8 +47,9 @@ def pack(model: Any) -> Any:
     model back.
 
     Nothing is approximated; memory and checkpoint stay what they are. Do it last: packed weights cannot be moved or cast, which
-    stops with an error. Not for `torch.compile`, which packs by itself and cannot read these. Weights that several layers share
-    stay as they are. Raises `RankwiseError` for a model without bfloat16 layers on a CPU, and for a CPU that has no such kernels.
+    stops with an error. Not for `torch.compile`, which cannot read these; inductor's `freezing` packs there. Weights that several
+    layers share stay as they are. Raises `RankwiseError` for a model without bfloat16 layers on a CPU, and for a CPU that has no
+    such kernels.
     """
     if not has_kernels():
         raise RankwiseError("this processor, or this build of torch, multiplies no packed bfloat16 weights: leave out pack")
