@@ -290,6 +290,24 @@ def test_a_label_without_probability_is_never_drawn(uniform: float, label: int) 
     assert sampled_labels(logits, {DRAWS: torch.tensor([[uniform]])}).tolist() == [label]
 
 
+def test_a_classifier_draws_a_label_for_each_sequence() -> None:
+    mask = (torch.arange(12) < torch.tensor([12, 5, 7, 12])[:, None]).long()
+    given = {"labels": torch.zeros(4).long(), "input_ids": torch.zeros(4, 12).long(), "attention_mask": mask}
+    (batch,) = with_draws([given], seed=0)
+    assert sampled_labels(torch.zeros(4, 3), batch).shape == (4,)
+
+
+def test_any_number_of_processes_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [{"input_ids": torch.full((2, 5), number)} for number in range(7)]
+    alone = with_draws(batches, seed=3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        own = with_draws(batches, seed=3)
+        assert [int(batch["input_ids"][0, 0]) for batch in own] == list(range(7))[rank::3]
+        assert all(torch.equal(mine[DRAWS], its[DRAWS]) for mine, its in zip(own, alone[rank::3], strict=True))
+
+
 def test_sampled_features_have_the_variance_of_the_features() -> None:
     values = (3 * torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)) + 1).requires_grad_()
     sampled_loss(Signal(values, categorical=False), drawn(4000)).backward()

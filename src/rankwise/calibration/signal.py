@@ -101,7 +101,7 @@ def with_draws(batches: Iterable[Batch], seed: int) -> Sequence[Batch]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(batch: Batch) -> Batch:
-        written = batch.get("decoder_input_ids", next(iter(batch.values())))
+        written = next((batch[n] for n in ("decoder_input_ids", "input_ids") if n in batch), next(iter(batch.values())))
         return batch | {DRAWS: torch.rand(written.shape[:2], generator=generator)}
 
     return distributed.dealt([drawn(batch) for batch in batches])

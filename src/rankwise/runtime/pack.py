@@ -1,5 +1,4 @@
-"""Faster bfloat16 on a CPU: weights lie in memory in the order in which oneDNN's kernels read them, and are not looked up in
-another order at each call."""
+"""Faster bfloat16 on a CPU: weights lie in memory in the order in which oneDNN's kernels read them."""
 
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ class PackedLinear(nn.Linear):
         """`layer`, packed."""
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous(), None)
-        made.weight, made.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+        made.weight = nn.Parameter(packed, requires_grad=False)
+        made.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
