@@ -42,14 +42,12 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
     total += gradients.double().flatten(0, -2).square().sum(0).cpu()
 
 
-def _mean_gradients(masks: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """The masks' gradients [k] float64 per token, of all processes; zero for a mask that no token went through."""
-    tokens = sum(distributed.everyones(tokens))
-    return {
-        name: distributed.add_up(torch.zeros(len(mask), dtype=torch.float64) if mask.grad is None else mask.grad.double().cpu())
-        / tokens
-        for name, mask in masks.items()
-    }
+def mean_gradients(masks: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The masks' gradients [k] float64 per token, of all processes; zero for a mask that no token went through. `tokens` are
+    this process's."""
+    own = [torch.zeros(len(mask)) if mask.grad is None else mask.grad.cpu() for mask in masks.values()]
+    every = distributed.add_up(torch.cat(own).double()) / sum(distributed.everyones(tokens))
+    return dict(zip(masks, every.split([len(mask) for mask in masks.values()]), strict=True))
 
 
 def not_kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -216,7 +214,7 @@ class Student:
         with self.frozen():
             own = progress(distributed.dealt(batches), "gradients at the hard masks")
             _, tokens = self.add_gradients(self.masked(leaves), own)
-        return _mean_gradients(leaves, tokens)
+        return mean_gradients(leaves, tokens)
 
     def add_gradients(self, layers: Layers, batches: Iterable[Batch]) -> tuple[float, int]:
         """Add the gradients of the KL to the layers' masks; the KL in nats and its tokens. Call it in `frozen`."""
@@ -256,7 +254,7 @@ class Student:
         with self.frozen():
             own = progress(distributed.dealt(batches), "gradients of the text's loss")
             self.differentiate(self.masked(leaves), own, loss)
-        return _mean_gradients(leaves, tokens)
+        return mean_gradients(leaves, tokens)
 
     def count(self, signal: Signal, backward: bool = False) -> None:
         """Note the tokens of a call in `effort`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankwise import distributed
 from rankwise.calibration.tokens import Batch, endless, parts_of
 from rankwise.masks.layers import MaskedLinear, Masks, WeightedLinear, add, is_whole
-from rankwise.masks.student import Student
+from rankwise.masks.student import Student, mean_gradients
 from rankwise.progress import progress
 
 
@@ -43,7 +43,11 @@ def train_values(student: Student, masks: Masks, options: ValueTraining, losses:
     with student.frozen(), student.together():
         bar = progress(range(options.steps), "training mask values")
         for _ in bar:
-            loss = _mean_gradients(list(values.values()), *student.add_gradients(layers, next(batches)))
+            own = student.add_gradients(layers, next(batches))
+            for name, gradient in mean_gradients(values, own[1]).items():
+                values[name].grad = gradient.to(values[name])
+            totals, tokens = zip(*distributed.everyones(own), strict=True)
+            loss = sum(totals) / sum(tokens)
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
@@ -62,17 +66,6 @@ def _own(batch: Batch) -> list[Batch]:
     """This process's sequences of a batch, as the one batch of a list; none where there are more processes than sequences."""
     own = {name: tensor[distributed.rank() :: distributed.size()] for name, tensor in batch.items()}
     return [own] if len(next(iter(own.values()))) else []
-
-
-def _mean_gradients(masks: list[Tensor], total: float, tokens: int) -> float:
-    """Turn the masks' gradients of the `total` KL over this process's `tokens` into those of the mean KL of all processes, which
-    is returned."""
-    gradients = torch.cat([torch.zeros_like(mask) if mask.grad is None else mask.grad for mask in masks])
-    total, tokens = distributed.add_up(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
-    gradients = distributed.add_up(gradients) / tokens
-    for mask, gradient in zip(masks, gradients.split([len(mask) for mask in masks]), strict=True):
-        mask.grad = gradient
-    return total / tokens
 
 
 def _layer(student: Student, name: str, mask: Tensor, values: Tensor) -> MaskedLinear | WeightedLinear:
