@@ -41,7 +41,7 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense product [out_features, in_features], computed at each read: some models look at their layers' weights."""
-        weights = (self.second.weight, self.first.weight)
+        weights = (self.second.weight, self.first.weight)  # packed ones multiply inputs only
         second, first = (weight.to_dense() if weight.is_mkldnn else weight for weight in weights)
         return second @ first
 

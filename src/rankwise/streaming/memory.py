@@ -84,6 +84,12 @@ def share_out(
     return Share(spare - more, largest_site + more)
 
 
+def _sizes(blocks: Blocks) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each parameter, and of each group outside of blocks."""
+    sizes = {name: p.numel() * p.element_size() for name, p in blocks.model.named_parameters(remove_duplicate=False)}
+    return sizes, {group: sum(sizes[name] for name in names) for group, names in blocks.outside().items()}
+
+
 def _moments(shape: Shape, outputs: bool) -> int:
     """Bytes of a matrix's second moments, of its outputs too where those are needed."""
     return 8 * shape.in_features**2 + 8 * shape.out_features**2 * outputs
@@ -91,8 +97,7 @@ def _moments(shape: Shape, outputs: bool) -> int:
 
 def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, vocabulary: int, outputs: bool) -> dict[str, int]:
     """The most bytes that each part of the work holds at once."""
-    sizes = {name: p.numel() * p.element_size() for name, p in blocks.model.named_parameters(remove_duplicate=False)}
-    outside = {group: sum(sizes[name] for name in names) for group, names in blocks.outside().items()}
+    sizes, outside = _sizes(blocks)
     block = max(sum(sizes[name] for name in blocks.names(i)) for i in range(len(blocks)))
     largest = max(sizes[name] for i in range(len(blocks)) for name in blocks.names(i))
     config: Any = blocks.model.config
@@ -115,8 +120,7 @@ def _gradient_phases(
     blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, vocabulary: int, outputs: bool
 ) -> dict[str, int]:
     """As `_phases`, of the passes back on `tokens` at once: a block, its full-length factors, and what its gradient needs."""
-    sizes = {name: p.numel() * p.element_size() for name, p in blocks.model.named_parameters(remove_duplicate=False)}
-    outside = {group: sum(sizes[name] for name in names) for group, names in blocks.outside().items()}
+    sizes, outside = _sizes(blocks)
     e = max(p.element_size() for p in blocks.model.parameters())
     d = blocks.model.config.get_text_config().hidden_size
     most = 0

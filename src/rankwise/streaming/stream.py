@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, stages
-from rankwise.allocation.allocator import DIFFERENTIATING, FORWARD_ONLY, Allocator
+from rankwise.allocation.allocator import ALLOCATORS, DIFFERENTIATING, FORWARD_ONLY, Allocator
 from rankwise.allocation.plan import Budget
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import frozen
@@ -127,9 +127,9 @@ def refuse_whole_runs(recipe: Recipe, allocator: Allocator, model: PreTrainedMod
             f"with memory there are no affine factors: choose another decomposition than {recipe.decomposition!r}"
         )
     if not isinstance(allocator, FORWARD_ONLY + DIFFERENTIATING):
+        others = [name for name in ALLOCATORS if issubclass(ALLOCATORS[name]["default"], FORWARD_ONLY + DIFFERENTIATING)]
         raise RankwiseError(
             f"the allocation {recipe.allocation!r} runs the whole model with all of its masks, which takes "
             f"{whole_run(model, shapes, metric.NEEDS) / 1e9:.1f} GB and the activations of a batch: leave out memory where there "
-            "is as much, or choose --allocation llrc, kl-knapsack, mask-fisher, zero-sum, strs, energy, knapsack, error-bound, "
-            "effective-rank, heavy-tail or uniform"
+            f"is as much, or choose --allocation {', '.join(others[:-1])} or {others[-1]}"
         )
