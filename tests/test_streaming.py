@@ -203,6 +203,10 @@ except rankwise.RankwiseError as refused:
 
 @pytest.mark.parametrize("metric", ["whitened", "kronecker"])
 def test_the_workspace_is_what_a_decomposition_takes(metric: str) -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not forget a peak of memory")
     code = """
 import sys, torch
 from pathlib import Path
