@@ -366,6 +366,8 @@ def test_places() -> None:
     assert [place.layer for place in both.values()] == ["encoder 0", "decoder 0"]
     assert short_names(["self_attn.q_proj", "mlp.up_proj"]) == {"self_attn.q_proj": "q", "mlp.up_proj": "up"}
     assert len(set(short_names(["a.q", "b.q"]).values())) == 2
+    gpt2 = short_names(["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+    assert list(gpt2.values()) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
     bert = short_names(["attention.output.dense", "output.dense", "intermediate.dense"])
     assert len(set(bert.values())) == 3  # the second is the first's ending, whole
 

@@ -36,8 +36,8 @@ def _last_name(stack: str) -> str:
 
 
 def short(name: str) -> str:
-    """Without what all share: "q" of "q_proj"."""
-    return re.sub(r"(_proj|_matrices)$", "", name)
+    """Without what all share: "q" of "q_proj"; but GPT-2's "c_proj" whole, since "c" says nothing."""
+    return re.sub(r"(?<!^c)(_proj|_matrices)$", "", name)
 
 
 def short_names(kinds: Iterable[str]) -> dict[str, str]:
