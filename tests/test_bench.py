@@ -40,6 +40,12 @@ def test_without_a_reference(rankwise: Callable[..., Any], small_llama: Path) ->
     assert "ideal" not in ended.out
 
 
+def test_a_prompt_is_as_long_as_a_small_model_takes(rankwise: Callable[..., Any], small_llama: Path) -> None:
+    ended = rankwise("bench", small_llama, "--batches", "1", "--new-tokens", 2, "--repeats", 1, "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["prompt"] == 64 - 2
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

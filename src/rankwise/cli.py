@@ -346,7 +346,9 @@ def bench(
     folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
     reference: Annotated[str | None, typer.Option(help="The original model, for the ratios.")] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,16",
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt (default: 512, or as many as the model takes).")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of each, in turn; medians count.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,

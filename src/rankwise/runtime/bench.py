@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.memory import peak_memory
@@ -28,6 +30,7 @@ from rankwise.layers.lowrank import LowRankLinear
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
 
+PROMPT = 512  # tokens, where the model takes as many
 CHILD = "import json, sys; from rankwise.runtime import bench; bench.print_peaks(**json.loads(sys.argv[1]))"
 
 
@@ -45,7 +48,7 @@ def bench(
     reference: str | Path | None = None,
     *,
     batches: Sequence[int] = (1, 16),
-    prompt: int = 512,
+    prompt: int | None = None,
     new_tokens: int = 32,
     repeats: int = 5,
     threads: int | None = None,
@@ -54,20 +57,27 @@ def bench(
 ) -> dict[str, Any]:
     """Tokens per second of prefill and decode with a key-value cache, peak memory, and the ratios to `reference` and the ideal.
 
-    path: a folder that rankwise wrote, or any causal model; compressed ones run as `optimize` leaves them. Both models run in
-    turn in this process, `repeats` times; speeds are medians, speed-ups medians of the pairs. Peak memory is that of a fresh
-    process that runs the model alone. Returns plain values for JSON. Raises `RankwiseError`.
+    path: a folder that rankwise wrote, or any causal model; compressed ones run as `optimize` leaves them. prompt: tokens, by
+    default 512 or as many as the models take beside the `new_tokens`. Both models run in turn in this process, `repeats` times;
+    speeds are medians, speed-ups medians of the pairs. Peak memory is that of a fresh process that runs the model alone.
+    Returns plain values for JSON. Raises `RankwiseError`.
     """
-    if not batches or min(*batches, prompt, new_tokens, repeats) < 1:
+    asked = [] if prompt is None else [prompt]
+    if not batches or min(*batches, *asked, new_tokens, repeats) < 1:
         raise RankwiseError("batch sizes, prompt, new tokens and repeats are 1 or more")
     if threads is not None:
         if threads < 1:
             raise RankwiseError(f"threads={threads}: at least 1")
         torch.set_num_threads(threads)
     paths = {"compressed": path} if reference is None else {"compressed": path, "reference": reference}
+    configs = {role: load_config(p) for role, p in paths.items()}
     if reference is not None:
-        refuse_compressed(reference, load_config(reference))
-    models = {role: _open(p, dtype, device, prompt + new_tokens) for role, p in paths.items()}
+        refuse_compressed(reference, configs["reference"])
+    context = min(getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf for config in configs.values())
+    prompt = int(max(1, min(PROMPT, context - new_tokens))) if prompt is None else prompt
+    if prompt + new_tokens > context:
+        raise RankwiseError(f"prompt and new tokens are {prompt + new_tokens} tokens, the model takes {context}: ask for fewer")
+    models = {role: _open(p, configs[role], dtype, device) for role, p in paths.items()}
     ideal = ideal_speedup(models["compressed"])
     rows = []
     loads = [Load(batch, prompt, new_tokens) for batch in sorted(set(batches))]
@@ -100,13 +110,10 @@ def bench(
     }
 
 
-def _open(path: str | Path, dtype: str, device: str, length: int) -> Any:
-    model = load_model(path, load_config(path), dtype, device)
-    if not model.can_generate() or model.config.is_encoder_decoder:
+def _open(path: str | Path, config: PreTrainedConfig, dtype: str, device: str) -> Any:
+    model = load_model(path, config, dtype, device)
+    if not model.can_generate() or config.is_encoder_decoder:
         raise RankwiseError(f"{path} is a {type(model).__name__}: only causal language models are timed")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise RankwiseError(f"prompt and new tokens are {length} tokens together, {path} takes {context}: ask for fewer")
     return optimize(model)
 
 
