@@ -22,7 +22,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise import bundled
-from rankwise.calibration.signal import values_of
+from rankwise.calibration.signal import signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import batches_of, windows_of
 from rankwise.evaluation.compare import compare
@@ -76,7 +76,7 @@ def main() -> None:
         for quantize in WAYS.values():
             model = load(folder)
             quantize(model.model.layers)
-            cost = compare(lambda b: values_of(original, b), lambda b, m=model: values_of(m, b), batches, causal=True)  # type: ignore[misc]
+            cost = compare(lambda b: signal_of(original, b), lambda b, m=model: signal_of(m, b), batches, causal=True)  # type: ignore[misc]
             cells.append(f"{held_bytes(model.model.layers) / 1024:.0f} | {cost.kl:.4f}")
         lines.append(f"| {rate:g} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise import RankwiseError, bundled, compress, evaluate
-from rankwise.calibration.signal import values_of
+from rankwise.calibration.signal import signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import windows_of
 from rankwise.evaluation import intervals
@@ -87,7 +87,7 @@ def test_comparison_by_hand(llama: Path, small_llama: Path) -> None:
     ids, lengths = torch.randint(3, 60, (5, 20), generator=torch.Generator().manual_seed(0)), [20, 7, 12, 2, 20]
     mask = torch.stack([torch.arange(20) < n for n in lengths]).long()
     batches = [{"input_ids": ids[part], "attention_mask": mask[part]} for part in (slice(0, 2), slice(2, 5))]
-    found = compare(lambda b: values_of(models[0], b), lambda b: values_of(models[1], b), batches, causal=True)
+    found = compare(lambda b: signal_of(models[0], b), lambda b: signal_of(models[1], b), batches, causal=True)
     kl, same, losses = [], [], [[], []]
     for row, length in zip(ids, lengths, strict=True):
         with torch.no_grad():
@@ -110,7 +110,7 @@ def test_comparison_by_hand(llama: Path, small_llama: Path) -> None:
 def test_a_model_against_itself(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     batches = [{"input_ids": torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))}]
-    found = compare(lambda b: values_of(model, b), lambda b: values_of(model, b), batches, causal=True)
+    found = compare(lambda b: signal_of(model, b), lambda b: signal_of(model, b), batches, causal=True)
     assert (found.kl, found.agreement, found.flips, found.perplexity_ratio) == (0, 1, 0, 1)
     assert found.intervals["kl"] == [0, 0]
     assert found.intervals["perplexity_ratio"] == [1, 1]

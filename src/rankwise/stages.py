@@ -19,7 +19,7 @@ from rankwise.allocation.plan import Budget, Shapes
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
-from rankwise.calibration.signal import device_of, frozen, values_of
+from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, default_samples, sampled_windows, window_length, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
@@ -242,12 +242,12 @@ def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> C
     model = student.model
     assert isinstance(model, PreTrainedModel)
 
-    def compressed(batch: Batch) -> tuple[Tensor, bool]:
+    def compressed(batch: Batch) -> Signal:
         with student.with_masks(chosen.masks):
-            return values_of(model, batch)
+            return signal_of(model, batch)
 
     with frozen(model):
-        return compare(lambda batch: values_of(model, batch), compressed, batches, model.can_generate())
+        return compare(lambda batch: signal_of(model, batch), compressed, batches, model.can_generate())
 
 
 def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: Sequence[Batch], key: str) -> Comparison:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +12,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise import distributed
+from rankwise.calibration.head import Head, head_of, last_states
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 
 DRAWS = "draws"  # in a batch, beside the model's inputs: a number in [0, 1) for every token, which `sampled_loss` draws with
+LOGITS_AT_ONCE = 2**24  # float32 numbers: 64 MiB, of which a loss holds about five
 
 
 @dataclass(frozen=True)
 class Signal:
     """A model's outputs over the tokens of a batch that are not padding.
 
-    values: [tokens, vocabulary] logits in the model's dtype, or [tokens, hidden] features of a model without a head,
-        which are read as the mean of a Gaussian with the features' own variance.
+    values: [tokens, hidden] hidden states that `head` makes logits of; without a head [tokens, vocabulary] logits in the model's
+        dtype, or [tokens, hidden] features of a model that has none, which are read as the mean of a Gaussian with the features'
+        own variance.
     """
 
     values: Tensor
     categorical: bool
+    head: Head | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def logits(self, values: Tensor) -> Tensor:
+        """Logits [rows, vocabulary] float32 of rows of `values`."""
+        return (values if self.head is None else self.head(values)).float()
+
+    def chunks(self) -> Iterator[slice]:
+        """The rows in parts whose logits fit in memory."""
+        width = self.values.shape[-1] if self.head is None else self.head(self.values[:1].detach()).shape[-1]
+        rows = max(1, LOGITS_AT_ONCE // width)
+        return (slice(i, i + rows) for i in range(0, len(self), rows))
+
+    def __getitem__(self, rows: Any) -> Signal:
+        return Signal(self.values[rows], self.categorical, self.head)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -46,17 +66,17 @@ def inputs_of(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DRAWS)}
 
 
-def call(model: nn.Module, batch: Batch, **options: Any) -> Any:
-    """The model's own output object for `batch`."""
-    return model(**inputs_of(batch, device_of(model)), **options)
+def call(model: nn.Module, batch: Batch, device: torch.device | None = None, **options: Any) -> Any:
+    """The model's own output object for `batch`; the inputs go to `device`, by default that of the model."""
+    return model(**inputs_of(batch, device or device_of(model)), **options)
 
 
-def values_of(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
+def values_of(model: nn.Module, batch: Batch, device: torch.device | None = None) -> tuple[Tensor, bool]:
     """The model's logits [sequences, length, vocabulary] and True, or its last hidden states and False.
 
     Raises `RankwiseError` for a model that gives neither.
     """
-    output = call(model, batch)
+    output = call(model, batch, device)
     logits = getattr(output, "logits", None)
     values = logits if logits is not None else getattr(output, "last_hidden_state", None)
     if values is None:
@@ -64,17 +84,26 @@ def values_of(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     return values, logits is not None
 
 
-def signal_of(model: nn.Module, batch: Batch) -> Signal:
-    """The model's signal over `batch`."""
-    return as_signal(*values_of(model, batch), batch)
+def signal_of(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Signal:
+    """The model's signal over `batch`: hidden states and a head where it has one that can be run by itself, else its values."""
+    names = tuple(name for name in ("input_ids", "decoder_input_ids") if name in batch)
+    head = head_of(model, names, lambda model: call(model, {name: tensor[:1] for name, tensor in batch.items()}, device))
+    if head is None:
+        return as_signal(*values_of(model, batch, device), batch)
+    return Signal(_written(last_states(model, lambda model: call(model, batch, device)), batch), True, head)
 
 
 def as_signal(values: Tensor, categorical: bool, batch: Batch) -> Signal:
     """What `values_of` gave for `batch`, without padding."""
+    return Signal(_written(values, batch), categorical)
+
+
+def _written(values: Tensor, batch: Batch) -> Tensor:
+    """[sequences, length, c] -> [tokens, c], without padding."""
     mask = token_mask(batch)
     if mask is not None and values.ndim == 3:
-        return Signal(values[mask.to(values.device)], categorical)
-    return Signal(values.reshape(-1, values.shape[-1]), categorical)
+        return values[mask.to(values.device)]
+    return values.reshape(-1, values.shape[-1])
 
 
 def text_labels(batch: Batch, causal: bool) -> Tensor:
@@ -87,13 +116,72 @@ def text_labels(batch: Batch, causal: bool) -> Tensor:
     return labels.flatten() if mask is None else labels[mask]
 
 
+Loss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # (logits, their rows) -> its sum over them, and its slope at the logits
+
+
+class _OverTokens(torch.autograd.Function):
+    """The sum over a signal's tokens of a loss of their logits, its gradient at the signal's values taken along, part by part."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, signal: Signal, loss: Loss) -> Tensor:
+        total = 0.0
+        ctx.gradient = torch.empty_like(values) if ctx.needs_input_grad[0] else None
+        for rows in signal.chunks():
+            part = values[rows].detach()
+            if ctx.gradient is None:
+                total += loss(signal.logits(part), rows)[0].item()
+                continue
+            with torch.enable_grad():
+                logits = signal.logits(part.requires_grad_())
+            found, slope = loss(logits.detach(), rows)
+            total += found.item()
+            (ctx.gradient[rows],) = torch.autograd.grad(logits, part, slope)
+        return values.new_tensor(total, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return upstream.to(ctx.gradient) * ctx.gradient, None, None
+
+
+def _over_tokens(signal: Signal, loss: Loss) -> Tensor:
+    total: Tensor = _OverTokens.apply(signal.values, signal, loss)  # type: ignore[no-untyped-call]
+    return total
+
+
 def divergence(reference: Signal, other: Signal) -> Tensor:
-    """KL(reference || other) in nats, summed over tokens: scalar float32."""
-    if reference.categorical:
-        p, q = reference.values.float().log_softmax(-1), other.values.float().log_softmax(-1)
-        return F.kl_div(q, p, reduction="sum", log_target=True)
-    mean = reference.values.float()
-    return 0.5 * (other.values.float() - mean).square().sum() / mean.var(dim=0).mean()
+    """KL(reference || other) in nats, summed over tokens: scalar float32, differentiable in the other's values."""
+    if not reference.categorical:
+        mean = reference.values.float()
+        return 0.5 * (other.values.float() - mean).square().sum() / mean.var(dim=0).mean()
+
+    def kl(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        q, p = logits.log_softmax(-1), reference.logits(reference.values[rows]).log_softmax(-1)
+        return kl_of(p, q).sum(), q.exp_().sub_(p.exp_())
+
+    return _over_tokens(other, kl)
+
+
+def kl_of(p: Tensor, q: Tensor) -> Tensor:
+    """KL [rows] of distributions given as log probabilities [rows, c]."""
+    return torch.linalg.vecdot(p.exp(), p - q)
+
+
+def cross_entropy(signal: Signal, labels: Tensor) -> Tensor:
+    """Minus the log likelihood of `labels` [tokens] int64, summed over those that are not negative: scalar float32."""
+    return _labelled(signal, lambda _, rows: labels[rows])
+
+
+def _labelled(signal: Signal, label: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """`cross_entropy` with the labels that `label(log probabilities, rows)` gives."""
+
+    def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        q = logits.log_softmax(-1)
+        labels = label(q, rows).to(q.device)[:, None]
+        counted, at = (labels >= 0).float(), labels.clamp_min(0)
+        found = -(q.gather(1, at) * counted).sum()
+        return found, q.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=q.dtype)).mul_(counted)
+
+    return _over_tokens(signal, loss)
 
 
 def with_draws(batches: Iterable[Batch], seed: int) -> Sequence[Batch]:
@@ -113,15 +201,19 @@ def sampled_loss(signal: Signal, batch: Batch) -> Tensor:
     The outer product of its gradients is an unbiased estimate of the true Fisher information (Kunstner et al. 2019).
     `batch` is one of `with_draws`.
     """
-    values, draws, mask = signal.values.float(), batch[DRAWS], token_mask(batch)
+    draws, mask = batch[DRAWS], token_mask(batch)
     if signal.categorical:
         uniform = draws.flatten() if mask is None else draws[mask]
-        if len(uniform) != len(values):
+        if len(uniform) != len(signal):
             uniform = draws[:, 0]  # a label for each sequence
-        cumulative = values.detach().softmax(-1).cumsum(-1)
-        at = uniform[:, None].to(values.device) * cumulative[:, -1:]
-        labels = torch.searchsorted(cumulative, at, right=True).clamp(max=values.shape[-1] - 1)
-        return F.cross_entropy(values, labels.squeeze(-1), reduction="sum")
+
+        def draw(q: Tensor, rows: slice) -> Tensor:
+            cumulative = q.exp().cumsum(-1)
+            at = uniform[rows, None].to(q.device) * cumulative[:, -1:]
+            return torch.searchsorted(cumulative, at, right=True).clamp_(max=q.shape[-1] - 1).squeeze(-1)
+
+        return _labelled(signal, draw)
+    values = signal.values.float()
     mean = values.detach()
     variance = mean.var(dim=0).mean()
     generator = torch.Generator().manual_seed(int(draws.flatten()[0] * 2**24))  # on the CPU: the same noise for every device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankwise.calibration.signal import Signal, divergence
+from rankwise.calibration.signal import Signal, divergence, kl_of, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.evaluation.intervals import Interval, clipped, of_ratio
 from rankwise.progress import progress
 
-Values = Callable[[Batch], tuple[Tensor, bool]]  # as `values_of`: logits [sequences, length, vocabulary] or features
 
 
 @dataclass(frozen=True)
@@ -47,30 +46,54 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(reference: Values, compressed: Values, batches: Iterable[Batch], causal: bool) -> Comparison:
-    """Compare two models, given as functions from a batch to their values. `causal`: position t predicts token t + 1."""
-    windows, has_head, has_loss = 0, False, False
-    rows = []
-    for batch in progress(list(batches), "measuring"):
+def compare(
+    reference: Callable[[Batch], Signal], compressed: Callable[[Batch], Signal], batches: Sequence[Batch], causal: bool
+) -> Comparison:
+    """Compare two models, given as functions from a batch to their signals. `causal`: position t predicts token t + 1."""
+    rows: list[Tensor] = []
+    has_head, has_loss = False, False
+    for batch in progress(batches, "measuring"):
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-        mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
-        answers = [f(batch) for f in (reference, compressed)]
-        has_head, has_loss = answers[0][1], causal and ids is not None
-        sequences = len(answers[0][0])
-        windows += sequences
-        # Features are compared in units of their variance over the batch, which therefore stays in one piece.
-        for part in range(sequences) if has_head else [slice(None)]:
-            cut = slice(part, part + 1) if isinstance(part, int) else part
-            own = None if mask is None else mask[cut]
-            p, q = (Signal(_positions(values[cut], own, causal), categorical) for values, categorical in answers)
-            agree = (p.values.argmax(-1) == q.values.argmax(-1)).sum().item() if has_head else 0
-            row = [len(p.values), divergence(p, q).item(), agree]
-            if has_loss:
-                assert ids is not None
-                targets = _positions(ids[cut].to(p.values.device).roll(-1, dims=1)[..., None], own, causal).squeeze(-1)
-                row += [F.cross_entropy(s.values.float(), targets, reduction="none").double().sum().item() for s in (p, q)]
-            rows.append(row)
-    return _summary(torch.tensor(rows, dtype=torch.float64), windows, has_head, has_loss)
+        p, q = reference(batch), compressed(batch)
+        has_head, has_loss = p.categorical, causal and ids is not None
+        if not has_head:  # features are compared in units of their variance over the batch, which therefore stays in one piece
+            rows.append(torch.tensor([[len(p), divergence(p, q).item(), 0.0]], dtype=torch.float64))
+            continue
+        window, at, labels = _tokens_of(batch, len(p), ids if has_loss else None)
+        sums = torch.zeros(int(window.max()) + 1, 5 if has_loss else 3, dtype=torch.float64)
+        for part in p[at].chunks():
+            sums.index_add_(0, window[part], _costs(p, q, at[part], None if labels is None else labels[part]))
+        rows.append(sums)
+    windows = sum(len(next(iter(batch.values()))) for batch in batches)
+    return _summary(torch.cat(rows), windows, has_head, has_loss)
+
+
+def _tokens_of(batch: Batch, tokens: int, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of every token that counts: its window, its row in a signal of so many tokens, and the token that follows it.
+
+    A window's last token does not count where the next ones do, nor does one beside padding.
+    """
+    first = next(iter(batch.values()))
+    mask = token_mask(batch)
+    if tokens != (first.shape[:2].numel() if mask is None else int(mask.sum())):  # a row for each sequence
+        return torch.arange(tokens), torch.arange(tokens), None
+    written = torch.ones(first.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+    counts = written
+    if ids is not None:
+        counts = written & F.pad(written[:, 1:], (0, 1))
+    window = torch.arange(len(written))[:, None].expand_as(written)[counts]
+    labels = None if ids is None else F.pad(ids[:, 1:].cpu(), (0, 1))[counts]
+    return window, counts[written].nonzero().squeeze(1), labels
+
+
+def _costs(p: Signal, q: Signal, rows: Tensor, labels: Tensor | None) -> Tensor:
+    """[rows, 3 or 5] float64 of these tokens: 1, the KL, whether both think the same token likeliest, both losses."""
+    at = rows.to(p.values.device)
+    both = [signal.logits(signal.values[at]).log_softmax(-1) for signal in (p, q)]
+    columns = [torch.ones(len(at)), kl_of(*both), both[0].argmax(-1) == both[1].argmax(-1)]
+    if labels is not None:
+        columns += [-values.gather(1, labels.to(at)[:, None]).squeeze(1) for values in both]
+    return torch.stack([column.double().cpu() for column in columns], dim=1)
 
 
 def _summary(rows: Tensor, windows: int, has_head: bool, has_loss: bool) -> Comparison:
@@ -100,14 +123,3 @@ def _mean(sums: Tensor, tokens: Tensor) -> float:
 def _exp(value: float) -> float:
     """Infinite where it would overflow: a model can be that wrong."""
     return math.exp(value) if value < 700 else math.inf
-
-
-def _positions(values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """[sequences, length, c] -> [tokens, c]: without padding and, for a causal model, without each last position."""
-    if values.ndim == 2:
-        return values
-    if mask is not None:
-        mask = mask.bool().to(values.device)
-    if causal:
-        values, mask = values[:, :-1], None if mask is None else mask[:, :-1] & mask[:, 1:]
-    return values.flatten(0, 1) if mask is None else values[mask]

@@ -28,7 +28,7 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
     with student.frozen():
         for batch in few:
             reference = signal_of(student.model, batch)
-            tokens += len(reference.values)
+            tokens += len(reference)
             for name in progress(names, "measuring each matrix alone"):
                 with student.with_masks({name: masks[name]}):
                     totals[name] += divergence(reference, signal_of(student.model, batch)).item()

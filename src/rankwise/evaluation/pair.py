@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import __version__
-from rankwise.calibration.signal import frozen, values_of
+from rankwise.calibration.signal import frozen, signal_of
 from rankwise.calibration.tokens import batches_of
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.generation import generations
@@ -42,8 +42,8 @@ class Pair:
         def compute() -> dict[str, Any]:
             with frozen(dense), frozen(compressed):
                 return compare(
-                    lambda batch: values_of(dense, batch),
-                    lambda batch: values_of(compressed, batch),
+                    lambda batch: signal_of(dense, batch),
+                    lambda batch: signal_of(compressed, batch),
                     batches_of(dense, windows),
                     dense.can_generate(),
                 ).to_dict()

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise import distributed
 from rankwise.calibration.signal import (
     Signal,
+    cross_entropy,
     device_of,
     divergence,
     frozen,
@@ -177,7 +177,7 @@ class Student:
             for batch in distributed.dealt(batches):
                 reference = self.teacher(batch)
                 with self.with_masks(masks):
-                    parts.append((divergence(reference, signal_of(self.model, batch)).item(), len(reference.values)))
+                    parts.append((divergence(reference, signal_of(self.model, batch)).item(), len(reference)))
                 self.count(reference)
         totals, tokens = zip(*distributed.collected(parts), strict=True)
         return sum(totals) / sum(tokens)
@@ -195,7 +195,7 @@ class Student:
 
         def loss(batch: Batch, signal: Signal) -> Tensor:
             nonlocal tokens
-            tokens += len(signal.values)
+            tokens += len(signal)
             return sampled_loss(signal, batch)
 
         with self.frozen():
@@ -227,7 +227,7 @@ class Student:
             nonlocal total, tokens
             kl = divergence(original(batch), signal)
             total += kl.item()
-            tokens += len(signal.values)
+            tokens += len(signal)
             return kl
 
         self.differentiate(layers, batches, loss)
@@ -249,7 +249,7 @@ class Student:
                 raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")
             labels = text_labels(batch, causal).to(signal.values.device)
             tokens += int((labels >= 0).sum())
-            return F.cross_entropy(signal.values.float(), labels, reduction="sum")
+            return cross_entropy(signal, labels)
 
         with self.frozen():
             own = progress(distributed.dealt(batches), "gradients of the text's loss")
@@ -258,8 +258,8 @@ class Student:
 
     def count(self, signal: Signal, backward: bool = False) -> None:
         """Note the tokens of a call in `effort`."""
-        self.effort["forward_tokens"] += len(signal.values)
-        self.effort["backward_tokens"] += len(signal.values) * backward
+        self.effort["forward_tokens"] += len(signal)
+        self.effort["backward_tokens"] += len(signal) * backward
 
     def weight(self, name: str) -> Tensor:
         """The original weight [m, n] of a matrix."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.calibration.signal import divergence, signal_of, text_labels, token_mask
+from rankwise.calibration.signal import cross_entropy, divergence, signal_of, text_labels, token_mask
 from rankwise.calibration.tokens import Batch, endless, parts_of
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import Student
@@ -111,12 +110,12 @@ def objective_named(name: LossName, student: Student) -> Objective:
 
 def next_token_loss(model: nn.Module, batch: Batch, wanted: None = None) -> Tensor:
     """Cross entropy of each next token of the text, nats per token; tokens beside padding do not count."""
-    values = signal_of(model, batch).values.float()
-    return F.cross_entropy(values, text_labels(batch, causal=True).to(values.device))
+    signal, labels = signal_of(model, batch), text_labels(batch, causal=True)
+    return cross_entropy(signal, labels) / (labels >= 0).sum().item()
 
 
 def _mean_divergence(model: nn.Module, batch: Batch, wanted: Any) -> Tensor:
-    return divergence(wanted, signal_of(model, batch)) / len(wanted.values)
+    return divergence(wanted, signal_of(model, batch)) / len(wanted)
 
 
 def _tokens(batch: Batch) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.calibration.signal import Signal, as_signal
+from rankwise.calibration.signal import Signal
 from rankwise.calibration.tokens import Batch, parts_of
 from rankwise.progress import progress
 from rankwise.streaming.activations import Activations
@@ -56,7 +56,7 @@ def gradients_of(stream: Stream, last: Activations, batches: Sequence[Batch], lo
     with blocks.loaded(blocks.outside()["head"]), torch.enable_grad():
         for window, number, i in windows_of(batches):
             hidden = last[number][i : i + 1].to(blocks.device).requires_grad_()
-            loss(window, as_signal(*blocks.leave(window, hidden), window)).backward()
+            loss(window, blocks.leave(window, hidden)).backward()
             assert hidden.grad is not None
             rows.setdefault(number, []).append(hidden.grad.cpu())
             if i + 1 == len(last[number]):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from rankwise.calibration.signal import inputs_of
+from rankwise.calibration.signal import Signal, inputs_of, signal_of
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 from rankwise.integration.weights import Source
@@ -141,14 +141,12 @@ class Blocks:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def leave(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, bool]:
-        """As `values_of`, from the last block's hidden states. Needs the "rest" and the head loaded."""
+    def leave(self, batch: Batch, hidden: Tensor) -> Signal:
+        """As `signal_of`, from the last block's hidden states. Needs the "rest" and the head loaded."""
         hidden = hidden.to(self.device)
         last = len(self) - 1
         with self._no_embedding(), self._told(lambda i, given: hidden if i == last else given):
-            output = self._forward(batch)
-        logits = getattr(output, "logits", None)
-        return (output.last_hidden_state, False) if logits is None else (logits, True)
+            return signal_of(self.model, batch, self.device)
 
     def _forward(self, batch: Batch) -> Any:
         return self.model(**inputs_of(batch, self.device))

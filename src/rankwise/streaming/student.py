@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankwise import distributed
 from rankwise.allocation.problem import Allocation
-from rankwise.calibration.signal import Signal, as_signal, divergence
+from rankwise.calibration.signal import Signal, divergence
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.evaluation.compare import Comparison, compare
@@ -85,7 +85,7 @@ class StreamedStudent(Student):
         @torch.no_grad()
         def original(window: Batch) -> Signal:
             _, number, i = next(places)
-            return as_signal(*self.stream.blocks.leave(window, last[number][i : i + 1]), window)
+            return self.stream.blocks.leave(window, last[number][i : i + 1])
 
         return self._add_gradients(layers, pieces, original)
 
@@ -107,10 +107,10 @@ class StreamedStudent(Student):
             with blocks.loaded(blocks.outside()["head"]):
                 for piece, number, i in windows_of(batches):
                     reference, other = (
-                        as_signal(*blocks.leave(piece, hidden[number][i : i + 1]), piece) for hidden in (dense[-1], small)
+                        blocks.leave(piece, hidden[number][i : i + 1]) for hidden in (dense[-1], small)
                     )
                     parts[number][0] += divergence(reference, other).item()
-                    parts[number][1] += len(reference.values)
+                    parts[number][1] += len(reference)
                     self.count(other)
             small.clear()
         totals, tokens = zip(*distributed.collected(parts), strict=True)
@@ -185,7 +185,7 @@ def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Com
         pieces = windows_of(batches)
         place = {id(piece): (number, i) for piece, number, i in pieces}
 
-        def values(hidden: Activations, piece: Batch) -> tuple[Tensor, bool]:
+        def values(hidden: Activations, piece: Batch) -> Signal:
             number, i = place[id(piece)]
             return blocks.leave(piece, hidden[number][i : i + 1])
 
