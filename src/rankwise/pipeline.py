@@ -32,7 +32,7 @@ from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
-from rankwise.layers.experts import restack
+from rankwise.layers.matrices import stacked_on_failure
 from rankwise.progress import stage
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.report.page import page_of
@@ -132,29 +132,26 @@ def compress(
         return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder)
     clock = _Clock()
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
-    run = stages.in_metric(stages.start(model, calibration, tokenizer, recipe, rates, folder, identity), metric)
-    try:
+    run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity)
+    with stacked_on_failure(run.model, run.experts):
+        run = stages.in_metric(run, metric)
         target = Target.of(run, recipe)
-    except RankwiseError:
-        for path in run.experts:
-            restack(run.model.get_submodule(path))
-        raise
-    clock.lap("loading")
-    statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
-    clock.lap("calibration")
-    student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
-    clock.lap("decomposition")
-    shapes, budget = target.budget(run)
-    chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
-    clock.lap("allocation")
-    comparison = stages.measure(student, chosen, run.data.measuring)
-    clock.lap("measuring")
-    costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
-    samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
-    spectra = thinned_spectra(student.decompositions, chosen.masks)
-    clock.lap("looking closer")
+        clock.lap("loading")
+        statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
+        clock.lap("calibration")
+        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+        clock.lap("decomposition")
+        shapes, budget = target.budget(run)
+        chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
+        clock.lap("allocation")
+        comparison = stages.measure(student, chosen, run.data.measuring)
+        clock.lap("measuring")
+        costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
+        samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+        spectra = thinned_spectra(student.decompositions, chosen.masks)
+        clock.lap("looking closer")
+        size = Size.of(run.model, run.shapes, chosen.ranks)
 
-    size = Size.of(run.model, run.shapes, chosen.ranks)
     attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
