@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from rankwise.evaluation.protocols import JudgingText, read_judging_text
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.masks.student import Student
+from rankwise.plain import to_json
 from rankwise.recipe import Recipe, pairs
 from rankwise.run_folder import RunFolder, digest, write_whole
 from rankwise.stages import Run
@@ -129,7 +129,7 @@ def _judged(
                 chosen = stages.allocate(here, student, metric, method.allocator, budget)
                 results.append(_row(here, student, method, rate, budget, chosen, judges))
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])
-                text = json.dumps(results, indent=1) + "\n"
+                text = to_json(results, indent=1) + "\n"
                 write_whole(file, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
     return results
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ from rankwise.integration.quantizer import attach
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
+from rankwise.plain import to_json
 from rankwise.progress import stage
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.report.page import page_of
@@ -69,7 +69,7 @@ class Compressed:
 
 def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> dict[str, str]:
     """The page of a result, and the spectra that it draws: file name -> content."""
-    return {SPECTRA: json.dumps(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
+    return {SPECTRA: to_json(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
 
 
 @dataclass
