@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import build
+from transformers import AutoTokenizer
 
-from rankwise import RankwiseError, contest, stages
+from rankwise import RankwiseError, compress, contest, stages
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.uniform import Uniform
 from rankwise.contest import all_allocations, hold_contest, methods_of
@@ -99,3 +101,26 @@ def test_what_was_spared_before_does_not_count(llama: Path, story: Path) -> None
     student.spared = 1e6
     chosen = stages.allocate(run, student, "svd", Uniform(), stages.budget_of(run, recipe, 0.3))
     assert 0 <= chosen.effort["seconds"] < 1e5
+
+
+def test_a_rate_means_what_it_means_in_compress_where_text_does_not_reach_every_expert(
+    llama: Path, story: Path, tmp_path: Path
+) -> None:
+    build("mixtral", num_local_experts=16).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"calibration": str(story), "samples": 3, "length": 8}
+    (row,) = hold_contest(
+        tmp_path / "model", [0.2], [str(story)], tmp_path / "out", allocations=["uniform"], judge_samples=2, **options
+    )
+    alone = compress(tmp_path / "model", 0.2, allocation="uniform", **options)
+    assert "the calibration text does not reach it" in alone.report["left_dense"].values()
+    assert row["ranks"] == alone.ranks
+    assert row["kept_parameters"] == alone.report["parameters"]["linear"]["compressed"] <= row["budget"]
+
+
+def test_a_rate_out_of_reach_is_refused_before_the_long_work(
+    llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "collect", lambda *_: pytest.fail("the long work has begun"))
+    with pytest.raises(RankwiseError, match=r"rate=0\.999 cannot be reached"):
+        hold_contest(llama, [0.2, 0.999], [str(story)], tmp_path / "out", calibration=str(story), **QUICK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.errors import RankwiseError
+from rankwise.plain import to_json
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
 PATIENCE = 3  # seconds that other processes leave the first one to say what is wrong with all: with it torchrun ends them too
@@ -128,7 +128,7 @@ def compress(
     if distributed.rank() > 0:
         return
     if as_json:
-        print(json.dumps(result.report))
+        print(to_json(result.report))
         return
     from rankwise.integration.result import PAGE
     from rankwise.report.terminal import print_report
@@ -248,7 +248,7 @@ def evaluate(
     if add_to_report:
         add_to_page(folder, EVALUATION, report)
     if as_json:
-        print(json.dumps(report))
+        print(to_json(report))
         return
     from rankwise.report.evaluation import print_evaluation
 
@@ -309,7 +309,7 @@ def compare(
         )
     write_page([output], output / PAGE)
     if as_json:
-        print(json.dumps(results))
+        print(to_json(results))
         return
     print_contest(results)
     print(f"written to {output}: open {output / PAGE} in a browser")
@@ -336,7 +336,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise 
     with _silent(as_json):
         rows = inspect(folder)
     if as_json:
-        print(json.dumps({"matrices": rows}))
+        print(to_json({"matrices": rows}))
     else:
         print_ranks(rows)
 
@@ -374,7 +374,7 @@ def bench(
     if add_to_report:
         add_to_page(folder, SPEED, report)
     if as_json:
-        print(json.dumps(report))
+        print(to_json(report))
         return
     from rankwise.report.terminal import print_speed
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
-from rankwise.allocation.plan import parameters
-from rankwise.calibration.tokens import batches_of, windows_of
+from rankwise.allocation.plan import Budget, parameters
+from rankwise.allocation.problem import Allocation
+from rankwise.calibration.tokens import Batch, batches_of, windows_of
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
-from rankwise.evaluation.protocols import read_judging_text
+from rankwise.evaluation.protocols import JudgingText, read_judging_text
 from rankwise.integration.checkpoint import refuse_taken
+from rankwise.layers.matrices import stacked_on_failure
+from rankwise.masks.student import Student
+from rankwise.plain import to_json
 from rankwise.recipe import Recipe, pairs
 from rankwise.run_folder import RunFolder, digest, write_whole
+from rankwise.stages import Run
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
@@ -87,47 +91,78 @@ def hold_contest(
     refuse_taken(output, overwrite=True)
     folder = RunFolder(output / "run")
     run = stages.start(model, recipe.calibration, None, recipe, rates, folder)
-    metrics = dict.fromkeys(method.metric for method in methods)
-    budgets = {metric: {r: stages.budget_of(stages.in_metric(run, metric), recipe, r) for r in rates} for metric in metrics}
-    if run.tokenizer is None:
-        raise RankwiseError(f"{model} has no tokenizer")
+    with stacked_on_failure(run.model, run.experts):
+        if run.tokenizer is None:
+            raise RankwiseError(f"{model} has no tokenizer")
+        return _judged(run, recipe, rates, methods, _judges(run, documents, judge_samples, recipe.seed), output / RESULTS)
+
+
+def _judges(run: Run, documents: Mapping[str, JudgingText], samples: int | None, seed: int) -> dict[str, list[Batch]]:
+    """The batches of each text, in windows as long as those of the calibration text."""
+    assert run.tokenizer is not None
     length = next(iter(run.data.training[0].values())).shape[1]
-    judges = {
-        text: batches_of(
-            run.model, windows_of(run.tokenizer, found.documents, length, judge_samples, recipe.seed)[: found.windows]
-        )
+    return {
+        text: batches_of(run.model, windows_of(run.tokenizer, found.documents, length, samples, seed)[: found.windows])
         for text, found in documents.items()
     }
-    needs: frozenset[str] = frozenset().union(*(metric_named(metric).NEEDS for metric in metrics))
-    statistics = stages.collect_statistics(run, needs)
-    results = []
+
+
+def _judged(
+    run: Run,
+    recipe: Recipe,
+    rates: Sequence[float],
+    methods: Sequence[Method],
+    judges: Mapping[str, Sequence[Batch]],
+    file: Path,
+) -> list[dict[str, Any]]:
+    """The rows of a contest, written to `file` after each."""
+    metrics = dict.fromkeys(method.metric for method in methods)
+    _budgets(run, recipe, metrics, rates)  # a rate that cannot be reached is refused before the long work
+    statistics = stages.collect_statistics(run, frozenset().union(*(metric_named(metric).NEEDS for metric in metrics)))
+    budgets = _budgets(run, recipe, metrics, rates)  # without the matrices that the text does not reach
+    results: list[dict[str, Any]] = []
     for metric in metrics:
         here = stages.in_metric(run, metric)
         student = stages.student_of(here, stages.decompose_all(here, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
             for rate, budget in budgets[metric].items():
                 chosen = stages.allocate(here, student, metric, method.allocator, budget)
-                kept = parameters(chosen.ranks, here.shapes)
-                measured = {}
-                for text, batches in judges.items():
-                    masks = (part for item in chosen.masks.items() for part in item)
-                    key = digest(run.identity, metric, *masks, *(t for b in batches for t in b.values()))
-                    measured[text] = stages.cached_comparison(here, student, chosen, batches, key).to_dict()
-                results.append(
-                    {
-                        "method": method.label,
-                        "rate": rate,
-                        **measured[texts[0]],
-                        "texts": measured,
-                        "kept_parameters": kept,
-                        "budget": budget.parameters,
-                        "effort": chosen.effort,
-                        "history": chosen.history,
-                        "ranks": chosen.ranks,
-                        "kept": {n: here.shapes[n].parameters(r) / here.shapes[n].dense for n, r in chosen.ranks.items()},
-                    }
-                )
+                results.append(_row(here, student, method, rate, budget, chosen, judges))
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])
-                text = json.dumps(results, indent=1) + "\n"
-                write_whole(output / RESULTS, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+                text = to_json(results, indent=1) + "\n"
+                write_whole(file, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
     return results
+
+
+def _budgets(run: Run, recipe: Recipe, metrics: Iterable[str], rates: Iterable[float]) -> dict[str, dict[float, Budget]]:
+    """What each rate leaves to spend in each metric. Raises `RankwiseError` for one that cannot be reached."""
+    return {metric: {rate: stages.budget_of(stages.in_metric(run, metric), recipe, rate) for rate in rates} for metric in metrics}
+
+
+def _row(
+    run: Run,
+    student: Student,
+    method: Method,
+    rate: float,
+    budget: Budget,
+    chosen: Allocation,
+    judges: Mapping[str, Sequence[Batch]],
+) -> dict[str, Any]:
+    """What a method chose at a rate, and what that cost on each text."""
+    measured = {}
+    for text, batches in judges.items():
+        masks = (part for item in chosen.masks.items() for part in item)
+        key = digest(run.identity, method.metric, *masks, *(t for b in batches for t in b.values()))
+        measured[text] = stages.cached_comparison(run, student, chosen, batches, key).to_dict()
+    return {
+        "method": method.label,
+        "rate": rate,
+        **next(iter(measured.values())),
+        "texts": measured,
+        "kept_parameters": parameters(chosen.ranks, run.shapes),
+        "budget": budget.parameters,
+        "effort": chosen.effort,
+        "history": chosen.history,
+        "ranks": chosen.ranks,
+        "kept": {name: run.shapes[name].parameters(r) / run.shapes[name].dense for name, r in chosen.ranks.items()},
+    }

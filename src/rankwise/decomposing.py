@@ -14,7 +14,7 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
 from rankwise.integration.checkpoint import refuse_output, written_whole
 from rankwise.integration.result import MAX_SHARD_SIZE
-from rankwise.layers.experts import restack
+from rankwise.layers.matrices import stack_experts, stacked_on_failure
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.run_folder import RunFolder, write_tensors
 from rankwise.stages import Calibration
@@ -48,16 +48,16 @@ def decompose(
     folder = RunFolder.beside(Path(output), resume, overwrite)
 
     run = stages.start(model, calibration, tokenizer, recipe, [], folder)
-    run = stages.in_metric(run, metric)
-    windows = run.data.windows
-    if windows is None:
-        raise RankwiseError("decompose keeps its calibration text: give it text or windows of tokens, not batches")
-    statistics = stages.collect_statistics(run, needs)
-    student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
-    prices = student.fisher()
-    parameters = run.model.num_parameters()
-    for path in run.experts:
-        restack(run.model.get_submodule(path))
+    with stacked_on_failure(run.model, run.experts):
+        run = stages.in_metric(run, metric)
+        windows = run.data.windows
+        if windows is None:
+            raise RankwiseError("decompose keeps its calibration text: give it text or windows of tokens, not batches")
+        statistics = stages.collect_statistics(run, needs)
+        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+        prices = student.fisher()
+        parameters = run.model.num_parameters()
+    stack_experts(run.model, run.experts)
     with written_whole(Path(output), overwrite) as whole:
         run.model.save_pretrained(whole, max_shard_size=MAX_SHARD_SIZE)
         if run.tokenizer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,8 @@ from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
-from rankwise.layers.experts import restack
+from rankwise.layers.matrices import stacked_on_failure
+from rankwise.plain import to_json
 from rankwise.progress import stage
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.report.page import page_of
@@ -69,7 +69,7 @@ class Compressed:
 
 def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> dict[str, str]:
     """The page of a result, and the spectra that it draws: file name -> content."""
-    return {SPECTRA: json.dumps(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
+    return {SPECTRA: to_json(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
 
 
 @dataclass
@@ -132,29 +132,26 @@ def compress(
         return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder)
     clock = _Clock()
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
-    run = stages.in_metric(stages.start(model, calibration, tokenizer, recipe, rates, folder, identity), metric)
-    try:
+    run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity)
+    with stacked_on_failure(run.model, run.experts):
+        run = stages.in_metric(run, metric)
         target = Target.of(run, recipe)
-    except RankwiseError:
-        for path in run.experts:
-            restack(run.model.get_submodule(path))
-        raise
-    clock.lap("loading")
-    statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
-    clock.lap("calibration")
-    student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
-    clock.lap("decomposition")
-    shapes, budget = target.budget(run)
-    chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
-    clock.lap("allocation")
-    comparison = stages.measure(student, chosen, run.data.measuring)
-    clock.lap("measuring")
-    costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
-    samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
-    spectra = thinned_spectra(student.decompositions, chosen.masks)
-    clock.lap("looking closer")
+        clock.lap("loading")
+        statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
+        clock.lap("calibration")
+        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+        clock.lap("decomposition")
+        shapes, budget = target.budget(run)
+        chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
+        clock.lap("allocation")
+        comparison = stages.measure(student, chosen, run.data.measuring)
+        clock.lap("measuring")
+        costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
+        samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+        spectra = thinned_spectra(student.decompositions, chosen.masks)
+        clock.lap("looking closer")
+        size = Size.of(run.model, run.shapes, chosen.ranks)
 
-    size = Size.of(run.model, run.shapes, chosen.ranks)
     attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
     report = _report(recipe, run, size, comparison, chosen, clock)
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}

@@ -34,9 +34,8 @@ from rankwise.integration.checkpoint import (
     refuse_compressed,
     refuse_not_finite,
 )
-from rankwise.layers.experts import restack
 from rankwise.layers.linear import weight_of
-from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
+from rankwise.layers.matrices import Shape, find_matrices, stacked_on_failure, unstack_experts
 from rankwise.masks.layers import is_whole
 from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
@@ -83,16 +82,12 @@ def start(
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
     dense, tokenizer, base = _open(model, recipe, tokenizer)
     experts = unstack_experts(dense)
-    try:
+    with stacked_on_failure(dense, experts):
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
         of_model = fingerprint(dense) if folder.path and identity is None else ""
         data = read_data(dense, calibration, tokenizer, recipe, folder, of_model)
-    except RankwiseError:
-        for path in experts:
-            restack(dense.get_submodule(path))
-        raise
     identity = identity or digest(of_model, *data.tensors, recipe.seed)
     return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from rankwise.errors import RankwiseError
 from rankwise.layers.matrices import Shape
+from rankwise.plain import to_json
 
 Ranks = dict[str, int | None]  # path -> rank, or None for dense
 Shapes = Mapping[str, Shape]
@@ -77,4 +77,4 @@ def fill(ranks: Ranks, shapes: Shapes, budget: Budget, order: Iterable[str]) -> 
 
 def write_ranks(path: Path, ranks: Mapping[str, int | None]) -> None:
     """One matrix a line, null for dense: readable, diffable, editable by hand."""
-    path.write_text(json.dumps(dict(ranks), indent=1) + "\n")
+    path.write_text(to_json(ranks, indent=1) + "\n")

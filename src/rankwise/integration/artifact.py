@@ -6,7 +6,6 @@ It is the original model's own folder, which loads as such, with the results of 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from rankwise.integration.files import read_json
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.linear import is_linear, weight_of
 from rankwise.layers.matrices import Shape, unstack_experts
+from rankwise.plain import to_json
 from rankwise.recipe import Recipe
 from rankwise.run_folder import digest, read_tensors
 
@@ -81,7 +81,7 @@ class Artifact:
         shapes = {name: list(asdict(shape).values()) for name, shape in self.shapes.items()}
         saved = {"format_version": FORMAT_VERSION, "identity": self.identity, "parameters": self.parameters}
         saved |= {"recipe": self.recipe.model_dump(mode="json"), "shapes": shapes}
-        (self.folder / FILE).write_text(json.dumps(saved, indent=1) + "\n")
+        (self.folder / FILE).write_text(to_json(saved, indent=1) + "\n")
 
     @property
     def results(self) -> Path:

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_compressed, load_tokenizer, refuse_output, written_whole
 from rankwise.integration.quantizer import RankwiseConfig
-from rankwise.layers.experts import restack
 from rankwise.layers.linear import bias_of, dense_linear
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import stack_experts
 
 
 def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
@@ -30,8 +30,7 @@ def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
                 "only a model compressed in another decomposition can be made dense"
             )
         model.set_submodule(path, _dense(model.get_submodule(path), isinstance(original, Conv1D)))
-    for path in config.experts:
-        restack(model.get_submodule(path))
+    stack_experts(model, config.experts)
     return model
 
 

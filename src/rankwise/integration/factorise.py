@@ -7,7 +7,7 @@ from typing import Any
 
 from rankwise.decomposition.solver import Decomposition
 from rankwise.integration.quantizer import RankwiseConfig
-from rankwise.layers.experts import restack
+from rankwise.layers.matrices import stack_experts
 from rankwise.masks.layers import Masks, folded, is_whole
 
 
@@ -23,6 +23,5 @@ def factorise(model: Any, decompositions: Mapping[str, Decomposition], masks: Ma
                 ranks[name] = int(mask.count_nonzero())
                 affine = affine or decomposition.centre is not None
     kept = [path for path in experts if any(name.startswith(f"{path}.") for name in ranks)]
-    for path in set(experts) - set(kept):
-        restack(model.get_submodule(path))
+    stack_experts(model, set(experts) - set(kept))
     return RankwiseConfig(ranks=ranks, experts=kept, affine=affine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from rankwise.integration.checkpoint import load_config, quantization_of, refuse
 from rankwise.integration.files import read_json, reason, refuse_odd_files
 from rankwise.layers.linear import is_linear
 from rankwise.layers.matrices import Shape, unstack_experts
+from rankwise.plain import shown, to_json
 from rankwise.recipe import Recipe
 
 MAX_SHARD_SIZE = "5GB"
@@ -45,7 +45,7 @@ def write_result(
             tokenizer.save_pretrained(folder)
         write_ranks(folder / RANKS, ranks)
         (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        (folder / REPORT).write_text(to_json(report, indent=1) + "\n")
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         model_card(output.name, type(model).__name__, report, recipe).save(folder / "README.md")
@@ -120,7 +120,8 @@ def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -
     model, linear = report["parameters"]["model"], report["parameters"]["linear"]
     perplexity = ""
     if report["perplexity"] is not None:
-        perplexity = f"| perplexity | {report['reference_perplexity']:.3f} | {report['perplexity']:.3f} |\n"
+        before, after = (shown(report[name], "{:.3f}".format) for name in ("reference_perplexity", "perplexity"))
+        perplexity = f"| perplexity | {before} | {after} |\n"
     agreement = "" if report["agreement"] is None else f"| same most likely token | | {report['agreement']:.2%} |\n"
     content = f"""---
 {data.to_yaml()}
@@ -150,7 +151,7 @@ have seen.
 | parameters, whole model | {model["reference"]:,} | {model["compressed"]:,} |
 | parameters, compressible matrices | {linear["reference"]:,} | {linear["compressed"]:,} |
 | bytes of weights | {report["bytes"]["model"]["reference"]:,} | {report["bytes"]["model"]["compressed"]:,} |
-{perplexity}| KL(original to compressed), nats per token | | {report["kl"]:.5f} |
+{perplexity}| KL(original to compressed), nats per token | | {shown(report["kl"], "{:.5f}".format)} |
 {agreement}
 ## Method
 

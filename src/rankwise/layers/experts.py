@@ -60,15 +60,15 @@ def unstack(module: nn.Module) -> None:
     """Replace the stacked parameters of an experts module by lists of `nn.Linear`, in place; works on the meta device too."""
     experts: Any = module
     for name in [n for n in STACKED if isinstance(getattr(module, n, None), nn.Parameter)]:
-        stack: Tensor = getattr(module, name).data
+        stack, trained = getattr(module, name).data, getattr(module, name).requires_grad
         bias: Tensor | None = getattr(module, f"{name}_bias").data if experts.has_bias else None
         weights = stack.transpose(1, 2) if experts.is_transposed else stack
         layers = []
         for e, weight in enumerate(weights):
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-            layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+            layer.weight = nn.Parameter(weight.contiguous(), requires_grad=trained)
             if bias is not None:
-                layer.bias = nn.Parameter(bias[e].clone(), requires_grad=False)
+                layer.bias = nn.Parameter(bias[e].clone(), requires_grad=trained)
             layers.append(layer)
         delattr(module, name)
         if bias is not None:
@@ -96,11 +96,12 @@ def restack(module: nn.Module) -> None:
     experts: Any = module
     for name in [n for n in STACKED if hasattr(module, list_name(n))]:
         layers = getattr(experts, list_name(name))
+        trained = layers[0].weight.requires_grad
         stack = torch.stack([layer.weight.detach() for layer in layers])
         stack = stack.transpose(1, 2).contiguous() if experts.is_transposed else stack
         delattr(module, list_name(name))
-        module.register_parameter(name, nn.Parameter(stack, requires_grad=False))
+        module.register_parameter(name, nn.Parameter(stack, requires_grad=trained))
         if experts.has_bias:
             bias = torch.stack([layer.bias.detach() for layer in layers])
-            module.register_parameter(f"{name}_bias", nn.Parameter(bias, requires_grad=False))
+            module.register_parameter(f"{name}_bias", nn.Parameter(bias, requires_grad=trained))
     module.__class__ = type(module).__mro__[2]  # [unstacked, UnstackedExperts, original, ...]

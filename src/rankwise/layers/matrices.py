@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -79,6 +80,22 @@ def unstack_experts(model: nn.Module) -> list[str]:
     for name in names:
         experts.unstack(model.get_submodule(name))
     return names
+
+
+def stack_experts(model: nn.Module, paths: Iterable[str]) -> None:
+    """Undo `unstack_experts`, in place."""
+    for path in paths:
+        experts.restack(model.get_submodule(path))
+
+
+@contextmanager
+def stacked_on_failure(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Whatever fails or is interrupted inside leaves the experts at these paths stacked, as they were found."""
+    try:
+        yield
+    except BaseException:
+        stack_experts(model, paths)
+        raise
 
 
 def find_matrices(

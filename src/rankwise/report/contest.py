@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from rankwise.plain import shown
 from rankwise.report.terminal import plain_console
 
 Results = Sequence[Mapping[str, Any]]
@@ -23,7 +24,12 @@ def print_contest(results: Results) -> None:
             kl = {row["rate"]: row["texts"][text]["kl"] for row in rows}
             seconds = sum(row["effort"]["seconds"] for row in rows)
             tokens = sum(row["effort"]["forward_tokens"] + row["effort"]["backward_tokens"] for row in rows)
-            table.add_row(label, *(f"{kl[r]:.4f}" if r in kl else "" for r in rates), f"{seconds:.0f}", f"{tokens / 1e6:.1f} M")
+            table.add_row(
+                label,
+                *(shown(kl[r], "{:.4f}".format) if r in kl else "" for r in rates),
+                f"{seconds:.0f}",
+                f"{tokens / 1e6:.1f} M",
+            )
         plain_console().print(table)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Column, Table
 
+from rankwise.plain import shown
 from rankwise.report.terminal import plain_console, print_report
 
 Format = Callable[[float], str]
@@ -76,7 +77,9 @@ def _tasks(tasks: Mapping[str, Any]) -> Table:
             p_value = "" if found["p_value"] is None else f"{found['p_value']:.3f}"
             table.add_row(name, f"{task['items']:,}", metric, chance, *cells, f"{found['flips']:.1%}", p_value)
         for metric, found in task["other"].items():
-            table.add_row(name, f"{task['items']:,}", metric, "", *(f"{found[kind]:.4g}" for kind in found), "", "", "")
+            table.add_row(
+                name, f"{task['items']:,}", metric, "", *(shown(found[kind], "{:.4g}".format) for kind in found), "", "", ""
+            )
     return table
 
 
@@ -91,4 +94,5 @@ def _above_chance(task: Mapping[str, Any]) -> bool:
 
 
 def _with(value: float, interval: list[float] | None, form: Format) -> str:
-    return form(value) if interval is None else f"{form(value)}\n[{form(interval[0])}, {form(interval[1])}]"
+    figures = [shown(figure, form) for figure in (value, *(interval or ()))]
+    return figures[0] if interval is None else f"{figures[0]}\n[{figures[1]}, {figures[2]}]"

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from rankwise.plain import shown
 from rankwise.report.grid import Place
 
 SVG = "http://www.w3.org/2000/svg"
@@ -181,7 +182,13 @@ def steps_chart(name: str, history: Sequence[Mapping[str, Any]]) -> Markup:
 def curve(name: str, label: str, steps: Sequence[float], values: Sequence[float]) -> Markup:
     """A line: `label` over the training steps."""
     with chart(name, f"{label} over the training steps", 300, 190) as drawing:
-        drawing.axes.plot(steps, values, color=SERIES[0], linewidth=1.6, gid=drawing.titled(f"{label}: {values[-1]:.4g} at last"))
+        drawing.axes.plot(
+            steps,
+            values,
+            color=SERIES[0],
+            linewidth=1.6,
+            gid=drawing.titled(f"{label}: {shown(values[-1], '{:.4g}'.format)} at last"),
+        )
         drawing.axes.set(xlabel="step", ylabel=label)
         drawing.axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         drawing.axes.yaxis.set_major_locator(MaxNLocator(5))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from matplotlib.ticker import EngFormatter
+
+from rankwise.plain import shown
 
 THIN = "\u202f"  # a narrow space that does not break, before units
 
@@ -34,7 +37,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f}{THIN}s"
 
 
-FORMATS: dict[str, Callable[[Any], str]] = {
+_FORMS: dict[str, Callable[[Any], str]] = {
     "percent": percent,
     "significant": significant,
     "brief": brief,
@@ -44,3 +47,4 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "times": lambda value: f"{value:.2f}×",
     "signed": lambda share: f"{'+' if share >= 0 else '−'}{percent(abs(share))}",
 }
+FORMATS = {name: partial(shown, form=form) for name, form in _FORMS.items()}

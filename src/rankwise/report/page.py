@@ -6,7 +6,6 @@ Every figure of a report stands in the page as an element with a `data-path` int
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ from markupsafe import Markup, escape
 
 from rankwise.errors import RankwiseError
 from rankwise.integration.result import PAGE
+from rankwise.plain import plain, to_json
 from rankwise.report.numbers import FORMATS
 from rankwise.report.read import Contest, Result, read_folder
 from rankwise.report.view import contest_view, overview, result_view
+
+PERPLEXITIES = {"reference_perplexity", "perplexity"}  # null only where it is infinite: JSON has no number for that
 
 
 def write_page(folders: Sequence[Path], output: Path) -> None:
@@ -35,7 +37,7 @@ def refuse_no_page(folder: Path) -> None:
 
 def add_to_page(folder: Path, name: str, report: Mapping[str, Any]) -> None:
     """Keep an evaluation or the measured speed of a result in its folder, as `name`, and write its page anew."""
-    _write(folder / name, json.dumps(report, indent=1) + "\n")
+    _write(folder / name, to_json(report, indent=1) + "\n")
     write_page([folder], folder / PAGE)
 
 
@@ -50,6 +52,8 @@ def _write(output: Path, text: str) -> None:
 
 def page_of(results: Sequence[Result], contests: Sequence[Contest] = ()) -> str:
     """The HTML of some results and contests, at least one of either."""
+    results = [Result(r.name, *map(plain, (r.report, r.spectra, r.evaluation, r.speed))) for r in results]
+    contests = [Contest(contest.name, plain(contest.rows)) for contest in contests]
     data = {
         "results": [result.report for result in results],
         "evaluations": [result.evaluation for result in results],
@@ -81,4 +85,5 @@ def _figure(data: Any, path: str, style: str) -> Markup:
     """The value at `path` ("/results/0/kl", a JSON pointer) as text, marked with where it comes from."""
     keys = [key.replace("~1", "/").replace("~0", "~") for key in path.split("/")[1:]]
     value = functools.reduce(lambda node, key: node[int(key) if isinstance(node, Sequence) else key], keys, data)
-    return Markup(f'<span data-path="{escape(path)}" data-value="{value!r}">{FORMATS[style](value)}</span>')
+    text = "infinite" if value is None and PERPLEXITIES & set(keys[-2:]) else FORMATS[style](value)
+    return Markup(f'<span data-path="{escape(path)}" data-value="{to_json(value)}">{text}</span>')

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rankwise.plain import shown
+
 MOST_STEPS = 12  # of an allocation, that are told one by one
 
 
@@ -32,8 +34,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     row = report["bytes"]["model"]
     table.add_row("bytes of weights", f"{row['reference']:,}", f"{row['compressed']:,}")
     if report["perplexity"] is not None:
-        table.add_row("perplexity", f"{report['reference_perplexity']:.3f}", f"{report['perplexity']:.3f}")
-    table.add_row("KL(original || compressed), nats per token", "", f"{report['kl']:.5f}")
+        table.add_row("perplexity", *(shown(report[name], "{:.3f}".format) for name in ("reference_perplexity", "perplexity")))
+    table.add_row("KL(original || compressed), nats per token", "", shown(report["kl"], "{:.5f}".format))
     if report["agreement"] is not None:
         table.add_row("same most likely token", "", f"{report['agreement']:.2%}")
     console.print(table)
@@ -46,7 +48,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     if "seconds" in report:
         memory = "".join(f", {size / 2**20:,.0f} MiB of {kind} memory" for kind, size in report["peak_memory_bytes"].items())
         console.print(f"took {sum(report['seconds'].values()):.0f} s{memory} at most")
-    steps = [f"{record['step']} {record['kl']:.5f}" for record in report.get("history", []) if "kl" in record]
+    steps = [f"{record['step']} {shown(record['kl'], '{:.5f}'.format)}" for record in report.get("history", []) if "kl" in record]
     if 0 < len(steps) <= MOST_STEPS:
         console.print(f"KL on the selection text, step by step: {', '.join(steps)}")
     dense = [name for name, rank in report["ranks"].items() if rank is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,7 +55,7 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
     matrices = [Matrix(m, Shape(*report["shapes"][m]), rank, costs.get(m)) for m, rank in report["ranks"].items()]
     where = places(report["ranks"])
     history = report.get("history", [])
-    named = [record for record in history if isinstance(record.get("step"), str) and "kl" in record]
+    named = [record for record in history if isinstance(record.get("step"), str) and record.get("kl") is not None]
     return {
         "id": identity,
         "path": f"/results/{number}",
@@ -102,7 +103,10 @@ def faster(result: Result) -> Faster:
 
 def worse(report: Mapping[str, Any]) -> float | None:
     """By what share perplexity has risen, or None for a model that has none."""
-    return None if report["perplexity"] is None else report["perplexity"] / report["reference_perplexity"] - 1
+    before, after = report["reference_perplexity"], report["perplexity"]
+    if before is None:
+        return None
+    return math.inf if after is None else after / before - 1  # what is infinite is null in JSON
 
 
 def _paid(identity: str, matrices: Sequence[Matrix], where: Mapping[str, Place]) -> dict[str, Any] | None:
@@ -201,28 +205,35 @@ def _label(report: Mapping[str, Any]) -> str:
 
 def overview(results: Sequence[Result], contests: Sequence[Contest]) -> dict[str, Any] | None:
     """Quality against rate, where there is more than one point of it."""
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str, list[tuple[float, Any]]] = {}
     for result in results:
         series.setdefault(_label(result.report), []).append((result.report["rate"], result.report["kl"]))
     for contest in contests:
         for row in contest.rows:
             series.setdefault(row["method"], []).append((row["rate"], row["kl"]))
+    known = {label: [point for point in points if point[1] is not None] for label, points in series.items()}
+    series = {label: points for label, points in known.items() if points}
     if sum(map(len, series.values())) < 2:
         return None
     return {"chart": figures.quality_against_rate("overview", series), "legend": _legend(series)}
+
+
+def _kl(row: Mapping[str, Any]) -> float:
+    """To find the best by: what could not be measured is the worst."""
+    return math.inf if row["kl"] is None else row["kl"]
 
 
 def contest_view(number: int, contest: Contest) -> dict[str, Any]:
     rates = sorted({row["rate"] for row in contest.rows})
     index = {(row["method"], row["rate"]): i for i, row in enumerate(contest.rows)}
     middle = [row for row in contest.rows if row["rate"] == rates[len(rates) // 2]]
-    best = min(middle, key=lambda row: row["kl"])
+    best = min(middle, key=_kl)
     notes = {m: f"{m}: " + ("stays dense" if r is None else f"rank {r}") for m, r in best["ranks"].items()}
     table = [
         (method, [f"/contests/{number}/{index[method, rate]}/kl" if (method, rate) in index else None for rate in rates])
         for method in by_method(contest.rows)
     ]
-    winners = [min((r for r in contest.rows if r["rate"] == rate), key=lambda r: r["kl"])["method"] for rate in rates]
+    winners = [min((r for r in contest.rows if r["rate"] == rate), key=_kl)["method"] for rate in rates]
     return {
         "id": f"contest-{number}",
         "name": contest.name,
