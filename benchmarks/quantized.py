@@ -22,9 +22,10 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise import bundled
+from rankwise.calibration.batches import batches_of
 from rankwise.calibration.signal import signal_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import batches_of, windows_of
+from rankwise.calibration.tokens import windows_of
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.size import held_bytes
 

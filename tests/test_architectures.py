@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise import Compressed, RankwiseError, compress, densify
+from rankwise.calibration.batches import batches_of
 from rankwise.calibration.moments import collect
 from rankwise.calibration.signal import values_of
-from rankwise.calibration.tokens import batches_of
 from rankwise.decomposition.metric import METRICS
 from rankwise.decomposition.solver import decompose
 from rankwise.layers.linear import bias_of, is_linear, swapped, weight_of

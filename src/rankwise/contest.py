@@ -12,12 +12,14 @@ from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
-from rankwise.calibration.tokens import Batch, batches_of, windows_of
+from rankwise.calibration.batches import batches_of
+from rankwise.calibration.tokens import Batch, windows_of
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.protocols import JudgingText, read_judging_text
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import stacked_on_failure
+from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
 from rankwise.plain import to_json
 from rankwise.recipe import Recipe, pairs
@@ -91,7 +93,7 @@ def hold_contest(
     refuse_taken(output, overwrite=True)
     folder = RunFolder(output / "run")
     run = stages.start(model, recipe.calibration, None, recipe, rates, folder)
-    with stacked_on_failure(run.model, run.experts):
+    with stacked_on_failure(run.model, run.experts), widened(run.model):
         if run.tokenizer is None:
             raise RankwiseError(f"{model} has no tokenizer")
         return _judged(run, recipe, rates, methods, _judges(run, documents, judge_samples, recipe.seed), output / RESULTS)

@@ -15,6 +15,7 @@ from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
 from rankwise.integration.checkpoint import refuse_output, written_whole
 from rankwise.integration.result import MAX_SHARD_SIZE
 from rankwise.layers.matrices import stack_experts, stacked_on_failure
+from rankwise.layers.precision import widened
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.run_folder import RunFolder, write_tensors
 from rankwise.stages import Calibration
@@ -53,9 +54,10 @@ def decompose(
         windows = run.data.windows
         if windows is None:
             raise RankwiseError("decompose keeps its calibration text: give it text or windows of tokens, not batches")
-        statistics = stages.collect_statistics(run, needs)
-        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
-        prices = student.fisher()
+        with widened(run.model):
+            statistics = stages.collect_statistics(run, needs)
+            student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+            prices = student.fisher()
         parameters = run.model.num_parameters()
     stack_experts(run.model, run.experts)
     with written_whole(Path(output), overwrite) as whole:

@@ -32,6 +32,7 @@ from rankwise.integration.quantizer import attach
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
+from rankwise.layers.precision import widened
 from rankwise.plain import to_json
 from rankwise.progress import stage
 from rankwise.recipe import IN_MEMORY, Recipe
@@ -137,19 +138,22 @@ def compress(
         run = stages.in_metric(run, metric)
         target = Target.of(run, recipe)
         clock.lap("loading")
-        statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
-        clock.lap("calibration")
-        student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
-        clock.lap("decomposition")
+        with widened(run.model):
+            statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
+            clock.lap("calibration")
+            student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+            clock.lap("decomposition")
+            del statistics  # float64: for a large model more than everything else
         shapes, budget = target.budget(run)
-        chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
-        clock.lap("allocation")
-        comparison = stages.measure(student, chosen, run.data.measuring)
-        clock.lap("measuring")
-        costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
-        samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
-        spectra = thinned_spectra(student.decompositions, chosen.masks)
-        clock.lap("looking closer")
+        with widened(run.model):
+            chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
+            clock.lap("allocation")
+            comparison = stages.measure(student, chosen, run.data.measuring)
+            clock.lap("measuring")
+            costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
+            samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+            spectra = thinned_spectra(student.decompositions, chosen.masks)
+            clock.lap("looking closer")
         size = Size.of(run.model, run.shapes, chosen.ranks)
 
     attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))

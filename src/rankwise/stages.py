@@ -36,6 +36,7 @@ from rankwise.integration.checkpoint import (
 )
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, stacked_on_failure, unstack_experts
+from rankwise.layers.precision import widened
 from rankwise.masks.layers import is_whole
 from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
@@ -123,7 +124,7 @@ def read_data(
         return Data.of_windows(model, calibration)
     if calibration == "self":
         key = digest(identity, length, samples, recipe.seed)
-        with frozen(model):
+        with frozen(model), widened(model):
             written = folder.together("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
         return Data.of_windows(model, written["windows"])
     documents: Any = calibration

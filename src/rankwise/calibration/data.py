@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.calibration.tokens import Batch, batches_of, refuse_foreign, with_decoder_inputs
+from rankwise.calibration.batches import batches_of
+from rankwise.calibration.tokens import Batch, refuse_foreign, with_decoder_inputs
 from rankwise.errors import RankwiseError
 
 PART = 10  # one sequence in ten is for choosing, another one in ten for measuring

@@ -43,8 +43,10 @@ class Head:
 
 
 def last_states(model: nn.Module, call: Call) -> Tensor:
-    """The hidden states [sequences, length, hidden] that the model's base hands on in `call`; of the rest only one token is run."""
-    return _observed(model, call, lambda answer: type(answer)(last_hidden_state=answer.last_hidden_state[:, :1]))[0].last_hidden_state
+    """The hidden states [sequences, length, hidden] that its base hands on in `call`; its end is run on one token only."""
+    answer, _ = _observed(model, call, lambda answer: type(answer)(last_hidden_state=answer.last_hidden_state[:, :1]))
+    states: Tensor = answer.last_hidden_state
+    return states
 
 
 def head_of(model: nn.Module, inputs: tuple[str, ...], call: Call) -> Head | None:

@@ -139,12 +139,12 @@ class _OverTokens(torch.autograd.Function):
         return values.new_tensor(total, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         return upstream.to(ctx.gradient) * ctx.gradient, None, None
 
 
 def _over_tokens(signal: Signal, loss: Loss) -> Tensor:
-    total: Tensor = _OverTokens.apply(signal.values, signal, loss)  # type: ignore[no-untyped-call]
+    total: Tensor = _OverTokens.apply(signal.values, signal, loss)
     return total
 
 

@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
 
 CALIBRATION_TOKENS = 2**18  # 128 windows of 2048: the field's habit
 T = TypeVar("T")
-TOKENS_PER_BATCH = 2**13
+TOKENS_PER_BATCH = 2**13  # at most
 MAX_LENGTH = 2048
 
 
@@ -103,7 +103,7 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
     windows = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        batch_size = max(1, 4 * TOKENS_PER_BATCH // length)
+        batch_size = max(1, written_at_once(model) // length)
         model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
         try:
             for count in progress([min(batch_size, samples - i) for i in range(0, samples, batch_size)], "writing text"):
@@ -116,13 +116,11 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
     return torch.cat(windows)
 
 
-def batches_of(model: nn.Module, windows: Tensor) -> list[Batch]:
-    """The windows [windows, length] as inputs of `model`, about 8192 tokens to a batch. An encoder-decoder reads every
-    window on both sides."""
-    config: Any = model.config
-    per_batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
-    names = ["input_ids", "decoder_input_ids"] if config.is_encoder_decoder else ["input_ids"]
-    return [dict.fromkeys(names, part) for part in windows.split(per_batch)]
+def written_at_once(model: Any) -> int:
+    """Tokens of the sequences that a model writes at once: those whose keys and values take about 2 GB at most."""
+    text = model.config.get_text_config()
+    kept = 8 * getattr(text, "hidden_size", 1) * getattr(text, "num_hidden_layers", 1)  # float32, no head shared
+    return int(min(4 * TOKENS_PER_BATCH, 2**31 // kept))
 
 
 def with_decoder_inputs(model: Any, batch: Batch) -> Batch:

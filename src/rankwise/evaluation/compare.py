@@ -17,7 +17,6 @@ from rankwise.evaluation.intervals import Interval, clipped, of_ratio
 from rankwise.progress import progress
 
 
-
 @dataclass(frozen=True)
 class Comparison:
     """Means over the predicted tokens: each window's, but for its first.

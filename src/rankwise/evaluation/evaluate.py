@@ -19,6 +19,7 @@ from rankwise.evaluation.tasks import load_tasks
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
 from rankwise.integration.result import read_ranks, read_recipe, read_shapes
 from rankwise.layers.matrices import unstack_experts
+from rankwise.layers.precision import widened
 from rankwise.run_folder import RunFolder, user_cache
 
 
@@ -76,13 +77,14 @@ def evaluate(
         refuse_foreign(dense, part)
     given = tokenised(dense, tokenizer, prompts)
     pair = Pair(dense, compressed, tokenizer, RunFolder(Path(cache) if cache else user_cache(), shared=True))
-    measured = {name: pair.compare(part) for name, part in windows.items()}
-    first = windows[texts[0]]
-    extra: dict[str, Any] = {"hidden_states": pair.hidden_measures(first)}
-    if dense.can_generate() and not dense.config.is_encoder_decoder:
-        extra["generations"] = pair.generations(given or prompts_of(first))
-    if asked:
-        extra["tasks"] = pair.tasks(asked)
+    with widened(dense, compressed):
+        measured = {name: pair.compare(part) for name, part in windows.items()}
+        first = windows[texts[0]]
+        extra: dict[str, Any] = {"hidden_states": pair.hidden_measures(first)}
+        if dense.can_generate() and not dense.config.is_encoder_decoder:
+            extra["generations"] = pair.generations(given or prompts_of(first))
+        if asked:
+            extra["tasks"] = pair.tasks(asked)
     unstack_experts(dense)
     size = Size.of(dense, shapes, ranks)
     return {

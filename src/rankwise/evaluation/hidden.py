@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.calibration.signal import call, frozen, token_mask
+from rankwise.calibration.signal import call, frozen, signal_of, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.evaluation.intervals import of_ratio
 from rankwise.progress import progress
@@ -77,6 +77,9 @@ def hidden_measures(models: Mapping[str, nn.Module], batches: Sequence[Batch]) -
 
 def last_states(model: nn.Module, window: Batch) -> Tensor | None:
     """The last hidden states [L, d] over the tokens of one sequence that are not padding; None where the model keeps them."""
+    signal = signal_of(model, window)
+    if signal.head is not None:  # what its head reads, without the logits
+        return signal.values
     output = call(model, window, output_hidden_states=True)
     layers = getattr(output, "decoder_hidden_states", None) or getattr(output, "hidden_states", None)
     if not layers:

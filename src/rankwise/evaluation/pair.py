@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import __version__
+from rankwise.calibration.batches import batches_of
 from rankwise.calibration.signal import frozen, signal_of
-from rankwise.calibration.tokens import batches_of
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.generation import generations
 from rankwise.evaluation.hidden import WINDOWS as HIDDEN_WINDOWS

@@ -82,7 +82,7 @@ def folded(linear: nn.Module, decomposition: Decomposition, mask: Tensor) -> nn.
     """The layer to ship in place of `linear`: of the kept components, the mask's values folded into its first factor; or
     dense, with the values folded into its weight."""
     if not is_whole(mask):
-        return factorised(decomposition, mask, bias_of(linear))
+        return factorised(decomposition, mask, bias_of(linear)).to(weight_of(linear).dtype)
     return dense_linear(weighted(weight_of(linear), decomposition, mask), bias_of(linear), isinstance(linear, Conv1D))
 
 

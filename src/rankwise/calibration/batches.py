@@ -1,0 +1,43 @@
+"""How much of a text goes through a model at once: what fits in memory there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.calibration.signal import device_of, frozen, signal_of
+from rankwise.calibration.tokens import TOKENS_PER_BATCH, Batch, vocabulary_of
+from rankwise.layers.linear import is_linear, weight_of
+
+WORKING_MEMORY = 2**31  # bytes that a batch may take on the host; of a GPU a quarter of what is free
+PROBE = 8  # tokens that tell whether a model's logits can be had a few at a time
+
+
+def batches_of(model: Any, windows: Tensor) -> list[Batch]:
+    """The windows [windows, length] as inputs of `model`: 8192 tokens to a batch where they fit, else fewer. An encoder-decoder
+    reads every window on both sides."""
+    names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
+    probe = dict.fromkeys(names, windows[:1, :PROBE])
+    per_batch = max(1, min(TOKENS_PER_BATCH, tokens_at_once(model, probe)) // windows.shape[1])
+    return [dict.fromkeys(names, part) for part in windows.split(per_batch)]
+
+
+def tokens_at_once(model: Any, probe: Batch) -> int:
+    """How many tokens fit in a pass forward and back through the masked model: the inputs, outputs and components of every
+    matrix, half as much again for what is between them, and the logits of models that give them in one piece only."""
+    device = device_of(model)
+    weights = [weight_of(module) for module in model.modules() if is_linear(module)]
+    numbers = 1.5 * sum(sum(weight.shape) + 2 * min(weight.shape) for weight in weights)
+    if device.type != "meta":  # of a model that is not in memory logits are made window by window
+        with frozen(model), torch.no_grad():
+            signal = signal_of(model, probe)
+        if signal.head is None and signal.categorical:
+            numbers += 6 * vocabulary_of(model)
+    return int(_room(device) / (4 * numbers))
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that a batch may take."""
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else WORKING_MEMORY
