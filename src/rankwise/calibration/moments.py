@@ -26,12 +26,13 @@ GRAM_BLOCK = 256  # columns of a product's block: the larger, the more of its up
 
 @dataclass
 class Moments:
-    """Sums over the tokens seen so far, all float64 on the model's device."""
+    """Sums over the tokens seen so far on the model's device, float64 but for G: it is the largest, and used only with a damping
+    that is four orders above float32's rounding."""
 
     count: int = 0
     second: Tensor | None = None  # H = sum x x^T [n, n], of a site
     absolute: Tensor | None = None  # sum |x| [n], of a site
-    output: Tensor | None = None  # G = sum g g^T [m, m], of a matrix
+    output: Tensor | None = None  # G = sum g g^T [m, m] float32, of a matrix
     fisher: Tensor | None = None  # sum over sequences and rows of (dL/dW)^2 [n], of a matrix
     first: Tensor | None = None  # sum x [n], of a site
 
@@ -202,10 +203,10 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
-def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
-    """total [n, n] plus x^T x for x [T, n], computed block by block on and below the diagonal and mirrored."""
+def add_gram(total: Tensor | None, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """total [n, n] (a new one in `dtype`) plus x^T x for x [T, n], computed block by block below the diagonal and mirrored."""
     if total is None:
-        total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        total = x.new_zeros(x.shape[1], x.shape[1], dtype=dtype)
     for i in range(0, len(total), GRAM_BLOCK):
         j = i + GRAM_BLOCK
         total[i:j, :j] += x[:, i:j].T @ x[:, :j]
@@ -225,7 +226,8 @@ def _add_up(moments: Moments, device: torch.device) -> None:
         shape = next((part[name] for part in parts if part[name] is not None), None)
         if shape is not None and len(parts) > 1:
             own = getattr(moments, name)
-            own = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
+            dtype = torch.float32 if name == "output" else torch.float64
+            own = torch.zeros(shape, dtype=dtype, device=device) if own is None else own
             setattr(moments, name, distributed.add_up(own))
 
 
@@ -252,7 +254,7 @@ def _output_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> 
         def see_gradient(gradient: Tensor) -> None:
             if "output" in needs:
                 g = _tokens(gradient, watched.mask)
-                moments.output = add_gram(moments.output, g)
+                moments.output = add_gram(moments.output, g, torch.float32)
             if x is not None:
                 moments.fisher = _add(moments.fisher, _squared_weight_gradients(x, gradient))
 

@@ -17,7 +17,7 @@ from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 
 DRAWS = "draws"  # in a batch, beside the model's inputs: a number in [0, 1) for every token, which `sampled_loss` draws with
-LOGITS_AT_ONCE = 2**24  # float32 numbers: 64 MiB, of which a loss holds about five
+LOGITS_AT_ONCE = 2**23  # float32 numbers: 32 MiB, of which a loss holds about five
 
 
 @dataclass(frozen=True)

@@ -12,4 +12,4 @@ NEEDS = frozenset({"first", "second", "output"})
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
     """The roots of the mean of g g^T over tokens [m, m] and of the inputs' covariance [n, n], damped as there."""
     assert moments.output is not None
-    return Root.of(moments.output, OUTPUT_DAMPING, moments.count), Root.of(moments.covariance, INPUT_DAMPING)
+    return Root.of(moments.output.double(), OUTPUT_DAMPING, moments.count), Root.of(moments.covariance, INPUT_DAMPING)

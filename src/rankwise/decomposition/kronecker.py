@@ -15,4 +15,4 @@ def roots(moments: Moments) -> tuple[Root | None, Root | None]:
     """The roots of the mean of g g^T over tokens [m, m] and of H [n, n], damped relative to their mean diagonals."""
     assert moments.second is not None
     assert moments.output is not None
-    return Root.of(moments.output, OUTPUT_DAMPING, moments.count), Root.of(moments.second, INPUT_DAMPING)
+    return Root.of(moments.output.double(), OUTPUT_DAMPING, moments.count), Root.of(moments.second, INPUT_DAMPING)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
-
-from rankwise.calibration.signal import divergence, signal_of
 from rankwise.calibration.tokens import Batch
 from rankwise.masks.layers import Masks, is_whole
 from rankwise.masks.student import Student
@@ -16,7 +13,6 @@ TOKENS = 2**18  # through the model, all matrices together: as many as one pass 
 LEAST, MOST = 2**7, 2**12  # through each
 
 
-@torch.no_grad()
 def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> tuple[dict[str, float], int]:
     """KL(original || one matrix compressed) in nats per token, by matrix, and the tokens that each was measured on.
 
@@ -24,15 +20,9 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
     """
     names = [name for name, mask in masks.items() if not is_whole(mask)]
     few = first_tokens(batches, min(MOST, max(LEAST, TOKENS // max(len(names), 1))))
-    totals, tokens = dict.fromkeys(names, 0.0), 0
     with student.frozen():
-        for batch in few:
-            reference = signal_of(student.model, batch)
-            tokens += len(reference)
-            for name in progress(names, "measuring each matrix alone"):
-                with student.with_masks({name: masks[name]}):
-                    totals[name] += divergence(reference, signal_of(student.model, batch)).item()
-    return {name: total / tokens for name, total in totals.items()}, tokens
+        tokens = sum(len(student.teacher(batch)) for batch in few)
+    return {name: student.divergence({name: masks[name]}, few) for name in progress(names, "measuring each matrix alone")}, tokens
 
 
 def first_tokens(batches: Iterable[Batch], tokens: int) -> list[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.masks.layers import MaskedLinear, Masks, folded
+from rankwise.masks.trunk import Trunk
 from rankwise.progress import progress
 
 Layers = Mapping[str, nn.Module]
@@ -135,6 +136,14 @@ class Student:
             self._signals[id(batch)] = (batch, signal)  # the batch too, lest another one get its id
         return signal
 
+    @functools.cached_property
+    def _trunk(self) -> Trunk | None:
+        return Trunk.of(self.model, self.decompositions)
+
+    def _known(self, batch: Batch, masks: Masks) -> AbstractContextManager[None]:
+        """While inside, the student does not run what the original is known to answer."""
+        return nullcontext() if self._trunk is None else self._trunk.known(batch, masks)
+
     def _measured(
         self, what: str, masks: Masks, batches: Sequence[Batch], measure: Callable[[Sequence[Batch]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
@@ -176,7 +185,7 @@ class Student:
         with self.frozen():
             for batch in distributed.dealt(batches):
                 reference = self.teacher(batch)
-                with self.with_masks(masks):
+                with self._known(batch, masks), self.with_masks(masks):
                     parts.append((divergence(reference, signal_of(self.model, batch)).item(), len(reference)))
                 self.count(reference)
         totals, tokens = zip(*distributed.collected(parts), strict=True)

@@ -7,7 +7,6 @@ all. So any decoder with one list of blocks works, and the numbers are those of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rankwise.calibration.signal import Signal, inputs_of, signal_of
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 from rankwise.integration.weights import Source
+from rankwise.layers.blocks import block_lists, block_of
 
 
 class _ReachedError(Exception):
@@ -59,11 +59,10 @@ class Blocks:
         name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise RankwiseError(f"streaming reads decoders block by block, and {name} has an encoder too: leave out --memory")
-        lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-        found = {match[1] for matrix in matrices if (match := re.match(r"(.*?)\.\d+\.", matrix)) and match[1] in lists}
-        outside = [matrix for matrix in matrices if not any(matrix.startswith(f"{path}.") for path in found)]
+        found = list(block_lists(model, matrices))
+        outside = [matrix for matrix in matrices if not any(block_of(matrix, path) is not None for path in found)]
         if len(found) != 1 or outside:
-            what = f"{outside[0]} is in none" if outside else f"it has {', '.join(sorted(found)) or 'none'}"
+            what = f"{outside[0]} is in none" if outside else f"it has {', '.join(found) or 'none'}"
             raise RankwiseError(
                 f"streaming needs a model whose matrices are all in one list of blocks, and of {name} {what}: leave it out "
                 "with --exclude, or leave out --memory"

@@ -1,0 +1,94 @@
+"""Running a model from one of its blocks on: what the blocks before it answer is known, where they are the original's.
+
+The model's own forward is kept; blocks that need not be run hand on what they get, and the last of them answers what it is known
+to answer. So a measurement of one matrix costs what comes after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.calibration.signal import Signal, signal_of
+from rankwise.calibration.tokens import Batch
+from rankwise.layers.blocks import block_lists, block_of
+from rankwise.masks.layers import Masks
+
+KEPT_BYTES = 2**30  # the blocks' answers are kept below this size
+
+
+@dataclass
+class Trunk:
+    """A model's one list of blocks, and what they answer on some batches.
+
+    sound: whether a run from the middle gave the model's own signal; tried on the first batch.
+    """
+
+    model: nn.Module
+    path: str
+    blocks: nn.ModuleList
+    sound: bool | None = None
+    _answers: dict[int, tuple[Batch, list[Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, matrices: Collection[str]) -> Trunk | None:
+        """None for a model whose matrices are not all in one list of blocks."""
+        lists = block_lists(model, matrices)
+        if len(lists) != 1:
+            return None
+        path, blocks = next(iter(lists.items()))
+        return cls(model, path, blocks) if all(block_of(matrix, path) is not None for matrix in matrices) else None
+
+    def known(self, batch: Batch, masks: Masks) -> AbstractContextManager[None]:
+        """While inside, blocks before the first one with a mask are not run, if what they answer on `batch` is known or can be.
+        Call it with the original's layers in place."""
+        first = min((block_of(name, self.path) or 0 for name, mask in masks.items() if mask is not None), default=0)
+        if not first or not self._knows(batch):
+            return nullcontext()
+        return self._from(first, self._answers[id(batch)][1])
+
+    def _knows(self, batch: Batch) -> bool:
+        if self.sound is not False and id(batch) not in self._answers:
+            answers, signal = self._observed(batch)
+            if self.sound is None:
+                with self._from(len(self.blocks) // 2, answers):
+                    self.sound = torch.equal(signal_of(self.model, batch).values, signal.values)
+            taken = sum(_bytes(kept) for _, kept in self._answers.values())
+            if self.sound and taken + _bytes(answers) <= KEPT_BYTES:
+                self._answers[id(batch)] = (batch, answers)  # the batch too, lest another one get its id
+        return id(batch) in self._answers
+
+    def _observed(self, batch: Batch) -> tuple[list[Any], Signal]:
+        """What every block answers, and the model's signal."""
+        answers: list[Any] = []
+
+        def see(block: nn.Module, inputs: Any, output: Any) -> None:
+            answers.append(output)
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.callback(block.register_forward_hook(see).remove)
+            return answers, signal_of(self.model, batch)
+
+    @contextmanager
+    def _from(self, first: int, answers: list[Any]) -> Iterator[None]:
+        def forward_of(index: int) -> Callable[..., Any]:
+            return lambda *arguments, **keywords: answers[index]
+
+        with ExitStack() as stack:
+            for index in range(first):
+                stack.callback(vars(self.blocks[index]).pop, "forward", None)
+                vars(self.blocks[index])["forward"] = forward_of(index)
+            yield
+
+
+def _bytes(answers: list[Any]) -> int:
+    """Of the blocks' answers, tensors or tuples of them."""
+    return sum(
+        t.nbytes for answer in answers for t in (answer if isinstance(answer, tuple) else (answer,)) if isinstance(t, Tensor)
+    )
