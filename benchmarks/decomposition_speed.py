@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.calibration.moments import Moments, add_gram
+from rankwise.calibration.moments import Moments, add_gram, mirrored
 from rankwise.calibration.tokens import TOKENS_PER_BATCH
 from rankwise.decomposition import whitened
 from rankwise.decomposition.solver import decompose
@@ -65,7 +65,7 @@ def second_moment(x: Tensor) -> Tensor:
     for part in x.split(TOKENS_PER_BATCH):
         H = add_gram(H, part)
     assert H is not None
-    return H
+    return mirrored(H)
 
 
 def published(W: Tensor, H: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,11 @@ class Recipe(BaseModel):
     calibration: str = Field("self", description="the text: a file, a folder, a data set's name, self, stdlib:train")
     text_column: str = Field("text", description="the text's field in JSON lines and data sets")
     dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset")
+    effort: Literal["quick", "default", "thorough"] = Field(
+        "default", description="how much text is read, and so how long it takes: quick, default, thorough"
+    )
     samples: int | None = Field(
-        None, ge=1, le=LARGEST, description="windows of calibration text; by default 262,144 tokens' worth"
+        None, ge=1, le=LARGEST, description="windows of calibration text; by default as many as the effort says"
     )
     length: int | None = Field(
         None, ge=2, le=LARGEST, description="tokens of a window; by default the model's context, at most 2048"

@@ -21,7 +21,7 @@ from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, default_samples, sampled_windows, window_length, windows_of
+from rankwise.calibration.tokens import Batch, sampled_windows, text_of, window_length, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
@@ -33,6 +33,7 @@ from rankwise.integration.checkpoint import (
     load_tokenizer,
     refuse_compressed,
     refuse_not_finite,
+    resolve_device,
 )
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, find_matrices, stacked_on_failure, unstack_experts
@@ -42,6 +43,8 @@ from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
+
+LEAST_SAMPLES = 16  # windows of a calibration text, however long they are
 
 Calibration = str | Path | Sequence[str] | Tensor | Sequence[Batch]
 
@@ -118,8 +121,9 @@ def read_data(
     identity: str,
 ) -> Data:
     """The calibration text as batches of `model`, which may be empty unless it writes the text itself."""
-    length = window_length(model, recipe.length)
-    samples = recipe.samples or default_samples(length)
+    text = text_of(recipe.effort, model.num_parameters(), resolve_device(recipe.device).type)
+    length = window_length(model, recipe.length, text)
+    samples = recipe.samples or max(text // length, LEAST_SAMPLES)
     if isinstance(calibration, Tensor):
         return Data.of_windows(model, calibration)
     if calibration == "self":

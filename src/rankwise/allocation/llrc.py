@@ -30,26 +30,29 @@ from torch import Tensor
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
-from rankwise.calibration.tokens import Batch
+from rankwise.calibration.tokens import Batch, tokens_in
 from rankwise.masks.layers import Masks
 from rankwise.masks.values import ValueTraining, train_values
 
 logger = logging.getLogger(__name__)
 Prices = dict[str, Tensor]  # matrix -> [k] float64, nats per token
 STEPS = (0.7, 0.4, 0.2, 0.1)  # from the prices before towards the worths
+VALUE_PASSES = 1.2  # of value training over the text
+STEP_TOKENS, LEAST_STEPS, MOST_STEPS = 512, 24, 120
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRC:
     """points: KLs measured per matrix for the second start; rounds of re-pricing at most; steps of value training and its
-    learning_rate. 0 points, rounds or steps leave that part out. pricing_tokens: how much of the training text curvature
-    and each round's gradients are taken on, one part after the other."""
+    learning_rate. 0 points, rounds or steps leave that part out. By default there are as many steps, up to 120, as it takes to
+    read the training text a little more than once. pricing_tokens: how much of the training text curvature and each round's
+    gradients are taken on, one part after the other; by default a third."""
 
     decomposition: ClassVar[str] = "kronecker"
     points: NonNegativeInt = 1
     rounds: NonNegativeInt = 4
-    pricing_tokens: PositiveInt = 2**16
-    value_steps: NonNegativeInt = 120
+    pricing_tokens: PositiveInt | None = None
+    value_steps: NonNegativeInt | None = None
     learning_rate: PositiveFloat = 0.01
 
     def allocate(self, problem: Problem) -> Allocation:
@@ -73,9 +76,10 @@ class LLRC:
                 break
             best = plan
         masks = best.chosen.masks
-        if self.value_steps:
+        options = self._value_training(student.training)
+        if options.steps:
             losses: list[float] = []
-            trained = train_values(student, masks, ValueTraining(self.value_steps, self.learning_rate), losses)
+            trained = train_values(student, masks, options, losses)
             kl = student.divergence(trained)
             history.append({"step": "values", "kl": kl, "losses": [float(f"{loss:.4g}") for loss in losses]})
             masks = trained if kl < best.kl else masks
@@ -83,9 +87,16 @@ class LLRC:
             logger.info("%s: KL %.5f on the selection text", record["step"], record["kl"])
         return Allocation(best.chosen.ranks, masks, history)
 
+    def _value_training(self, batches: Sequence[Batch]) -> ValueTraining:
+        """As many steps as the text is worth."""
+        read = VALUE_PASSES * tokens_in(batches)
+        steps = min(MOST_STEPS, max(LEAST_STEPS, int(read / STEP_TOKENS))) if self.value_steps is None else self.value_steps
+        return ValueTraining(steps, self.learning_rate, min(2048, max(STEP_TOKENS, int(read / max(steps, 1)))))
+
     def _parts(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Parts of `pricing_tokens`, round and round; all of the text each time where there is less."""
-        number = math.ceil(self.pricing_tokens / next(iter(batches[0].values())).numel())
+        wanted = self.pricing_tokens or tokens_in(batches) // 3
+        number = math.ceil(wanted / next(iter(batches[0].values())).numel())
         text = itertools.cycle(batches)
         while True:
             yield list(itertools.islice(text, min(number, len(batches))))

@@ -170,6 +170,9 @@ class Watched:
         """What all processes have seen. Raises `RankwiseError` where it is not finite."""
         for moments in (*self.statistics.sites.values(), *self.statistics.matrices.values()):
             _add_up(moments, device)
+            for total in (moments.second, moments.output):
+                if total is not None:
+                    mirrored(total)
         self.statistics.refuse_not_finite()
         return self.statistics
 
@@ -204,13 +207,19 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def add_gram(total: Tensor | None, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """total [n, n] (a new one in `dtype`) plus x^T x for x [T, n], computed block by block below the diagonal and mirrored."""
+    """total [n, n] (a new one in `dtype`) plus the blocks of x^T x, for x [T, n], on the diagonal and below; see `mirrored`."""
     if total is None:
         total = x.new_zeros(x.shape[1], x.shape[1], dtype=dtype)
     for i in range(0, len(total), GRAM_BLOCK):
         j = i + GRAM_BLOCK
         total[i:j, :j] += x[:, i:j].T @ x[:, :j]
-        total[:i, i:j] = total[i:j, :i].T
+    return total
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """The whole of what `add_gram` has added up below the diagonal, in place."""
+    for i in range(0, len(total), GRAM_BLOCK):
+        total[:i, i : i + GRAM_BLOCK] = total[i : i + GRAM_BLOCK, :i].T
     return total
 
 

@@ -14,14 +14,27 @@ from rankwise.progress import progress
 
 Batch = dict[str, Tensor]
 
-CALIBRATION_TOKENS = 2**18  # 128 windows of 2048: the field's habit
+MOST_TEXT, LEAST_TEXT = 2**18, 2**15  # tokens of a calibration; the most is 128 windows of 2048: the field's habit
+SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
+LEAST_WINDOWS = 64  # rather shorter ones than fewer
+SHORTEST = 256
 T = TypeVar("T")
 TOKENS_PER_BATCH = 2**13  # at most
 MAX_LENGTH = 2048
 
 
-def window_length(model: nn.Module, wanted: int | None = None) -> int:
-    """Tokens of a window: those wanted, by default the model's context, at most 2048.
+def text_of(effort: str, parameters: int, device: str) -> int:
+    """Tokens of a calibration text: 262,144 for a thorough run. By default as many on a GPU and for a small model; on a CPU
+    fewer, the larger the model, but 32,768 at least. A quick run reads a quarter of the default."""
+    most = MOST_TEXT
+    if device == "cpu" and effort != "thorough":
+        most = max(LEAST_TEXT, min(MOST_TEXT, MOST_TEXT * SMALL_MODEL // parameters))
+    return most // 4 if effort == "quick" else most
+
+
+def window_length(model: nn.Module, wanted: int | None = None, text: int = MOST_TEXT) -> int:
+    """Tokens of a window: those wanted, by default the model's context, but at most 2048, and so few that a `text` of so many
+    tokens has 64 of them, if that leaves 256.
 
     Raises `RankwiseError` for fewer than two, which predict nothing, and for more than the context.
     """
@@ -30,12 +43,7 @@ def window_length(model: nn.Module, wanted: int | None = None) -> int:
     context = min((p for p in positions if isinstance(p, int) and p > 0), default=None)
     if wanted is not None and not 2 <= wanted <= (context or wanted):
         raise RankwiseError(f"length={wanted}: a window has from 2 to {context} tokens, the model's context")
-    return wanted or min(MAX_LENGTH, context or MAX_LENGTH)
-
-
-def default_samples(length: int) -> int:
-    """Windows of a calibration set: as many as make 262,144 tokens."""
-    return max(CALIBRATION_TOKENS // length, 16)
+    return wanted or min(MAX_LENGTH, context or MAX_LENGTH, max(SHORTEST, text // LEAST_WINDOWS))
 
 
 def windows_of(
@@ -135,6 +143,11 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     labels = batch["labels"]
     inputs = model.prepare_decoder_input_ids_from_labels(labels=labels)
     return {**batch, "decoder_input_ids": inputs, "decoder_attention_mask": (labels != -100).long()}
+
+
+def tokens_in(batches: Iterable[Batch]) -> int:
+    """Tokens of all batches, padding included."""
+    return sum(next(iter(batch.values())).numel() for batch in batches)
 
 
 def parts_of(batches: Iterable[Batch], sequences: int) -> list[Batch]:
