@@ -19,6 +19,7 @@ from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
+from rankwise.estimate import Estimate
 from rankwise.evaluation.compare import Comparison
 from rankwise.evaluation.costs import costs_of_each
 from rankwise.evaluation.memory import peak_memory
@@ -34,7 +35,7 @@ from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.plain import to_json
-from rankwise.progress import stage
+from rankwise.progress import say, stage
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.report.page import page_of
 from rankwise.report.read import Result
@@ -75,15 +76,18 @@ def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> di
 
 @dataclass
 class _Clock:
-    """Seconds of each stage, by name."""
+    """Seconds of each stage, by name; with an estimate, what is left is said after each."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
+    estimate: Estimate | None = None
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self.since = round(now - self.since, 2), now
         logger.info("%s took %.1f s", name, self.seconds[name])
+        if self.estimate is not None:
+            self.estimate.after(name, self.seconds[name])
 
 
 def compress(
@@ -139,6 +143,8 @@ def compress(
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
+            clock.estimate = Estimate.of(run, metric, allocator)
+            say(str(clock.estimate))
             statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
             clock.lap("calibration")
             student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)

@@ -32,19 +32,19 @@ class Lines(Generic[T]):
         Lines._shown = True
         since = last = time.perf_counter()
         done, ended = 0, False
-        _say(f"{self.doing} ...")
+        say(f"{self.doing} ...")
         try:
             for item in self.items:
                 yield item
                 done += 1
                 if time.perf_counter() - last >= LINE_EVERY:
                     last = time.perf_counter()
-                    _say(f"{self.doing}: {done:,}{self.size}{self._left(done, last - since)}")
+                    say(f"{self.doing}: {done:,}{self.size}{self._left(done, last - since)}")
             ended = True
         finally:
             Lines._shown = False
             how_far = "done" if ended else f"stopped after {done:,}{self.size}"
-            _say(f"{self.doing}: {how_far}, {time.perf_counter() - since:.1f} s")
+            say(f"{self.doing}: {how_far}, {time.perf_counter() - since:.1f} s")
 
     def _left(self, done: int, seconds: float) -> str:
         if not isinstance(self.items, Sized):
@@ -67,6 +67,8 @@ def stage(doing: str) -> Iterator[None]:
         yield
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line on standard error, above the bar where there is one."""
     if not os.environ.get("TQDM_DISABLE"):
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()

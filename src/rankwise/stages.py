@@ -247,7 +247,7 @@ def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> C
             return signal_of(model, batch)
 
     with frozen(model):
-        return compare(lambda batch: signal_of(model, batch), compressed, batches, model.can_generate())
+        return compare(student.teacher, compressed, batches, model.can_generate())
 
 
 def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: Sequence[Batch], key: str) -> Comparison:

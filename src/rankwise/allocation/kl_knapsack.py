@@ -11,13 +11,14 @@ in log c, and err = c E, made monotone.
 
 Deviations: trials are a scrambled Sobol sequence, the first without bias, where the code asks Optuna; all ranks are options,
 not only those from 0.3 to 0.95 of break-even; the KL is that of the whole window at temperature 1 (the code: 0.6, from
-position 256 on). Both KLs are measured on the selection text, a tenth of the calibration, as the code's is an eighth.
+position 256 on). Both KLs are measured on the selection text, a tenth of the calibration, as the code's is an eighth;
+those of single matrices on its first tokens.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,10 +30,13 @@ from torch import Tensor
 from rankwise.allocation.energy import relative_energy
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
+from rankwise.calibration.batches import first_tokens
+from rankwise.calibration.tokens import Batch, tokens_in
 from rankwise.masks.layers import hard_mask
 from rankwise.progress import progress
 
 FIRST_POINT, LAST_POINT = 0.1, 0.9  # of the break-even rank
+MEASURED, LEAST_MEASURED = 2**17, 2**9  # tokens through all matrices together, and through each
 LEAST = 1e-12  # a KL or an energy below this is rounding
 
 
@@ -50,9 +54,15 @@ class KLKnapsack:
         """One forward pass over the selection text per matrix and point, and one per trial."""
         return self.priced(problem)[0]
 
+    def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
+        """Tokens forward and back; a measurement of one matrix runs about half of the model."""
+        few = min(tokens_in(selection), _tokens_of_each(matrices))
+        return 0.55 * matrices * self.points * few + self.trials * tokens_in(selection), 0.0
+
     def priced(self, problem: Problem) -> tuple[Allocation, dict[str, Tensor]]:
         """The plan, and the prices [k] in nats per token that it was bought at, the bias of the best trial in them."""
-        unbiased = {name: self._prices(problem, name) for name in progress(problem.shapes, "measuring matrices")}
+        few = first_tokens(problem.student.selection, _tokens_of_each(len(problem.shapes)))
+        unbiased = {name: self._prices(problem, name, few) for name in progress(problem.shapes, "measuring matrices")}
         best, best_prices, best_kl, history = None, unbiased, float("inf"), []
         for alpha, gamma in self._trials(problem.student.seed):
             bias = depth_bias(problem.shapes, alpha, gamma)
@@ -65,12 +75,12 @@ class KLKnapsack:
         assert best is not None
         return Allocation(best.ranks, best.masks, history), best_prices
 
-    def _prices(self, problem: Problem, name: str) -> Tensor:
+    def _prices(self, problem: Problem, name: str, text: Sequence[Batch]) -> Tensor:
         """The fall of the error curve [k] with each component, nats per token."""
         points = np.geomspace(FIRST_POINT, LAST_POINT, self.points) * problem.shapes[name].break_even
         ranks = np.unique(points.astype(int).clip(1))
         length = len(problem.spectra[name])
-        measured = [problem.student.divergence({name: hard_mask(rank, length)}) for rank in ranks.tolist()]
+        measured = [problem.student.divergence({name: hard_mask(rank, length)}, text) for rank in ranks.tolist()]
         return -error_curve(problem.spectra[name], ranks, measured).diff()
 
     def _trials(self, seed: int) -> list[list[float]]:
@@ -78,6 +88,10 @@ class KLKnapsack:
         draws = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(self.trials).double()
         draws[0] = 0
         return (draws * torch.tensor([self.largest_alpha, self.largest_gamma])).tolist()
+
+
+def _tokens_of_each(matrices: int) -> int:
+    return max(LEAST_MEASURED, MEASURED // matrices)
 
 
 def error_curve(spectrum: Tensor, ranks: Any, measured: list[float]) -> Tensor:

@@ -37,6 +37,8 @@ from rankwise.masks.values import ValueTraining, train_values
 logger = logging.getLogger(__name__)
 Prices = dict[str, Tensor]  # matrix -> [k] float64, nats per token
 STEPS = (0.7, 0.4, 0.2, 0.1)  # from the prices before towards the worths
+LEAST_PART = 2**10  # tokens that components are priced on
+MASKED = 1.5
 VALUE_PASSES = 1.2  # of value training over the text
 STEP_TOKENS, LEAST_STEPS, MOST_STEPS = 512, 24, 120
 
@@ -87,6 +89,20 @@ class LLRC:
             logger.info("%s: KL %.5f on the selection text", record["step"], record["kl"])
         return Allocation(best.chosen.ranks, masks, history)
 
+    def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
+        """Tokens forward and back at most, a pass of full-length factors counted as one and a half."""
+        part, values = self._part(training), self._value_training(training)
+        back = MASKED * (1 + self.rounds) * part + values.steps * values.tokens
+        forward = back + self.rounds * part + values.tokens * values.steps  # the teacher's
+        forward += (len(STEPS) * self.rounds + 3) * tokens_in(selection)
+        if self.points:
+            forward += KLKnapsack(points=self.points).reads(training, selection, matrices)[0]
+        return forward, back
+
+    def _part(self, batches: Sequence[Batch]) -> int:
+        """Tokens that components are priced on at a time."""
+        return min(self.pricing_tokens or max(LEAST_PART, tokens_in(batches) // 3), tokens_in(batches))
+
     def _value_training(self, batches: Sequence[Batch]) -> ValueTraining:
         """As many steps as the text is worth."""
         read = VALUE_PASSES * tokens_in(batches)
@@ -94,9 +110,8 @@ class LLRC:
         return ValueTraining(steps, self.learning_rate, min(2048, max(STEP_TOKENS, int(read / max(steps, 1)))))
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
-        """Parts of `pricing_tokens`, round and round; all of the text each time where there is less."""
-        wanted = self.pricing_tokens or tokens_in(batches) // 3
-        number = math.ceil(wanted / next(iter(batches[0].values())).numel())
+        """Parts of the text, round and round; all of it each time where it is no more than one."""
+        number = math.ceil(self._part(batches) / next(iter(batches[0].values())).numel())
         text = itertools.cycle(batches)
         while True:
             yield list(itertools.islice(text, min(number, len(batches))))

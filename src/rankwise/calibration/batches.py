@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,22 @@ def batches_of(model: Any, windows: Tensor) -> list[Batch]:
     probe = dict.fromkeys(names, windows[:1, :PROBE])
     per_batch = max(1, min(TOKENS_PER_BATCH, tokens_at_once(model, probe)) // windows.shape[1])
     return [dict.fromkeys(names, part) for part in windows.split(per_batch)]
+
+
+def first_tokens(batches: Iterable[Batch], tokens: int) -> list[Batch]:
+    """The first sequences, about so many tokens in all; a longer one is cut where all its inputs are of one shape."""
+    few: list[Batch] = []
+    for batch in batches:
+        if tokens <= 0:
+            break
+        first = next(iter(batch.values()))
+        length = first.shape[1] if first.ndim > 1 else 1
+        part = {name: tensor[: max(1, tokens // length)] for name, tensor in batch.items()}
+        if length > tokens and all(tensor.shape == first.shape for tensor in batch.values()):
+            part = {name: tensor[:, :tokens] for name, tensor in part.items()}
+        few.append(part)
+        tokens -= length * len(next(iter(part.values())))
+    return few
 
 
 def tokens_at_once(model: Any, probe: Batch) -> int:

@@ -1,0 +1,266 @@
+"""What a rate costs on a really trained model of 135M parameters, and on one of 9M: every method beside dense int8 and int4.
+
+    python benchmarks/real_models.py [--models SmolLM2-135M-Instruct MGM-9M] [--calibrations c4 self] [--rates 0.1 0.2 0.3 0.4]
+    python benchmarks/real_models.py --time quick default
+
+Calibration: a C4 sample, or text that the model writes itself (for MGM, of which there is no text, only that). Judged on windows
+of WikiText-2's test split, of another part of C4, and of questions with their answers in the model's chat template; MGM on text of
+its own, written with another seed. With --time: the whole of `rankwise compress --rate 0.2` at these efforts, a process each, by
+its own report. Needs the data folder beside the repository (--data) and the models (--real-models). All that is found is kept in
+benchmarks/results/real_models.json and printed to real_models.md; what was computed is kept in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from main_job import HERE
+from torch import nn
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rankwise.calibration.batches import batches_of
+from rankwise.calibration.signal import frozen, signal_of
+from rankwise.calibration.tokens import Batch, sampled_windows, windows_of
+from rankwise.contest import hold_contest
+from rankwise.evaluation.compare import compare
+from rankwise.evaluation.protocols import read_judging_text
+from rankwise.evaluation.size import held_bytes
+
+METHODS = {
+    "uniform": "uniform ranks (SVD-LLM)",
+    "zero-sum": "zero-sum",
+    "kl-knapsack": "kl-knapsack, 1 point (LEMS)",
+    "kl-knapsack points=3": "kl-knapsack, 3 points",
+    "mask-fisher": "mask-fisher",
+    "llrc value_steps=0": "llrc, ranks alone",
+    "llrc": "**llrc**",
+}
+QUESTIONS = ("arc_easy_test", "arc_challenge_test", "piqa_val")
+RESULTS = HERE / "results" / "real_models.json"
+GROUP, LENGTH = 64, 256
+
+
+def texts_of(model: Path, data: Path, work: Path) -> dict[str, str]:
+    """Every text by its name, as a file: "c4" is for calibration, the others to judge on."""
+    work.mkdir(parents=True, exist_ok=True)
+    if model.name == "MGM-9M":
+        return {"its own text": str(own_text(model, work / "own.jsonl"))}
+    text = (data / "text/c4.utf8").read_text(encoding="utf-8")
+    at = text.index("\n", len(text) // 2)
+    halves = {"c4": text[:at], "C4": text[at:]}
+    for name, half in halves.items():
+        (work / f"{name}-half.txt").write_text(half, encoding="utf-8")
+    chats = work / "questions.jsonl"
+    with chats.open("w") as file:
+        for name in QUESTIONS:
+            for line in (data / f"tasks/{name}.jsonl").read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                question = row["ctx"].removeprefix("Question: ").removesuffix("\nAnswer:")
+                said = [("user", question), ("assistant", row["choices"][row["gold"]].strip())]
+                file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}) + "\n")
+    return {
+        "WikiText-2": str(data / "text/wiki.test.raw"),
+        "C4": str(work / "C4-half.txt"),
+        "questions": str(chats),
+        "c4": str(work / "c4-half.txt"),
+    }
+
+
+def own_text(folder: Path, file: Path) -> Path:
+    """What the model writes with a seed that calibration does not use."""
+    if not file.exists():
+        model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+        with frozen(model):
+            windows = sampled_windows(model, LENGTH, 64, seed=1)
+        rows = (json.dumps({"text": tokenizer.decode(window)}) for window in windows.tolist())
+        file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def contest_of(folder: Path, calibration: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Every method at every rate."""
+    texts = texts_of(folder, args.data, work)
+    rows = hold_contest(
+        folder,
+        args.rates,
+        [path for name, path in texts.items() if name != "c4"],
+        work / f"{calibration}-{args.effort}",
+        allocations=args.methods,
+        calibration=texts["c4"] if calibration == "c4" else "self",
+        judge_samples=args.judge_samples,
+        effort=args.effort,
+        length=LENGTH,
+    )
+    names = {path: name for name, path in texts.items()}
+    return [
+        {
+            "method": row["method"].rpartition(" on ")[0],
+            "rate": row["rate"],
+            "seconds": row["effort"]["seconds"],
+            "kept_parameters": row["kept_parameters"],
+            "texts": {names[path]: _figures(found) for path, found in row["texts"].items()},
+        }
+        for row in rows
+    ]
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in ("kl", "perplexity", "reference_perplexity", "tokens")} | {
+        "interval": found["intervals"]["kl"]
+    }
+
+
+def quantized_of(folder: Path, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Dense int8 and int4 on the same windows. Bytes are those held, what is not quantized at two a number."""
+    original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    texts = {name: path for name, path in texts_of(folder, args.data, work).items() if name != "c4"}
+    found: dict[str, Any] = {"dense": {"bytes": 2 * original.num_parameters(), "parameters": original.num_parameters()}}
+    judges = {}
+    for name, path in texts.items():
+        text = read_judging_text(path)
+        judges[name] = batches_of(original, windows_of(tokenizer, text.documents, LENGTH, args.judge_samples, 0)[: text.windows])
+    for way, quantize in WAYS.items():
+        model = load(folder)
+        before = 2 * sum(
+            module.weight.numel() for module in model.modules() if type(module) is nn.Linear and module is not model.lm_head
+        )
+        quantize(model.base_model)
+        held = sum(held_bytes(module) for module in model.base_model.modules() if type(module) is nn.Linear)
+        found[way] = {"bytes": found["dense"]["bytes"] - before + held, "texts": _costs(original, model, judges)}
+    return found
+
+
+def _costs(original: Any, model: Any, judges: dict[str, list[Batch]]) -> dict[str, Any]:
+    with frozen(original), frozen(model):
+        before, after = (functools.partial(signal_of, each) for each in (original, model))
+        return {name: _figures(compare(before, after, judge, causal=True).to_dict()) for name, judge in judges.items()}
+
+
+def int4(model: nn.Module) -> None:
+    config = PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
+    quantize_(model, config, lambda module, _: type(module) is nn.Linear)
+
+
+WAYS: dict[str, Callable[[nn.Module], Any]] = {
+    "int8": lambda model: quantize_(model, Int8WeightOnlyConfig(), lambda module, _: type(module) is nn.Linear),
+    "int4": int4,
+}
+
+
+def timed(folder: Path, effort: str, work: Path) -> dict[str, Any]:
+    """The whole command on two threads, by its own report."""
+    command = [sys.executable, "-m", "rankwise", "compress", str(folder), "--rate", "0.2", "--effort", effort, "--json"]
+    command += ["--output", str(work / f"timed-{effort}"), "--overwrite"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    report = json.loads(done.stdout)
+    return {key: report[key] for key in ("seconds", "peak_memory_bytes", "kl", "perplexity", "reference_perplexity", "history")}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Everything that was found, as Markdown."""
+    lines: list[str] = []
+    for model, found in results.items():
+        dense = found.get("quantized", {}).get("dense")
+        for key, rows in found.items():
+            if key.startswith("calibrated on "):
+                for text in rows[0]["texts"]:
+                    lines += _table(model, key, text, rows, found["quantized"], dense)
+        if "timed" in found:
+            lines += _times(model, found["timed"])
+    return "\n".join(lines) + "\n"
+
+
+def _table(model: str, key: str, text: str, rows: list[dict[str, Any]], quantized: dict[str, Any], dense: Any) -> list[str]:
+    rates = sorted({row["rate"] for row in rows})
+    first = rows[0]["texts"][text]
+    kept = {row["rate"]: row["kept_parameters"] for row in rows}
+    most = max(kept.values()) / (1 - min(rates))
+    size = {rate: dense["bytes"] - 2 * (most - kept[rate]) for rate in rates}
+    lines = [
+        f"### {model}, {key}, judged on {text}: KL in nats per token (perplexity; dense {first['reference_perplexity']:.2f})\n",
+        f"{first['tokens']:,} tokens. Dense {dense['bytes'] / 1e6:.0f} MB in bfloat16, "
+        + ", ".join(f"{w} {q['bytes'] / 1e6:.0f} MB {_cell(q['texts'][text])}" for w, q in quantized.items() if w != "dense")
+        + ".\n",
+        "| method | " + " | ".join(f"rate {rate:g}: {size[rate] / 1e6:.0f} MB" for rate in rates) + " | seconds a rate |",
+        "|---|" + "---|" * (len(rates) + 1),
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {row["rate"]: row for row in rows if row["method"] == method}
+        cells = [_cell(own[rate]["texts"][text]) if rate in own else "not run" for rate in rates]
+        seconds = sum(row["seconds"] for row in own.values()) / len(own)
+        lines.append(f"| {METHODS.get(method, method)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    return [*lines, ""]
+
+
+def _cell(found: dict[str, Any]) -> str:
+    return f"{found['kl']:.4f} ({found['perplexity']:.2f})"
+
+
+def _times(model: str, found: dict[str, Any]) -> list[str]:
+    stages = list(dict.fromkeys(stage for run in found.values() for stage in run["seconds"]))
+    lines = [
+        f"### {model}: `rankwise compress --rate 0.2` from start to end, two threads, its own text\n",
+        "| effort | "
+        + " | ".join(f"{stage}, s" for stage in stages)
+        + " | together, min | peak memory, GB | KL on its own text |",
+        "|---|" + "---|" * (len(stages) + 3),
+    ]
+    for effort, run in found.items():
+        cells = [f"{run['seconds'].get(stage, 0):.0f}" for stage in stages]
+        total, peak = sum(run["seconds"].values()) / 60, run["peak_memory_bytes"]["host"] / 1e9
+        lines.append(f"| {effort} | " + " | ".join(cells) + f" | {total:.1f} | {peak:.2f} | {run['kl']:.4f} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M"])
+    parser.add_argument("--calibrations", nargs="+", default=["c4", "self"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--effort", default="default")
+    parser.add_argument("--judge-samples", type=int, default=16)
+    parser.add_argument("--time", nargs="*", default=[])
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--real-models", type=Path, default=Path.home() / ".cache" / "real-models")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rankwise-real-models")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+    def keep() -> None:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(tables(results))
+
+    for model in args.models:
+        folder, work, found = args.real_models / model, args.work / model, results.setdefault(model, {})
+        for effort in args.time:
+            found.setdefault("timed", {})[effort] = timed(folder, effort, work)
+            keep()
+        if args.time:
+            continue
+        if "quantized" not in found:
+            found["quantized"] = quantized_of(folder, args, work)
+        for calibration in args.calibrations if model != "MGM-9M" else ["self"]:
+            found[f"calibrated on {calibration}"] = contest_of(folder, calibration, args, work)
+            keep()
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""How long a run will take: the tokens that each stage reads, at the speed that the model has on a first batch here. It is said
+before the work, and what is left of it after each stage, by how the stages before have kept to theirs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rankwise.calibration.batches import first_tokens
+from rankwise.calibration.moments import GRADIENTS
+from rankwise.calibration.signal import divergence, frozen, signal_of
+from rankwise.calibration.tokens import tokens_in
+from rankwise.decomposition.metric import metric_named
+from rankwise.evaluation.costs import tokens_of_each
+from rankwise.progress import say
+from rankwise.stages import Run
+
+PROBE = 512  # tokens that the speed is measured on
+BACK = 1.5  # what a pass back costs, of a pass forward
+MOMENTS = 1.6  # what adding them up makes of a pass
+SOLVED = 1.5e10  # operations of a decomposition a second
+LATER = 0.55  # of a model, that a measurement of one matrix runs
+
+
+@dataclass
+class Estimate:
+    """expected: seconds of each stage by name, as planned; taken: what those that are over took."""
+
+    expected: dict[str, float]
+    taken: dict[str, float]
+
+    @classmethod
+    def of(cls, run: Run, metric: str, allocator: Any) -> Estimate:
+        """The stages of `compress`; the allocation's where it tells what it reads (`reads`: tokens forward, tokens back)."""
+        needs, data = metric_named(metric).NEEDS, run.data
+        back = BACK if GRADIENTS & needs else 0.0
+        matrices = len(run.shapes)
+        tokens = {
+            "calibration": tokens_in(data.training) * (1 + back) * MOMENTS if needs else 0.0,
+            "measuring": 2.0 * tokens_in(data.measuring),
+            "looking closer": LATER * matrices * tokens_of_each(matrices),
+        }
+        if hasattr(allocator, "reads"):
+            forward, backward = allocator.reads(data.training, data.selection, matrices)
+            tokens["allocation"] = forward + BACK * backward
+        second = _seconds_of_a_token(run)
+        solving = sum(s.full_rank**2 * (9 * s.full_rank + 6 * max(s.out_features, s.in_features)) for s in run.shapes.values())
+        return cls({name: second * number for name, number in tokens.items()} | {"decomposition": solving / SOLVED}, {})
+
+    def __str__(self) -> str:
+        """What is left, in hours and minutes, the part of each stage in brackets."""
+        pace = sum(self.taken.values()) / (sum(self.expected[stage] for stage in self.taken) or 1) if self.taken else 1.0
+        left = {stage: pace * seconds for stage, seconds in self.expected.items() if stage not in self.taken}
+        parts = ", ".join(f"{stage} {tqdm.format_interval(seconds)}" for stage, seconds in left.items() if seconds >= 1)
+        return f"about {tqdm.format_interval(sum(left.values()))} to go" + (f" ({parts})" if parts else "")
+
+    def after(self, stage: str, seconds: float) -> None:
+        """Say what is left once a stage is over."""
+        if stage in self.expected:
+            self.taken[stage] = seconds
+            if len(self.taken) < len(self.expected):
+                say(str(self))
+
+
+def _seconds_of_a_token(run: Run) -> float:
+    """Of a pass forward and its logits, measured."""
+    batches = first_tokens(run.data.training, PROBE)
+    with frozen(run.model), torch.no_grad():
+        since = time.perf_counter()
+        for batch in batches:
+            signal = signal_of(run.model, batch)
+            divergence(signal, signal)
+    return (time.perf_counter() - since) / tokens_in(batches)
