@@ -124,7 +124,8 @@ def test_sources_of_text(rankwise: Run, llama: Path, story: Path, source: str | 
     (tmp_path / "folder" / "a.txt").write_text(story.read_text()[:700])
     (tmp_path / "folder" / "b.txt").write_text(story.read_text()[700:])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"story": line}) + "\n" for line in story.read_text().split(".")))
-    text = [] if source is None else ["--calibration", tmp_path / source, "--text-column", "story"]
+    text = [] if source is None else ["--calibration", tmp_path / source]
+    text += ["--text-column", "story"] if source == "rows.jsonl" else []
     finished = rankwise("compress", llama, "-o", tmp_path / "small", *text, *FAST, "--json")
     assert finished.code == 0, finished.err
     assert json.loads(finished.out)["windows"] == 1  # one in ten of 12

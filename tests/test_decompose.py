@@ -103,6 +103,35 @@ def test_what_is_settled_cannot_be_asked_otherwise(artifact: Path, rankwise: Cal
     assert not list(tmp_path.iterdir())
 
 
+def test_an_option_that_was_given_counts_though_it_is_the_default(
+    llama: Path, story: Path, tmp_path: Path, rankwise: Callable[..., Any]
+) -> None:
+    from rankwise import RankwiseError, compress
+
+    folder = tmp_path / "artifact"
+    own = ["--seed", "1", "--dtype", "float32", "--exclude", "*.layers.0.*"]
+    ended = rankwise("decompose", llama, "-o", folder, "--calibration", story, *TEXT, *own)
+    assert ended.code == 0, ended.err
+    for options in (
+        ["--seed", "0"],
+        ["--dtype", "auto"],
+        ["--calibration", "self"],
+        ["--exclude", "*.layers.1.*"],
+        ["--memory", "8GB"],
+    ):
+        ended = rankwise("compress", folder, "-o", tmp_path / "x", *options)
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert f"was decomposed with {options[0][2:]}=" in ended.err
+    with pytest.raises(RankwiseError, match="was decomposed with seed=1, not 0"):
+        compress(folder, 0.3, seed=0)
+    with pytest.raises(RankwiseError, match="leave out calibration"):
+        compress(folder, 0.3, calibration=torch.zeros(12, 16, dtype=torch.long))
+    same = rankwise("compress", folder, "-o", tmp_path / "y", "--calibration", story, *TEXT, *own, "--json")
+    assert same.code == 0, same.err
+    assert json.loads(same.out)["recipe"]["seed"] == 1
+    assert compress(folder, 0.3, seed=1, exclude=["*.layers.0.*"], length=None).report["recipe"]["seed"] == 1
+
+
 def test_a_broken_artifact_says_so(artifact: Path, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "decomposed.json").write_text('{"format_version": 2}')
     with pytest.raises(rankwise.RankwiseError, match="decompose again"):

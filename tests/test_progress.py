@@ -81,15 +81,15 @@ def test_a_pipe_gets_plain_lines(llama: Path, story: Path, tmp_path: Path) -> No
     for doing in ("loading", "calibrating", "decomposing", "pricing components", "training mask values", "measuring", "writing"):
         assert any(line.startswith(doing) for line in stages), doing
     assert any("on the selection text" in line for line in told)  # -v
-    told = [line for line in told if not re.search("torchao|_pytree|triton", line)]  # transformers imports torchao where it is
     assert all(re.fullmatch(r".* took \d+\.\d s|.*: KL \d+\.\d+ on the selection text", line) for line in told), told
     assert sum(line.endswith(" ...") for line in stages) * 2 == len(stages) < 40
 
 
-def test_a_terminal_gets_bars(llama: Path, story: Path, tmp_path: Path) -> None:
+def on_a_terminal(**command: Any) -> bytes:
+    """What a command writes to standard error where that is a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
-    process = subprocess.Popen(**command(llama, story, tmp_path / "small"), stdout=subprocess.DEVNULL, stderr=theirs)
+    process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     seen = b""
     try:
@@ -98,8 +98,53 @@ def test_a_terminal_gets_bars(llama: Path, story: Path, tmp_path: Path) -> None:
     except OSError:  # the other end is closed
         pass
     assert process.wait() == 0
+    return seen
+
+
+def test_a_terminal_gets_bars(llama: Path, story: Path, tmp_path: Path) -> None:
+    seen = on_a_terminal(**command(llama, story, tmp_path / "small"))
     assert b"decomposing: 100%" in seen
     assert b"decomposing ..." not in seen
+    ours = b"loading|writing|calibrating|decomposing|measuring|pricing|training|choosing|gradients"
+    lines = [line.strip() for line in re.split(rb"[\r\n]", seen) if line.strip()]
+    assert [line for line in lines if not re.match(rb"(\x1b\[A)?(" + ours + rb")", line.removeprefix(b"\x1b[A"))] == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("name", ["evaluate", "bench", "densify"])
+def test_nothing_of_libraries_is_on_the_screen(
+    name: str, terminal: bool, small_llama: Path, llama: Path, story: Path, tmp_path: Path
+) -> None:
+    more = {
+        "evaluate": ["--reference", llama, "--text", story, "--samples", "2", "--length", "32", "--cache", tmp_path / "cache"],
+        "bench": ["--reference", llama, "--prompt", "4", "--new-tokens", "2", "--repeats", "1", "--batches", "1"],
+        "densify": ["-o", tmp_path / "dense"],
+    }[name]
+    line = command(llama, story, tmp_path)
+    line["args"] = [*line["args"][:3], name, small_llama, *more]
+    seen = on_a_terminal(**line) if terminal else subprocess.run(**line, capture_output=True, check=True).stderr
+    lines = [line.strip() for line in re.split(rb"[\r\n]", seen) if line.strip(b" \x1b[A")]
+    assert [
+        line for line in lines if not re.search(rb"^(measuring|.*(hidden|generat|continu|timing|writing|reading))", line)
+    ] == []
+
+
+def test_a_library_users_own_settings_are_left_alone(llama: Path, story: Path, tmp_path: Path) -> None:
+    script = """
+import logging, sys
+from transformers.utils import logging as theirs
+for name in ("torchao", "transformers"):
+    logging.getLogger(name).setLevel(logging.INFO)
+theirs.enable_progress_bar()
+import rankwise, rankwise.cli
+rankwise.compress(sys.argv[1], 0.3, calibration=sys.argv[2], samples=6, length=16, allocation="uniform")
+assert [logging.getLogger(name).level for name in ("torchao", "transformers")] == [logging.INFO] * 2
+assert theirs.is_progress_bar_enabled()
+"""
+    line = command(llama, story, tmp_path)
+    line["args"] = [sys.executable, "-c", script, llama, story]
+    finished = subprocess.run(**line, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_an_interrupted_comparison_goes_on(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rankwise import RankwiseError
+from rankwise.calibration import pieces
 from rankwise.calibration.tokens import sampled_windows, windows_of
 from rankwise.testing.allocators import VOCABULARY, tiny_model
 
@@ -53,6 +59,67 @@ def test_samples_are_drawn_by_the_seed() -> None:
 def test_a_text_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(RankwiseError, match="has 4 tokens, fewer than one window of 8"):
         windows_of(Numbers(), ["1 2 3"], LENGTH)  # type: ignore[arg-type]
+
+
+def character_tokenizer(*, marks: bool) -> PreTrainedTokenizerFast:
+    """A token for each word and each run of spaces, 0 and 1 around a text; with `marks`, a space before a text's first word, as
+    SentencePiece has it."""
+    split = pre_tokenizers.Split(Regex(r"\s+|\S"), "isolated")
+    names = {name: i for i, name in enumerate(["<s>", "</s>", "<unk>", "\n", " ", "\n\n", "▁", *"abcdefgh"])}
+    tokenizer = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Prepend("▁") if marks else None
+    tokenizer.pre_tokenizer = split
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+texts = st.lists(st.text("abc \n", min_size=1, max_size=30), min_size=1, max_size=40).map("".join)
+
+
+@given(texts, st.integers(3, 40))
+def test_pieces_are_the_text_cut_at_line_ends(text: str, longest: int) -> None:
+    with mock.patch.object(pieces, "LONGEST", longest):
+        cut = [text[piece.start : piece.end] for piece in pieces.pieces_of(text)]
+    assert "".join(cut) == text
+    assert all(0 < len(piece) <= longest for piece in cut)
+    for before, after in pairwise(cut):
+        if not before.endswith("\n"):  # within a line, longer than a piece
+            assert "\n" not in before
+            assert len(before) + len(after.partition("\n")[0]) >= longest or " " in before + after
+
+
+@pytest.mark.parametrize("marks", [False, True])
+@given(st.lists(st.text("abcdefgh ", min_size=1, max_size=20).map(str.strip).filter(bool), min_size=1, max_size=30))
+def test_pieces_have_the_tokens_of_the_whole(marks: bool, lines: list[str]) -> None:
+    tokenizer, text = character_tokenizer(marks=marks), "\n".join(lines)
+    expected = tokenizer(text)["input_ids"]
+    with mock.patch.object(pieces, "LONGEST", 25):
+        assert windows_of(tokenizer, [text], len(expected)).tolist() == [expected]
+
+
+def test_no_more_of_a_long_text_is_read_than_is_wanted() -> None:
+    read: list[int] = []
+
+    class Counted(Numbers):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            read.append(len(text))
+            return super().__call__(text, **options)
+
+    line = " ".join(map(str, range(1, 200)))
+    text = f"{line}\n" * 20_000
+    got = windows_of(Counted(), [text], LENGTH, 50)  # type: ignore[arg-type]
+    assert got.shape == (50, LENGTH)
+    assert sum(read) < 5 * pieces.LONGEST < len(text) / 10
+    firsts = {windows_of(Counted(), [text + "7 " * 40], LENGTH, 50, seed)[0, 0].item() for seed in range(8)}  # type: ignore[arg-type]
+    assert len(firsts) > 1
+
+
+def test_short_documents_are_drawn_as_wholes() -> None:
+    """Today's windows stay: the order is a permutation of the documents."""
+    order = torch.randperm(len(DOCUMENTS), generator=torch.Generator().manual_seed(4)).tolist()
+    expected = [i for index in order for i in Numbers()(DOCUMENTS[index])["input_ids"]]
+    got = windows(1000, seed=4)
+    assert got.flatten().tolist() == expected[: got.numel()]
 
 
 def test_a_model_writes_on_past_the_end_of_text_whatever_its_generation_config_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,18 +26,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-TextColumn = Annotated[str, typer.Option(help="The text's field in JSON lines and data sets.")]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(help="The text's field in JSON lines, tables and data sets (default: text; else messages or conversations)."),
+]
 DatasetOption = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="Passed to datasets.load_dataset (name=, split=, data_files=, ...). Repeatable."),
 ]
 AddToReport = Annotated[bool, typer.Option("--add-to-report", help="Keep this in the folder, and show it on its page.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored (default).")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", callback=lambda wanted: _tell_more(wanted), help="Tell what is found on the way.")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one (default).")]
 
 
 @app.command()
@@ -58,7 +61,9 @@ def compress(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text (default: 262,144 tokens' worth).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
-    scope: Annotated[str, typer.Option(help="What the rate is counted over: linear (the matrices) or model (all).")] = "linear",
+    scope: Annotated[
+        str | None, typer.Option(help="What the rate is counted over: linear (the matrices; default) or model (all).")
+    ] = None,
     decomposition: Annotated[
         str | None, typer.Option(help="The metric; a wrong name lists all (default: the allocation's own).")
     ] = None,
@@ -66,25 +71,25 @@ def compress(
         str | None,
         typer.Option(help="How ranks are chosen; a wrong name lists all (default: llrc; of an artifact mask-fisher: seconds)."),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Of llrc: default, or paper (as published).")] = "default",
+    preset: Annotated[str | None, typer.Option(help="Of llrc: default, or paper (as published).")] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
     ] = None,
-    rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
+    rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Compress only these: a glob over paths, a class, or re:EXPRESSION. Repeatable."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     dataset_option: DatasetOption = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = None,
+    device: Device = None,
     memory: Annotated[
         str | None,
         typer.Option(help="What the run may take, as 8GB: the model is read block by block, and may be larger."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything drawn: same seed, same ranks.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn: same seed, same ranks (default: 0).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     as_json: AsJson = False,
@@ -102,28 +107,30 @@ def compress(
         result = compress(
             model,
             rate,
-            target_bytes=target_bytes,
-            target_speedup=target_speedup,
             calibration=calibration,
+            allocation=allocation,
             output=output,
             overwrite=overwrite,
             resume=resume,
-            samples=samples,
-            length=length,
-            scope=scope,
-            decomposition=decomposition,
-            allocation=allocation,
-            preset=preset,
-            options=pairs(option),
-            rank_multiple=rank_multiple,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            text_column=text_column,
-            dataset_options=pairs(dataset_option),
-            dtype=dtype,
-            device=device,
-            memory=memory,
-            seed=seed,
+            **_given(
+                target_bytes=target_bytes,
+                target_speedup=target_speedup,
+                samples=samples,
+                length=length,
+                scope=scope,
+                decomposition=decomposition,
+                preset=preset,
+                options=pairs(option),
+                rank_multiple=rank_multiple,
+                include=tuple(include or ()),
+                exclude=tuple(exclude or ()),
+                text_column=text_column,
+                dataset_options=pairs(dataset_option),
+                dtype=dtype,
+                device=device,
+                memory=memory,
+                seed=seed,
+            ),
         )
     if distributed.rank() > 0:
         return
@@ -145,14 +152,14 @@ def decompose(
     calibration: Annotated[str | None, typer.Option(help="The text, as of compress.")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    decomposition: Annotated[str, typer.Option(help="The metric; a wrong name lists all.")] = "kronecker",
+    decomposition: Annotated[str | None, typer.Option(help="The metric; a wrong name lists all (default: kronecker).")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only these, as of compress. Repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     dataset_option: DatasetOption = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn (default: 0).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
@@ -160,23 +167,25 @@ def decompose(
     from rankwise.decomposing import decompose
     from rankwise.recipe import pairs
 
-    with _interruptible("the same command with --resume goes on from here"):
+    with _silent(), _interruptible("the same command with --resume goes on from here"):
         artifact = decompose(
             model,
             output,
             calibration=calibration,
             overwrite=overwrite,
             resume=resume,
-            samples=samples,
-            length=length,
-            decomposition=decomposition,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            text_column=text_column,
-            dataset_options=pairs(dataset_option),
-            dtype=dtype,
-            device=device,
-            seed=seed,
+            **_given(
+                samples=samples,
+                length=length,
+                decomposition=decomposition,
+                include=tuple(include or ()),
+                exclude=tuple(exclude or ()),
+                text_column=text_column,
+                dataset_options=pairs(dataset_option),
+                dtype=dtype,
+                device=device,
+                seed=seed,
+            ),
         )
     print(f"{len(artifact.shapes)} matrices decomposed, written to {output}: rankwise compress {output} --rate ...")
 
@@ -203,14 +212,14 @@ def evaluate(
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the drawing (default: 0).")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Where results are kept (default: $RANKWISE_CACHE, or rankwise in the user's cache).")
     ] = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     dataset_option: DatasetOption = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = None,
+    device: Device = None,
     add_to_report: AddToReport = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -236,14 +245,16 @@ def evaluate(
             limit=limit,
             shots=shots,
             prompts=prompt or (),
-            length=length,
-            samples=samples,
-            seed=seed,
-            text_column=text_column,
-            dataset_options=pairs(dataset_option),
-            dtype=dtype,
-            device=device,
             cache=cache,
+            **_given(
+                length=length,
+                samples=samples,
+                seed=seed,
+                text_column=text_column,
+                dataset_options=pairs(dataset_option),
+                dtype=dtype,
+                device=device,
+            ),
         )
     if add_to_report:
         add_to_page(folder, EVALUATION, report)
@@ -269,12 +280,12 @@ def compare(
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     judge_samples: Annotated[int | None, typer.Option(help="Windows of each text to judge on (default: all).")] = None,
-    scope: Annotated[str, typer.Option(help="linear or model.")] = "linear",
-    rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
-    text_column: TextColumn = "text",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    scope: Annotated[str | None, typer.Option(help="linear (default) or model.")] = None,
+    rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
+    text_column: TextColumn = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn (default: 0).")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -298,14 +309,16 @@ def compare(
             decompositions=_names(decompositions),
             calibration=calibration,
             judge_samples=judge_samples,
-            samples=samples,
-            length=length,
-            scope=scope,
-            rank_multiple=rank_multiple,
-            text_column=text_column,
-            dtype=dtype,
-            device=device,
-            seed=seed,
+            **_given(
+                samples=samples,
+                length=length,
+                scope=scope,
+                rank_multiple=rank_multiple,
+                text_column=text_column,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+            ),
         )
     write_page([output], output / PAGE)
     if as_json:
@@ -352,8 +365,8 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of each, in turn; medians count.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = None,
+    device: Device = None,
     add_to_report: AddToReport = False,
     as_json: AsJson = False,
 ) -> None:
@@ -368,9 +381,9 @@ def bench(
         sizes = [int(size) for size in batches.split(",")]
     except ValueError:
         raise RankwiseError(f"--batches {batches!r}: numbers with commas between, as 1,16") from None
-    options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads}
+    options = _given(prompt=prompt, new_tokens=new_tokens, repeats=repeats, threads=threads, dtype=dtype, device=device)
     with _silent(as_json):
-        report = bench(folder, reference, batches=sizes, **options, dtype=dtype, device=device)  # type: ignore[arg-type]
+        report = bench(folder, reference, batches=sizes, **options)
     if add_to_report:
         add_to_page(folder, SPEED, report)
     if as_json:
@@ -390,13 +403,21 @@ def densify(
     """Write the plain dense equivalent: same outputs, no gain in size, needs no rankwise."""
     from rankwise.integration.densify import densify
 
-    densify(folder, output, overwrite)
+    with _silent():
+        densify(folder, output, overwrite)
     print(f"written to {output}")
 
 
 @contextmanager
-def _silent(as_json: bool) -> Iterator[None]:
-    """With --json, whatever is written to standard output inside, by libraries in C too, goes to standard error."""
+def _silent(as_json: bool = False) -> Iterator[None]:
+    """No bars of transformers inside, which has one for each model. With --json, whatever is written to standard output, by
+    libraries in C too, goes to standard error."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as theirs
+
+    if theirs.is_progress_bar_enabled():
+        theirs.disable_progress_bar()
+        enable_progress_bars()  # of downloads, which the line above has switched off too
     if not as_json:
         yield
         return
@@ -421,6 +442,11 @@ def _interruptible(way_on: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the defaults of the others stand where they are used."""
+    return {name: value for name, value in options.items() if value not in (None, (), {})}
+
+
 def _tell_more(wanted: bool) -> None:
     logging.getLogger("rankwise").setLevel(logging.INFO if wanted else logging.WARNING)
 
@@ -433,6 +459,8 @@ def _names(text: str) -> list[str]:
 def main() -> None:
     """The entry point: what users can put right ends in one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for library in ("torchao", "torch.utils._pytree"):  # transformers imports it where it is; what it lacks, nothing here needs
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # heeded by transformers too, for loading and writing
     others = os.environ.get("RANK", "0") != "0"  # of several processes, the first alone shows how far it is

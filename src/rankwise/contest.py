@@ -13,10 +13,11 @@ from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.batches import batches_of
+from rankwise.calibration.text import refuse_unused
 from rankwise.calibration.tokens import Batch, windows_of
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
-from rankwise.evaluation.protocols import JudgingText, read_judging_text
+from rankwise.evaluation.protocols import JudgingText, own_source, read_judging_text
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
@@ -88,6 +89,7 @@ def hold_contest(
         raise RankwiseError("name a held-out text to judge on (--text)")
     methods = methods_of(allocations or all_allocations(), decompositions)
     recipe = Recipe.of(rate=max(rates, default=0.0), calibration=calibration or "self", **options)
+    refuse_unused([recipe.calibration, *filter(None, map(own_source, texts))], recipe.text_column, recipe.dataset_options)
     documents = {text: read_judging_text(text, recipe.text_column, recipe.dataset_options) for text in texts}
     output = Path(output)
     refuse_taken(output, overwrite=True)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, stages
+from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
@@ -41,6 +42,7 @@ def decompose(
     calibration = "self" if calibration is None else calibration
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     recipe = Recipe.of(**{"calibration": source, "decomposition": "kronecker"} | options)
+    refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS
     if distributed.size() > 1:
@@ -64,7 +66,7 @@ def decompose(
         run.model.save_pretrained(whole, max_shard_size=MAX_SHARD_SIZE)
         if run.tokenizer is not None:
             run.tokenizer.save_pretrained(whole)
-        artifact = Artifact(whole, recipe, run.identity, run.shapes, parameters)
+        artifact = Artifact(whole, recipe, run.identity, run.shapes, parameters, run.data.conversations)
         artifact.write()
         folder.hand_over(whole / RESULTS)
         write_tensors(artifact.results / WINDOWS, {"windows": windows})

@@ -17,6 +17,7 @@ from rankwise import bundled, distributed, stages, streaming
 from rankwise.allocation.allocator import Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
+from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.estimate import Estimate
@@ -107,7 +108,8 @@ def compress(
     model: a folder or a name for `from_pretrained`, or a model in memory, which is compressed in place; None is the bundled
         model. What `decompose` wrote is not decomposed again.
     calibration: a text source (see `read_documents`), "self" for text the model writes itself (the default), a list of
-        documents, windows [windows, length] int64, or your own batches, each a dict of the model's inputs.
+        documents, each a text or a list of messages, windows [windows, length] int64, or your own batches, each a dict of the
+        model's inputs.
     tokenizer: for a model in memory with calibration text.
     allocation: a name, or an allocator with its options set; by default "llrc", of an artifact "mask-fisher", whose prices are in
         it.
@@ -123,6 +125,7 @@ def compress(
         calibration, allocation = artifact.windows(), "mask-fisher" if allocation is None else allocation
     calibration = "self" if calibration is None else calibration
     recipe, allocator = _recipe(rate, calibration, "llrc" if allocation is None else allocation, options)
+    refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
     metric = str(recipe.decomposition)
     metric_named(metric)
     folder = RunFolder()
@@ -140,6 +143,8 @@ def compress(
     run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity)
     with stacked_on_failure(run.model, run.experts):
         run = stages.in_metric(run, metric)
+        if artifact is not None:
+            run.data = replace(run.data, conversations=artifact.conversations)
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
@@ -240,6 +245,7 @@ def _report(
         "ranks": chosen.ranks,
         "shapes": {name: [shape.out_features, shape.in_features] for name, shape in run.shapes.items()},
         "left_dense": run.left_dense,
+        "conversations": run.data.conversations,
         "history": chosen.history,
         "effort": chosen.effort,
         "seconds": clock.seconds,

@@ -17,6 +17,7 @@ from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Budget, Shapes
 from rankwise.allocation.problem import Allocation, Problem
+from rankwise.calibration.chat import Conversation, conversation, count_conversations, opening
 from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
@@ -46,7 +47,7 @@ from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
 
 LEAST_SAMPLES = 16  # windows of a calibration text, however long they are
 
-Calibration = str | Path | Sequence[str] | Tensor | Sequence[Batch]
+Calibration = str | Path | Sequence[str | Conversation] | Tensor | Sequence[Batch]
 
 
 @dataclass
@@ -127,16 +128,21 @@ def read_data(
     if isinstance(calibration, Tensor):
         return Data.of_windows(model, calibration)
     if calibration == "self":
-        key = digest(identity, length, samples, recipe.seed)
+        begun = opening(tokenizer, length)
+        key = digest(identity, length, samples, recipe.seed, *begun)
         with frozen(model), widened(model):
-            written = folder.together("text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed)})
-        return Data.of_windows(model, written["windows"])
+            written = folder.together(
+                "text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed, begun)}
+            )
+        return replace(Data.of_windows(model, written["windows"]), conversations=samples if begun else 0)
     documents: Any = calibration
-    if documents and isinstance(documents[0], str):
-        if tokenizer is None:
-            raise RankwiseError("the model has no tokenizer for the calibration text: give one, or windows of tokens")
-        return Data.of_windows(model, windows_of(tokenizer, documents, length, samples, recipe.seed))
-    return Data.of_batches(model, documents)
+    if not documents or not isinstance(documents[0], str | list):
+        return Data.of_batches(model, documents)
+    if tokenizer is None:
+        raise RankwiseError("the model has no tokenizer for the calibration text: give one, or windows of tokens")
+    documents = [d if isinstance(d, str) else conversation(d, f"conversation {n}") for n, d in enumerate(documents, start=1)]
+    data = Data.of_windows(model, windows_of(tokenizer, documents, length, samples, recipe.seed))
+    return replace(data, conversations=count_conversations(documents))
 
 
 def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:

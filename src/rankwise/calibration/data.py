@@ -20,12 +20,14 @@ class Data:
     """Disjoint batches, unless there are fewer than three sequences: then all three are the same.
 
     windows: the text [windows, length] that they were made of, where it was no batches.
+    conversations: how many the text holds, which were put in the model's chat template or begun from it.
     """
 
     training: list[Batch]
     selection: list[Batch]
     measuring: list[Batch]
     windows: Tensor | None = None
+    conversations: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rankwise.calibration.chat import Conversation
+from rankwise.calibration.pieces import pieces_of
 from rankwise.errors import RankwiseError
 from rankwise.progress import progress
 
@@ -48,33 +50,34 @@ def window_length(model: nn.Module, wanted: int | None = None, text: int = MOST_
 
 def windows_of(
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
+    documents: Sequence[str | Conversation],
     length: int,
     samples: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Non-overlapping windows [windows, length] int64 of the documents, tokenised with their special tokens and joined.
+    """Non-overlapping windows [windows, length] int64 of the documents, tokenised with their special tokens and joined;
+    conversations are put in the tokenizer's chat template.
 
-    With `samples`, at most that many, drawn at random: documents in random order until there are tokens enough, then
-    windows out of theirs. Without, all of them in order. Raises `RankwiseError` where the text is shorter than a window.
+    With `samples`, at most that many, drawn at random: pieces of documents (see `pieces_of`; a short document is one) in random
+    order until there are tokens enough, then windows out of theirs. Without, all of them in order. Raises `RankwiseError` where
+    the text is shorter than a window.
     """
     if samples is not None and samples < 1:
         raise RankwiseError(f"samples={samples}: at least one window of text is needed")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator).tolist() if samples else range(len(documents))
-    ids: list[int] = []
+    pieces = [piece for document in documents for piece in pieces_of(document)]
+    order = torch.randperm(len(pieces), generator=generator).tolist() if samples else range(len(pieces))
+    read, tokens = list[Tensor](), 0
     for index in order:
-        try:
-            ids += tokenizer(documents[index], verbose=False)["input_ids"]
-        except Exception as error:  # the tokenizers library raises plain exceptions
-            raise RankwiseError(f"the tokenizer cannot read the text: {error}") from None
-        if samples and len(ids) >= samples * length:
+        read.append(torch.tensor(pieces[index].tokens(tokenizer), dtype=torch.int64))
+        tokens += len(read[-1])
+        if samples and tokens >= samples * length:
             break
-    if len(ids) < length:
+    if tokens < length:
         raise RankwiseError(
-            f"the text has {len(ids):,} tokens, fewer than one window of {length:,}: give more text or a smaller length"
+            f"the text has {tokens:,} tokens, fewer than one window of {length:,}: give more text or a smaller length"
         )
-    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    windows = torch.cat(read)[: tokens // length * length].view(-1, length)
     if samples and len(windows) > samples:
         windows = windows[torch.randperm(len(windows), generator=generator)[:samples]]
     return windows
@@ -94,9 +97,9 @@ def refuse_foreign(model: Any, windows: Tensor) -> None:
 
 
 @torch.no_grad()
-def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
-    """Windows [samples, length] int64 that the model writes itself, each from its first token (or a random one),
-    at temperature 1 over the whole vocabulary and on past any end-of-text token.
+def sampled_windows(model: Any, length: int, samples: int, seed: int, opening: Sequence[int] = ()) -> Tensor:
+    """Windows [samples, length] int64 that the model writes itself, at temperature 1 over the whole vocabulary and on past any
+    end of text or of a turn; each from the tokens `opening`, by default from the model's first token, or a random one.
 
     Raises `RankwiseError` for a model that does not generate text.
     """
@@ -106,7 +109,7 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0)
     own = model.generation_config
     start = own.bos_token_id if own is not None else None
-    first = start if isinstance(start, int) else None
+    first = list(opening) or ([start] if isinstance(start, int) else None)
     vocabulary = vocabulary_of(model)
     windows = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -116,7 +119,7 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int) -> Tensor:
         try:
             for count in progress([min(batch_size, samples - i) for i in range(0, samples, batch_size)], "writing text"):
                 prompt = torch.randint(vocabulary, (count, 1), generator=generator)
-                prompt = prompt if first is None else torch.full((count, 1), first)
+                prompt = prompt if first is None else torch.tensor([first] * count)
                 prompt = prompt.to(model.device)
                 windows.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu())
         finally:

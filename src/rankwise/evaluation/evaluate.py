@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from rankwise.calibration.chat import count_conversations
+from rankwise.calibration.text import refuse_unused
 from rankwise.calibration.tokens import refuse_foreign, window_length, windows_of
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.gap import gaps
 from rankwise.evaluation.generation import prompts_of, tokenised
 from rankwise.evaluation.pair import Pair
-from rankwise.evaluation.protocols import read_judging_text
+from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.evaluation.size import Size
 from rankwise.evaluation.tasks import load_tasks
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
@@ -54,7 +56,9 @@ def evaluate(
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
         raise RankwiseError("name a text to judge on")
+    refuse_unused(filter(None, map(own_source, texts)), text_column, dataset_options)
     documents = {name: read_judging_text(name, text_column, dataset_options) for name in texts}
+    conversations = {name: count_conversations(found.documents) for name, found in documents.items()}
     config = load_config(reference)
     refuse_compressed(reference, config)
     ranks = read_ranks(Path(path))
@@ -97,8 +101,9 @@ def evaluate(
         "calibration": recipe.calibration if recipe else None,
         "length": length,
         "stride": length,
+        "conversations": conversations[texts[0]],
         **measured[texts[0]],
-        "texts": gaps(measured),
+        "texts": {name: {**row, "conversations": conversations[name]} for name, row in gaps(measured).items()},
         **extra,
         "ranks": ranks,
     }

@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from rankwise.calibration.text import read_documents, read_rows
+from rankwise.calibration.text import Document, read_documents, read_rows
 from rankwise.errors import RankwiseError
 
 
@@ -58,8 +58,14 @@ PROTOCOLS = {
 class JudgingText:
     """Documents to be tokenised one by one, and the number of first windows that count; None: all."""
 
-    documents: list[str] = field(repr=False)
+    documents: list[Document] = field(repr=False)
     windows: int | None = None
+
+
+def own_source(text: str) -> str | None:
+    """What the user's options for reading are for: the source, or a protocol's local copy; None where a protocol has its own."""
+    name, _, path = text.partition(":")
+    return (path or None) if name in PROTOCOLS else text
 
 
 def read_judging_text(source: str, column: str = "text", dataset_options: Mapping[str, str] | None = None) -> JudgingText:
@@ -78,9 +84,12 @@ def read_judging_text(source: str, column: str = "text", dataset_options: Mappin
         rows = read_rows(protocol.source, protocol.column, protocol.options)
     else:
         rows = read_rows(path, column, dataset_options)
-        if protocol.line is not None and len(rows) == 1:
+        if protocol.line is not None and len(rows) == 1 and isinstance(rows[0], str):
             rows = [protocol.line(line) for line in io.StringIO(rows[0])]
-    text = protocol.separator.join(rows[: protocol.rows])
+    texts = [row for row in rows[: protocol.rows] if isinstance(row, str)]
+    if len(texts) < len(rows[: protocol.rows]):
+        raise RankwiseError(f"the text {source!r} holds conversations, which {name} does not: leave out {name}:")
+    text = protocol.separator.join(texts)
     if not text.strip():
         raise RankwiseError(f"the text {source!r} is empty")
     return JudgingText([text], protocol.windows)

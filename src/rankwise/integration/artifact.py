@@ -49,7 +49,7 @@ class Artifact:
     """What `rankwise decompose` wrote to `folder`.
 
     recipe: of the decomposition; its rate means nothing. identity: of the run (see `stages.Run`). shapes: of the decomposed
-    matrices. parameters: of the whole original model.
+    matrices. parameters: of the whole original model. conversations: as of `Data`.
     """
 
     folder: Path
@@ -57,6 +57,7 @@ class Artifact:
     identity: str
     shapes: dict[str, Shape]
     parameters: int
+    conversations: int = 0
 
     @classmethod
     def at(cls, folder: object) -> Artifact | None:
@@ -70,7 +71,8 @@ class Artifact:
             if version != FORMAT_VERSION:
                 raise RankwiseError(f"{file} has format {version!r}, this rankwise reads {FORMAT_VERSION}: decompose again")
             shapes = {name: Shape(*shape) for name, shape in saved["shapes"].items()}
-            return cls(Path(folder), Recipe.of(**saved["recipe"]), saved["identity"], shapes, saved["parameters"])
+            recipe, conversations = Recipe.of(**saved["recipe"]), saved.get("conversations", 0)
+            return cls(Path(folder), recipe, saved["identity"], shapes, saved["parameters"], conversations)
         except RankwiseError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -80,7 +82,7 @@ class Artifact:
         """Write the description; the results are there already."""
         shapes = {name: list(asdict(shape).values()) for name, shape in self.shapes.items()}
         saved = {"format_version": FORMAT_VERSION, "identity": self.identity, "parameters": self.parameters}
-        saved |= {"recipe": self.recipe.model_dump(mode="json"), "shapes": shapes}
+        saved |= {"conversations": self.conversations, "recipe": self.recipe.model_dump(mode="json"), "shapes": shapes}
         (self.folder / FILE).write_text(to_json(saved, indent=1) + "\n")
 
     @property
@@ -95,15 +97,18 @@ class Artifact:
     def options(self, calibration: object, options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a recipe: `options` where they are free, the artifact's own otherwise.
 
-        Raises `RankwiseError` for one that asks for another decomposition.
+        None is what was not asked for. Raises `RankwiseError` for one that asks for another decomposition.
         """
+        if not isinstance(calibration, str | Path | None):
+            raise RankwiseError(f"{self.folder} has its calibration text in it: leave out calibration, or decompose again")
         own = {name: value for name, value in self.recipe.model_dump().items() if name not in FREE}
-        asked = dict(options) | ({} if calibration is None else {"calibration": calibration})
-        for name, value in asked.items():
-            default = Recipe.model_fields[name].get_default() if name in Recipe.model_fields else None
-            if name in own and value != own[name] and value != default:
+        asked = {name: value for name, value in options.items() if value is not None}
+        source = {} if calibration is None else {"calibration": str(calibration)}
+        settled = Recipe.of(**asked | source).model_dump(include={*asked, *source} & own.keys())
+        for name, value in settled.items():
+            if value != own[name]:
                 raise RankwiseError(f"{self.folder} was decomposed with {name}={own[name]!r}, not {value!r}: decompose again")
-        return {name: value for name, value in options.items() if name not in own} | own
+        return {name: value for name, value in asked.items() if name not in own} | own
 
     def decomposition(self, name: str) -> Decomposition:
         """The full-length factors of a matrix."""

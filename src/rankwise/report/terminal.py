@@ -41,6 +41,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     where = f"on {report['text']}" if "text" in report else "on held-out calibration text"
     console.print(f"measured {where}: {report['windows']:,} windows, {report['tokens']:,} predicted tokens")
+    if report.get("conversations"):
+        whose = "it holds" if "text" in report else "the calibration text holds"
+        console.print(f"{whose} {report['conversations']:,} conversations, in the model's chat template")
     if "predicted_speedup" in report:
         console.print(
             f"decodes {report['predicted_speedup']:.2f} times as fast by this machine's table: check with rankwise bench"

@@ -126,8 +126,9 @@ def prefill(model: Any, ids: Tensor) -> Any:
 @torch.inference_mode()
 def decode(model: Any, output: Any, tokens: int) -> None:
     """Greedy steps from a prefill's output on."""
+    cache = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118  `in output` knows, and warns of, the old name
     for _ in range(tokens):
-        output = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=output.logits[:, -1:].argmax(-1), use_cache=True, **{cache: output[cache]})
 
 
 def _prompts(model: Any, load: Load) -> Tensor:
