@@ -5,8 +5,8 @@
 
 Calibration: a C4 sample, or text that the model writes itself (for MGM, of which there is no text, only that). Judged on windows
 of WikiText-2's test split, of another part of C4, and of questions with their answers in the model's chat template; MGM on text
-of its own, written with another seed. With --time: the whole of `rankwise compress --rate 0.2` at these efforts, each in a process
-of its own, by its report. Needs the data folder beside the repository (--data) and the models (--real-models). All that is found
+of its own, written with another seed. With --time: the whole of `rankwise compress --rate 0.2` at these efforts, each in its own
+process, by its report. Needs the data folder beside the repository (--data) and the models (--real-models). All that is found
 is kept in benchmarks/results/real_models.json and printed to real_models.md; what was computed is kept in --work.
 """
 
