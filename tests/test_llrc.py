@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from rankwise.allocation import llrc
 from rankwise.allocation.kl_knapsack import KLKnapsack
-from rankwise.allocation.llrc import LLRC
+from rankwise.allocation.llrc import LLRC, choose, levelled
 from rankwise.allocation.mask_fisher import MaskFisher
 from rankwise.allocation.plan import parameters
-from rankwise.masks.layers import is_whole
+from rankwise.masks.layers import Masks, is_whole
 from rankwise.testing.allocators import tiny_problem
 
 
@@ -25,11 +26,13 @@ def test_no_worse_than_any_step_of_its_history(rate: float) -> None:
     assert all(is_whole(mask) or int(mask.count_nonzero()) == answer.ranks[name] for name, mask in answer.masks.items())
 
 
-def test_starts_from_the_better_of_two_plans() -> None:
+def test_starts_from_the_best_of_three_plans() -> None:
     problem = tiny_problem("kronecker", 0.4)
-    starts = [allocator.allocate(problem) for allocator in (MaskFisher(), KLKnapsack(points=1))]
+    fisher = MaskFisher().allocate(problem)
+    by_spectrum = choose(problem, levelled(problem.spectra, problem.student.fisher()))
+    starts = [fisher, by_spectrum, KLKnapsack(points=1).allocate(problem)]
     expected = [problem.student.divergence(start.masks) for start in starts]
-    answer = LLRC(rounds=0, value_steps=0).allocate(problem)
+    answer = LLRC(points=1, rounds=0, value_steps=0).allocate(problem)
     assert [record["kl"] for record in answer.history] == pytest.approx(expected, rel=1e-6)
     assert answer.ranks == starts[expected.index(min(expected))].ranks
 
@@ -37,17 +40,20 @@ def test_starts_from_the_better_of_two_plans() -> None:
 def test_a_round_that_does_not_help_is_taken_back_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = tiny_problem("kronecker", 0.4)
     asked = []
-    true_gradients = problem.student.gradients
+    spectra = problem.spectra
 
-    def misleading(*arguments: Any) -> dict[str, llrc.Tensor]:
-        asked.append(arguments)
-        return {name: -1e3 * gradient for name, gradient in true_gradients(*arguments).items()}
+    def misleading(masks: Masks, batches: Any) -> dict[str, llrc.Tensor]:
+        """As if what is dropped were dear, and what is kept worth nothing."""
+        asked.append(batches)
+        kept = {name: torch.ones(len(spectra[name])) if mask is None else mask for name, mask in masks.items()}
+        return {name: 1e3 * (2 * mask.double() - 1) for name, mask in kept.items()}
 
     monkeypatch.setattr(problem.student, "gradients", misleading)
     answer = LLRC(points=0, rounds=3, value_steps=0).allocate(problem)
     rounds = [record["kl"] for record in answer.history if record["step"].startswith("round")]
     assert len(rounds) == len(asked) == 1
-    assert answer.ranks == MaskFisher().allocate(problem).ranks
+    start = min(answer.history[:2], key=lambda record: record["kl"])
+    assert problem.student.divergence(answer.masks) == pytest.approx(start["kl"])
 
 
 def test_curvature_and_rounds_read_one_part_of_the_text_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +75,22 @@ def test_curvature_and_rounds_read_one_part_of_the_text_after_the_other(monkeypa
     LLRC(points=0, rounds=2, value_steps=0, pricing_tokens=2 * student.training[0]["input_ids"].numel()).allocate(problem)
     assert len(read) > 1  # rounds end early where none helps
     assert read == [[0, 1], [2, 0], [1, 2]][: len(read)]
+
+
+def test_the_level_of_a_matrix_is_the_mask_fishers_and_its_shape_the_spectrums() -> None:
+    problem = tiny_problem("kronecker", 0.4)
+    fisher = problem.student.fisher()
+    for name, price in levelled(problem.spectra, fisher).items():
+        assert price.sum() == pytest.approx(fisher[name].sum().item())
+        squares = problem.spectra[name].double().square()
+        assert (price / squares).std() <= 1e-9 * (price / squares).mean()
+
+
+def test_what_it_reads_is_foretold() -> None:
+    problem = tiny_problem("kronecker", 0.4)
+    student = problem.student
+    allocator = LLRC(rounds=2, value_steps=3)
+    forward, back = allocator.reads(student.training, student.selection, len(problem.shapes))
+    allocator.allocate(problem)
+    for told, read in ((forward, student.effort["forward_tokens"]), (back, student.effort["backward_tokens"])):
+        assert 0.8 * read <= told <= 4 * read  # rounds may end early

@@ -34,6 +34,10 @@ DatasetOption = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="Passed to datasets.load_dataset (name=, split=, data_files=, ...). Repeatable."),
 ]
+Effort = Annotated[
+    str | None,
+    typer.Option(help="How much text is read, and so how long it takes: quick, default or thorough (262,144 tokens)."),
+]
 AddToReport = Annotated[bool, typer.Option("--add-to-report", help="Keep this in the folder, and show it on its page.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored (default).")]
@@ -59,7 +63,8 @@ def compress(
             "model writes itself (the default; text like that of your use is better)."
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of calibration text (default: 262,144 tokens' worth).")] = None,
+    effort: Effort = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text (default: as the effort says).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
     scope: Annotated[
         str | None, typer.Option(help="What the rate is counted over: linear (the matrices; default) or model (all).")
@@ -115,6 +120,7 @@ def compress(
             **_given(
                 target_bytes=target_bytes,
                 target_speedup=target_speedup,
+                effort=effort,
                 samples=samples,
                 length=length,
                 scope=scope,
@@ -150,6 +156,7 @@ def decompose(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The artifact's folder.")] = Path("decomposed"),
     calibration: Annotated[str | None, typer.Option(help="The text, as of compress.")] = None,
+    effort: Effort = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     decomposition: Annotated[str | None, typer.Option(help="The metric; a wrong name lists all (default: kronecker).")] = None,
@@ -175,6 +182,7 @@ def decompose(
             overwrite=overwrite,
             resume=resume,
             **_given(
+                effort=effort,
                 samples=samples,
                 length=length,
                 decomposition=decomposition,
@@ -277,6 +285,7 @@ def compare(
     ] = "",
     decompositions: Annotated[str, typer.Option(help="With commas between (default: each allocation's own).")] = "",
     calibration: Annotated[str | None, typer.Option(help="The calibration text, as of compress.")] = None,
+    effort: Effort = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     judge_samples: Annotated[int | None, typer.Option(help="Windows of each text to judge on (default: all).")] = None,
@@ -310,6 +319,7 @@ def compare(
             calibration=calibration,
             judge_samples=judge_samples,
             **_given(
+                effort=effort,
                 samples=samples,
                 length=length,
                 scope=scope,

@@ -56,12 +56,12 @@ class KLKnapsack:
 
     def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
         """Tokens forward and back; a measurement of one matrix runs about half of the model."""
-        few = min(tokens_in(selection), _tokens_of_each(matrices))
+        few = min(tokens_in(selection), tokens_of_each(matrices))
         return 0.55 * matrices * self.points * few + self.trials * tokens_in(selection), 0.0
 
     def priced(self, problem: Problem) -> tuple[Allocation, dict[str, Tensor]]:
         """The plan, and the prices [k] in nats per token that it was bought at, the bias of the best trial in them."""
-        few = first_tokens(problem.student.selection, _tokens_of_each(len(problem.shapes)))
+        few = first_tokens(problem.student.selection, tokens_of_each(len(problem.shapes)))
         unbiased = {name: self._prices(problem, name, few) for name in progress(problem.shapes, "measuring matrices")}
         best, best_prices, best_kl, history = None, unbiased, float("inf"), []
         for alpha, gamma in self._trials(problem.student.seed):
@@ -90,7 +90,8 @@ class KLKnapsack:
         return (draws * torch.tensor([self.largest_alpha, self.largest_gamma])).tolist()
 
 
-def _tokens_of_each(matrices: int) -> int:
+def tokens_of_each(matrices: int) -> int:
+    """Tokens that a matrix is measured on."""
     return max(LEAST_MEASURED, MEASURED // matrices)
 
 

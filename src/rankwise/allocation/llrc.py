@@ -1,9 +1,10 @@
 """LLRC, our preset: ranks learned by gradient at the hard masks, then the kept masks' values.
 
-1. Start: the better of two plans of a knapsack with the dense option, one on prices from one backward pass (mask Fisher, exact
-   to second order), one on a measured KL per matrix (`kl_knapsack.py`, right about large errors).
-2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with
-   the mask Fisher as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
+1. Start: the best of three plans of a knapsack with the dense option: on prices from one backward pass (mask Fisher, exact to
+   second order), on the metric's spectrum at the level of the mask Fisher (of few sequences the better estimate), and on a
+   measured KL per matrix (`kl_knapsack.py`, right about large errors).
+2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with the better
+   of the first two prices as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
    -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Prices move towards these worths and go to the knapsack again:
    the budget is met exactly at each step, and no penalty weight has to be tuned. Of several steps (the worths are good only
    nearby) the one with the least KL on the selection text is taken; when none lowers it, the rounds end. So the result is never
@@ -19,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from rankwise.allocation.kl_knapsack import KLKnapsack
+from rankwise.allocation.kl_knapsack import KLKnapsack, tokens_of_each
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.tokens import Batch, tokens_in
@@ -37,6 +38,7 @@ from rankwise.masks.values import ValueTraining, train_values
 logger = logging.getLogger(__name__)
 Prices = dict[str, Tensor]  # matrix -> [k] float64, nats per token
 STEPS = (0.7, 0.4, 0.2, 0.1)  # from the prices before towards the worths
+TINY = 1e-300
 LEAST_PART = 2**10  # tokens that components are priced on
 MASKED = 1.5
 VALUE_PASSES = 1.2  # of value training over the text
@@ -45,13 +47,14 @@ STEP_TOKENS, LEAST_STEPS, MOST_STEPS = 512, 24, 120
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRC:
-    """points: KLs measured per matrix for the second start; rounds of re-pricing at most; steps of value training and its
-    learning_rate. 0 points, rounds or steps leave that part out. By default there are as many steps, up to 120, as it takes to
-    read the training text a little more than once. pricing_tokens: how much of the training text curvature and each round's
-    gradients are taken on, one part after the other; by default a third."""
+    """points: KLs measured per matrix for the third start; rounds of re-pricing at most; steps of value training and its
+    learning_rate. 0 points, rounds or steps leave that part out. By default there is one point where the measurements of all
+    matrices read no more than the training text, and as many steps, up to 120, as it takes to read the text a little more than
+    once. pricing_tokens: how much of the training text the mask Fisher and each round's gradients are taken on, one part after
+    the other; by default a third."""
 
     decomposition: ClassVar[str] = "kronecker"
-    points: NonNegativeInt = 1
+    points: NonNegativeInt | None = None
     rounds: NonNegativeInt = 4
     pricing_tokens: PositiveInt | None = None
     value_steps: NonNegativeInt | None = None
@@ -61,11 +64,15 @@ class LLRC:
         """The selection with the least KL on the selection text, its mask values trained."""
         student = problem.student
         parts = self._parts(student.training)
-        curvature = student.fisher(next(parts))
-        best = _Plan.of("start by mask Fisher", problem, curvature)
-        history: list[dict[str, Any]] = [best.record]
-        if self.points:
-            chosen, prices = KLKnapsack(points=self.points).priced(problem)
+        fisher = student.fisher(next(parts))
+        starts = {"mask Fisher": fisher, "the spectrum": levelled(problem.spectra, fisher)}
+        plans = [_Plan.of(f"start by {name}", problem, prices) for name, prices in starts.items()]
+        history: list[dict[str, Any]] = [plan.record for plan in plans]
+        best = min(plans, key=lambda plan: plan.kl)
+        curvature = best.prices
+        points = self._points(student.training, len(problem.shapes))
+        if points:
+            chosen, prices = KLKnapsack(points=points).priced(problem)
             other = _Plan("start by measured KL", chosen, prices, student.divergence(chosen.masks))
             history.append(other.record)
             best = min(best, other, key=lambda plan: plan.kl)
@@ -94,10 +101,15 @@ class LLRC:
         part, values = self._part(training), self._value_training(training)
         back = MASKED * (1 + self.rounds) * part + values.steps * values.tokens
         forward = back + self.rounds * part + values.tokens * values.steps  # the teacher's
-        forward += (len(STEPS) * self.rounds + 3) * tokens_in(selection)
-        if self.points:
-            forward += KLKnapsack(points=self.points).reads(training, selection, matrices)[0]
+        forward += (len(STEPS) * self.rounds + 4) * tokens_in(selection)
+        if points := self._points(training, matrices):
+            forward += KLKnapsack(points=points).reads(training, selection, matrices)[0]
         return forward, back
+
+    def _points(self, training: Sequence[Batch], matrices: int) -> int:
+        if self.points is not None:
+            return self.points
+        return int(tokens_of_each(matrices) * matrices <= tokens_in(training))
 
     def _part(self, batches: Sequence[Batch]) -> int:
         """Tokens that components are priced on at a time."""
@@ -107,7 +119,8 @@ class LLRC:
         """As many steps as the text is worth."""
         read = VALUE_PASSES * tokens_in(batches)
         steps = min(MOST_STEPS, max(LEAST_STEPS, int(read / STEP_TOKENS))) if self.value_steps is None else self.value_steps
-        return ValueTraining(steps, self.learning_rate, min(2048, max(STEP_TOKENS, int(read / max(steps, 1)))))
+        tokens = min(2048, tokens_in(batches), max(STEP_TOKENS, int(read / max(steps, 1))))
+        return ValueTraining(steps, self.learning_rate, tokens)
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Parts of the text, round and round; all of it each time where it is no more than one."""
@@ -137,6 +150,13 @@ class _Plan(NamedTuple):
     @property
     def record(self) -> dict[str, Any]:
         return {"step": self.step, "kl": self.kl}
+
+
+def levelled(spectra: Mapping[str, Tensor], fisher: Prices) -> Prices:
+    """What dropping each component costs by the metric, sigma^2, at the level that the mask Fisher gives the matrix as a whole:
+    of few sequences its sums are right long before its parts are."""
+    squares = {name: spectrum.double().cpu().square() for name, spectrum in spectra.items()}
+    return {name: square * (fisher[name].sum() / square.sum().clamp_min(TINY)) for name, square in squares.items()}
 
 
 def worth(mask: Tensor | None, gradient: Tensor, curvature: Tensor) -> Tensor:

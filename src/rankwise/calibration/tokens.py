@@ -16,7 +16,7 @@ from rankwise.progress import progress
 
 Batch = dict[str, Tensor]
 
-MOST_TEXT, LEAST_TEXT = 2**18, 2**15  # tokens of a calibration; the most is 128 windows of 2048: the field's habit
+MOST_TEXT, LEAST_TEXT = 2**18, 2**14  # tokens of a calibration; the most is 128 windows of 2048: the field's habit
 SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
 LEAST_WINDOWS = 64  # rather shorter ones than fewer
 SHORTEST = 256
@@ -27,7 +27,7 @@ MAX_LENGTH = 2048
 
 def text_of(effort: str, parameters: int, device: str) -> int:
     """Tokens of a calibration text: 262,144 for a thorough run. By default as many on a GPU and for a small model; on a CPU
-    fewer, the larger the model, but 32,768 at least. A quick run reads a quarter of the default."""
+    fewer, the larger the model, but 16,384 at least. A quick run reads a quarter of the default."""
     most = MOST_TEXT
     if device == "cpu" and effort != "thorough":
         most = max(LEAST_TEXT, min(MOST_TEXT, MOST_TEXT * SMALL_MODEL // parameters))
