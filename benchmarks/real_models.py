@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--effort", default="default")
-    parser.add_argument("--judge-samples", type=int, default=16)
+    parser.add_argument("--judge-samples", type=int, default=10)
     parser.add_argument("--time", nargs="*", default=[])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--real-models", type=Path, default=Path.home() / ".cache" / "real-models")

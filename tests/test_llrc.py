@@ -9,7 +9,7 @@ import torch
 
 from rankwise.allocation import llrc
 from rankwise.allocation.kl_knapsack import KLKnapsack
-from rankwise.allocation.llrc import LLRC, choose, levelled
+from rankwise.allocation.llrc import LLRC, choose, in_nats
 from rankwise.allocation.mask_fisher import MaskFisher
 from rankwise.allocation.plan import parameters
 from rankwise.masks.layers import Masks, is_whole
@@ -29,7 +29,7 @@ def test_no_worse_than_any_step_of_its_history(rate: float) -> None:
 def test_starts_from_the_best_of_three_plans() -> None:
     problem = tiny_problem("kronecker", 0.4)
     fisher = MaskFisher().allocate(problem)
-    by_spectrum = choose(problem, levelled(problem.spectra, problem.student.fisher()))
+    by_spectrum = choose(problem, in_nats(problem.spectra, problem.student.fisher()))
     starts = [fisher, by_spectrum, KLKnapsack(points=1).allocate(problem)]
     expected = [problem.student.divergence(start.masks) for start in starts]
     answer = LLRC(points=1, rounds=0, value_steps=0).allocate(problem)
@@ -77,13 +77,14 @@ def test_curvature_and_rounds_read_one_part_of_the_text_after_the_other(monkeypa
     assert read == [[0, 1], [2, 0], [1, 2]][: len(read)]
 
 
-def test_the_level_of_a_matrix_is_the_mask_fishers_and_its_shape_the_spectrums() -> None:
+def test_the_spectrum_in_nats_has_one_factor_and_the_level_of_most_matrices() -> None:
     problem = tiny_problem("kronecker", 0.4)
     fisher = problem.student.fisher()
-    for name, price in levelled(problem.spectra, fisher).items():
-        assert price.sum() == pytest.approx(fisher[name].sum().item())
-        squares = problem.spectra[name].double().square()
-        assert (price / squares).std() <= 1e-9 * (price / squares).mean()
+    prices = in_nats(problem.spectra, fisher)
+    factors = torch.cat([price / problem.spectra[name].double().square() for name, price in prices.items()])
+    torch.testing.assert_close(factors, factors[:1].expand_as(factors))
+    above = sum(prices[name].sum() >= fisher[name].sum() for name in prices)
+    assert abs(2 * above - len(prices)) <= 1
 
 
 def test_what_it_reads_is_foretold() -> None:

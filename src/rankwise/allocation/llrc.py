@@ -1,7 +1,7 @@
 """LLRC, our preset: ranks learned by gradient at the hard masks, then the kept masks' values.
 
 1. Start: the best of three plans of a knapsack with the dense option: on prices from one backward pass (mask Fisher, exact to
-   second order), on the metric's spectrum at the level of the mask Fisher (of few sequences the better estimate), and on a
+   second order), on the metric's spectrum, brought to nats by the mask Fisher (of few sequences the better estimate), and on a
    measured KL per matrix (`kl_knapsack.py`, right about large errors).
 2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with the better
    of the first two prices as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
@@ -65,7 +65,7 @@ class LLRC:
         student = problem.student
         parts = self._parts(student.training)
         fisher = student.fisher(next(parts))
-        starts = {"mask Fisher": fisher, "the spectrum": levelled(problem.spectra, fisher)}
+        starts = {"mask Fisher": fisher, "the spectrum": in_nats(problem.spectra, fisher)}
         plans = [_Plan.of(f"start by {name}", problem, prices) for name, prices in starts.items()]
         history: list[dict[str, Any]] = [plan.record for plan in plans]
         best = min(plans, key=lambda plan: plan.kl)
@@ -152,11 +152,12 @@ class _Plan(NamedTuple):
         return {"step": self.step, "kl": self.kl}
 
 
-def levelled(spectra: Mapping[str, Tensor], fisher: Prices) -> Prices:
-    """What dropping each component costs by the metric, sigma^2, at the level that the mask Fisher gives the matrix as a whole:
-    of few sequences its sums are right long before its parts are."""
+def in_nats(spectra: Mapping[str, Tensor], fisher: Prices) -> Prices:
+    """What dropping each component costs by the metric, sigma^2, in nats: by the one factor that brings most matrices to the level
+    of the mask Fisher. Not each to its own: of those that matter most the mask Fisher can be far too low."""
     squares = {name: spectrum.double().cpu().square() for name, spectrum in spectra.items()}
-    return {name: square * (fisher[name].sum() / square.sum().clamp_min(TINY)) for name, square in squares.items()}
+    levels = torch.stack([fisher[name].sum() / square.sum().clamp_min(TINY) for name, square in squares.items()])
+    return {name: square * levels.median() for name, square in squares.items()}
 
 
 def worth(mask: Tensor | None, gradient: Tensor, curvature: Tensor) -> Tensor:

@@ -154,11 +154,12 @@ def tokens_in(batches: Iterable[Batch]) -> int:
 
 
 def parts_of(batches: Iterable[Batch], sequences: int) -> list[Batch]:
-    """The batches in parts of `sequences` sequences."""
+    """The batches in parts of `sequences` sequences; those that are no larger as they are, so that what is known of them counts."""
     return [
-        {name: tensor[i : i + sequences] for name, tensor in batch.items()}
+        batch if length <= sequences else {name: tensor[i : i + sequences] for name, tensor in batch.items()}
         for batch in batches
-        for i in range(0, len(next(iter(batch.values()))), sequences)
+        for length in [len(next(iter(batch.values())))]
+        for i in range(0, length, sequences)
     ]
 
 
