@@ -154,7 +154,7 @@ def tokens_in(batches: Iterable[Batch]) -> int:
 
 
 def parts_of(batches: Iterable[Batch], sequences: int) -> list[Batch]:
-    """The batches in parts of `sequences` sequences; those that are no larger as they are, so that what is known of them counts."""
+    """The batches in parts of `sequences` sequences; one that is no larger is itself, so that what is known of it counts."""
     return [
         batch if length <= sequences else {name: tensor[i : i + sequences] for name, tensor in batch.items()}
         for batch in batches
