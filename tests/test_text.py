@@ -90,6 +90,11 @@ def test_what_is_wrong_with_rows(name: str, content: str, message: str, tmp_path
         read_documents(str(tmp_path / name))
 
 
+def test_a_device_is_no_text() -> None:
+    with pytest.raises(RankwiseError, match="neither a file nor a folder"):
+        read_documents("/dev/zero")
+
+
 def test_options_that_no_source_can_use_are_refused(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "a.txt").write_text("Once")

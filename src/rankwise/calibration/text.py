@@ -53,7 +53,7 @@ def read_rows(source: str, column: str = COLUMN, dataset_options: Mapping[str, s
         return [_whole(text) for text in bundled.standard_library("train" if source.endswith("train") else "held-out")]
     if _is_dataset(source):
         return _load_dataset(source, column, dict(dataset_options or {}))
-    if not os.path.exists(source):
+    if not _is_there(source):
         raise RankwiseError(f"no such text: {source!r} is neither a file nor a folder")
     return list(itertools.chain.from_iterable(_read_file(path, column) for path in _files(source)))
 
@@ -73,7 +73,12 @@ def refuse_unused(sources: Iterable[str], column: str = COLUMN, dataset_options:
 def _is_dataset(source: str) -> bool:
     """Whether it is none of the others: a data set's name."""
     looks_like_a_path = source.startswith((".", "/", "~")) or source.endswith((*ROWS, ".txt", ".md", ".raw"))
-    return source not in STANDARD_LIBRARY and not looks_like_a_path and not os.path.exists(source)
+    return source not in STANDARD_LIBRARY and not looks_like_a_path and not _is_there(source)
+
+
+def _is_there(source: str) -> bool:
+    """Whether it is a file or a folder: a device may never end."""
+    return os.path.isfile(source) or os.path.isdir(source)
 
 
 def _has_fields(source: str) -> bool:
