@@ -153,8 +153,8 @@ class _Plan(NamedTuple):
 
 
 def in_nats(spectra: Mapping[str, Tensor], fisher: Prices) -> Prices:
-    """What dropping each component costs by the metric, sigma^2, in nats: by the one factor that brings most matrices to the level of
-    the mask Fisher. Not each to its own: of those that matter most it can be far too low."""
+    """What dropping each component costs by the metric, sigma^2, in nats: by the one factor that brings most matrices to the
+    level of the mask Fisher. Not each to its own: of those that matter most, that can be far too low."""
     squares = {name: spectrum.double().cpu().square() for name, spectrum in spectra.items()}
     levels = torch.stack([fisher[name].sum() / square.sum().clamp_min(TINY) for name, square in squares.items()])
     return {name: square * levels.median() for name, square in squares.items()}
