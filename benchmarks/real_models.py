@@ -36,6 +36,7 @@ from rankwise.calibration.tokens import Batch, sampled_windows, windows_of
 from rankwise.contest import hold_contest
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.protocols import read_judging_text
+from rankwise.layers.linear import dense_linear, is_linear, weight_of
 
 METHODS = {
     "uniform": "uniform ranks (SVD-LLM)",
@@ -136,17 +137,20 @@ def quantized_of(folder: Path, args: argparse.Namespace, work: Path) -> dict[str
         judges[name] = batches_of(original, windows_of(tokenizer, text.documents, LENGTH, args.judge_samples, 0)[: text.windows])
     for bits in (8, 4):
         model = load(folder)
-        saved = sum(as_quantized(linear, bits) for linear in model.base_model.modules() if type(linear) is nn.Linear)
+        saved = sum(as_quantized(module, bits) for module in model.base_model.modules() if is_linear(module))
         found[f"int{bits}"] = {"bytes": found["dense"]["bytes"] - saved, "texts": _costs(original, model, judges)}
     return found
 
 
-def as_quantized(linear: nn.Linear, bits: int) -> int:
+def as_quantized(module: nn.Module, bits: int) -> int:
     """Round the weight as torchao does, in groups along each row with a scale of two bytes; the bytes saved. It is multiplied as
     floats, which gives the same numbers: a CPU without the units is slow in any other way."""
-    weight = linear.weight
+    weight = weight_of(module)
+    linear = dense_linear(weight.contiguous(), None, transposed=False)
     quantize_(linear, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(GROUP)))
-    linear.weight = nn.Parameter(linear.weight.dequantize(), requires_grad=False)  # type: ignore[operator]
+    quantized: Any = linear.weight
+    with torch.no_grad():
+        weight.copy_(quantized.dequantize())
     return weight.numel() * 2 - weight.numel() * bits // 8 - weight.numel() // GROUP * 2
 
 
