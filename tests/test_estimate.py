@@ -1,0 +1,62 @@
+"""How long a run takes is said before it starts, and how much text it reads is one dial."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import rankwise as package
+from rankwise.calibration.tokens import text_of, window_length
+from rankwise.errors import RankwiseError
+from rankwise.estimate import Estimate
+
+
+@pytest.mark.parametrize(
+    ("effort", "parameters", "device", "tokens"),
+    [
+        ("default", 1_000_000, "cpu", 2**18),
+        ("default", 135_000_000, "cpu", 2**14),
+        ("default", 7_000_000_000, "cuda", 2**18),
+        ("quick", 1_000_000, "cpu", 2**16),
+        ("quick", 135_000_000, "cpu", 2**12),
+        ("thorough", 7_000_000_000, "cpu", 2**18),
+    ],
+)
+def test_text_of_an_effort(effort: str, parameters: int, device: str, tokens: int) -> None:
+    assert text_of(effort, parameters, device) == tokens
+
+
+def test_windows_are_rather_shorter_than_fewer() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.config = type("Config", (), {"max_position_embeddings": 8192})()  # type: ignore[assignment]
+    assert window_length(model) == 2048
+    assert window_length(model, text=2**15) == 512
+    assert window_length(model, text=2**12) == 256
+    assert window_length(model, 2048, text=2**12) == 2048
+
+
+def test_an_unknown_effort_is_refused() -> None:
+    with pytest.raises(RankwiseError, match="effort='lazy'"):
+        package.compress(None, 0.2, effort="lazy")
+
+
+def test_what_is_left_keeps_the_pace_of_what_is_over() -> None:
+    estimate = Estimate({"calibration": 60.0, "decomposition": 30.0, "allocation": 600.0}, {})
+    assert str(estimate) == "about 11:30 to go (calibration 01:00, decomposition 00:30, allocation 10:00)"
+    estimate.after("calibration", 120.0)
+    assert str(estimate) == "about 21:00 to go (decomposition 01:00, allocation 20:00)"
+
+
+def test_said_before_the_work_and_after_each_stage(
+    rankwise: Callable[..., object], llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE")
+    done = rankwise("compress", llama, "--calibration", story, "--samples", 12, "--length", 32, "-o", tmp_path / "out")
+    lines = done.err.splitlines()  # type: ignore[attr-defined]
+    said = [number for number, line in enumerate(lines) if re.match(r"about \d\d:\d\d to go", line)]
+    assert said[0] < next(number for number, line in enumerate(lines) if line.startswith("calibrating"))
+    assert len(said) == 5

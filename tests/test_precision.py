@@ -1,0 +1,69 @@
+"""Half-precision models on devices without units for them: computed in float32, stored as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import rankwise as package
+from rankwise.calibration.signal import call
+from rankwise.layers import precision
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(60, (12, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_units_for", lambda dtype, device: dtype != torch.bfloat16)
+
+
+def bfloat16() -> Any:
+    return build("llama").bfloat16().eval()
+
+
+def test_units() -> None:
+    assert precision.has_units_for(torch.float32, CPU)
+    assert precision.has_units_for(torch.float64, CPU)
+    assert precision.has_units_for(torch.bfloat16, torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("without_units")
+def test_a_model_computes_in_float32_inside_and_is_the_same_afterwards() -> None:
+    model = bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exact = bfloat16().float()
+    batch = {"input_ids": WINDOWS}
+    with precision.widened(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert torch.equal(call(model, batch).logits, call(exact, batch).logits)
+    after = model.state_dict()
+    assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("without_units")
+@pytest.mark.parametrize("allocation", ["uniform", "llrc"])
+def test_the_result_is_stored_as_the_original_was(tmp_path: Path, allocation: str) -> None:
+    """What stays dense is the very same, and the ranks are those of the same weights in float32."""
+    folder = tmp_path / "model"
+    bfloat16().save_pretrained(folder)
+    options: dict[str, Any] = {"calibration": WINDOWS, "allocation": allocation}
+    options |= {"options": {"rounds": 1, "value_steps": 0}} if allocation == "llrc" else {}
+    result = package.compress(folder, 0.3, output=tmp_path / "small", **options)
+    assert result.ranks == package.compress(folder, 0.3, dtype="float32", **options).ranks
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    original: dict[str, Tensor] = bfloat16().state_dict()
+    kept = [name for name, tensor in loaded.state_dict().items() if name in original and tensor.shape == original[name].shape]
+    assert "model.embed_tokens.weight" in kept
+    assert all(torch.equal(loaded.state_dict()[name], original[name]) for name in kept if "proj" not in name)
+    sizes = result.report["bytes"]["model"]
+    assert sizes["reference"] == sum(p.nbytes for p in bfloat16().parameters())
+    assert sizes["compressed"] == sum(p.nbytes for p in loaded.parameters())
