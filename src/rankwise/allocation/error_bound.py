@@ -2,7 +2,7 @@
 
 `ErrorBound`: L-GreCo (Alimohammadi et al. 2022, arXiv 2210.17357) looks for the fewest parameters whose summed squared errors
 are no more than a uniform compression's. Here the budget is given, so this is its dual: the least sum of e^2 within the budget;
-and the knapsack is solved exactly, not over discretised errors.
+and the knapsack is solved over the errors themselves, not over discretised ones.
 
 `UniformError`: PGSVD (2025, arXiv 2510.05544) shows that one relative error tolerance for
 all layers is Pareto-optimal for a bound on the loss; the tolerance is found by bisection. Its ALS factors are left out.

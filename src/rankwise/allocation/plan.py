@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ def parameters(ranks: Mapping[str, int | None], shapes: Shapes) -> int:
     return sum(shapes[name].parameters(rank) for name, rank in ranks.items())
 
 
+def options(shape: Shape, multiple: int) -> list[int | None]:
+    """The ranks that a matrix may have, rising; None, dense, comes last."""
+    return [*range(multiple, shape.largest_rank(multiple) + 1, multiple), None]
+
+
 def next_rank(shape: Shape, rank: int, multiple: int) -> int | None:
     """The rank one step up; None is dense."""
     return rank + multiple if rank + multiple <= shape.largest_rank(multiple) else None
@@ -58,6 +64,12 @@ def next_rank(shape: Shape, rank: int, multiple: int) -> int | None:
 
 def fill(ranks: Ranks, shapes: Shapes, budget: Budget, order: Iterable[str]) -> Ranks:
     """Spend what is left of the budget: one step for each matrix in `order` in turn, until no step fits any more."""
+
+    @functools.cache  # a mixture of experts takes millions of steps where few components have a price
+    def step(shape: Shape, rank: int) -> tuple[int | None, int]:
+        higher = next_rank(shape, rank, budget.multiple)
+        return higher, shape.parameters(higher) - shape.parameters(rank)
+
     ranks, names = dict(ranks), list(order)
     left = budget.parameters - parameters(ranks, shapes)
     while names:
@@ -66,8 +78,7 @@ def fill(ranks: Ranks, shapes: Shapes, budget: Budget, order: Iterable[str]) -> 
             rank = ranks[name]
             if rank is None:
                 continue
-            higher = next_rank(shapes[name], rank, budget.multiple)
-            cost = shapes[name].parameters(higher) - shapes[name].parameters(rank)
+            higher, cost = step(shapes[name], rank)
             if cost <= left:
                 ranks[name], left = higher, left - cost
                 fitting.append(name)

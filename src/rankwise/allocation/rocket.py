@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from rankwise.allocation.knapsack import knapsack
-from rankwise.allocation.plan import Ranks, parameters
+from rankwise.allocation.plan import Ranks, options, parameters
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.uniform import Uniform
 
@@ -57,8 +57,7 @@ class Rocket:
         for alpha in (*self.alphas, math.inf):
             cap = math.inf if alpha == math.inf else alpha * mean
             for name, shape in shapes.items():
-                ranks = range(budget.multiple, shape.largest_rank(budget.multiple) + 1, budget.multiple)
-                least[name] = next((r for r in ranks if errors[name][r] <= cap), None)
+                least[name] = next(r for r in options(shape, budget.multiple) if r is None or errors[name][r] <= cap)
             if parameters(least, shapes) <= budget.parameters:
                 break
         return least, alpha
