@@ -143,3 +143,12 @@ def test_what_a_model_writes_is_drawn_by_the_seed_alone() -> None:
     torch.rand(7)
     assert torch.equal(sampled_windows(model, LENGTH, 4, seed=3), first)
     assert not torch.equal(sampled_windows(model, LENGTH, 4, seed=4), first)
+
+
+def test_few_windows_of_a_long_text_come_from_many_places() -> None:
+    """Neighbours are alike: statistics of one place are those of no other."""
+    text = "".join(f"{number} {number}\n" for number in range(100_000))
+    places = sorted(int(window[2]) // 100 for window in windows_of(Numbers(), [text], 256, samples=64))  # type: ignore[arg-type]
+    assert len(set(places)) >= 24
+    assert places[0] < 250
+    assert places[-1] > 750

@@ -39,15 +39,16 @@ class Piece:
         return before + ids if first else ids + after
 
 
-def pieces_of(document: str | Conversation) -> Iterator[Piece]:
-    """The document in pieces, cut at line ends: within a line only where it alone is longer than a piece."""
+def pieces_of(document: str | Conversation, longest: int | None = None) -> Iterator[Piece]:
+    """The document in pieces of at most `longest` characters (by default LONGEST), cut at line ends: within a line only where it
+    alone is longer than a piece."""
     if not isinstance(document, str):
         yield Piece(document)
         return
-    start, size = 0, len(document)
-    while size - start > LONGEST:
-        cuts = (cut.match(document, start, start + LONGEST) for cut in CUTS)
-        end = next((match.end() for match in cuts if match), start + LONGEST)
+    start, size, longest = 0, len(document), min(longest or LONGEST, LONGEST)
+    while size - start > longest:
+        cuts = (cut.match(document, start, start + longest) for cut in CUTS)
+        end = next((match.end() for match in cuts if match), start + longest)
         yield Piece(document, start, end)
         start = end
     yield Piece(document, start, size)

@@ -18,6 +18,7 @@ Batch = dict[str, Tensor]
 
 MOST_TEXT, LEAST_TEXT = 2**18, 2**14  # tokens of a calibration; the most is 128 windows of 2048: the field's habit
 SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
+PLACE = 8, 2**11  # characters of a piece: for each token of a window, and at least
 LEAST_WINDOWS = 64  # rather shorter ones than fewer
 SHORTEST = 256
 T = TypeVar("T")
@@ -58,14 +59,15 @@ def windows_of(
     """Non-overlapping windows [windows, length] int64 of the documents, tokenised with their special tokens and joined;
     conversations are put in the tokenizer's chat template.
 
-    With `samples`, at most that many, drawn at random: pieces of documents (see `pieces_of`; a short document is one) in random
-    order until there are tokens enough, then windows out of theirs. Without, all of them in order. Raises `RankwiseError` where
-    the text is shorter than a window.
+    With `samples`, at most that many, drawn at random: pieces of documents (see `pieces_of`; a short document is one) of about
+    two windows, so that they come from many places, in random order until there are tokens enough; then windows out of theirs.
+    Without, all of them in order. Raises `RankwiseError` where the text is shorter than a window.
     """
     if samples is not None and samples < 1:
         raise RankwiseError(f"samples={samples}: at least one window of text is needed")
     generator = torch.Generator().manual_seed(seed)
-    pieces = [piece for document in documents for piece in pieces_of(document)]
+    longest = max(PLACE[0] * length, PLACE[1]) if samples else None
+    pieces = [piece for document in documents for piece in pieces_of(document, longest)]
     order = torch.randperm(len(pieces), generator=generator).tolist() if samples else range(len(pieces))
     read, tokens = list[Tensor](), 0
     for index in order:
