@@ -35,21 +35,23 @@ class Estimate:
 
     @classmethod
     def of(cls, run: Run, metric: str, allocator: Any) -> Estimate:
-        """The stages of `compress`; the allocation's where it tells what it reads (`reads`: tokens forward, tokens back)."""
+        """The stages of `compress`; the allocation's is 0 where it does not tell what it reads (`reads`: tokens forward and back)."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
-        tokens = {
-            "calibration": tokens_in(data.training) * (1 + back) * MOMENTS if needs else 0.0,
-            "measuring": 2.0 * tokens_in(data.measuring),
-            "looking closer": LATER * matrices * tokens_of_each(matrices),
-        }
-        if hasattr(allocator, "reads"):
-            forward, backward = allocator.reads(data.training, data.selection, matrices)
-            tokens["allocation"] = forward + BACK * backward
+        read = allocator.reads(data.training, data.selection, matrices) if hasattr(allocator, "reads") else (0.0, 0.0)
         second = _seconds_of_a_token(run)
         solving = sum(s.full_rank**2 * (9 * s.full_rank + 6 * max(s.out_features, s.in_features)) for s in run.shapes.values())
-        return cls({name: second * number for name, number in tokens.items()} | {"decomposition": solving / SOLVED}, {})
+        return cls(
+            {
+                "calibration": second * tokens_in(data.training) * (1 + back) * MOMENTS * bool(needs),
+                "decomposition": solving / SOLVED,
+                "allocation": second * (read[0] + BACK * read[1]),
+                "measuring": second * 2 * tokens_in(data.measuring),
+                "looking closer": second * LATER * matrices * tokens_of_each(matrices),
+            },
+            {},
+        )
 
     def __str__(self) -> str:
         """What is left, in hours and minutes, the part of each stage in brackets."""

@@ -10,7 +10,7 @@ from rankwise.masks.layers import Masks, is_whole
 from rankwise.masks.student import Student
 from rankwise.progress import progress
 
-TOKENS = 2**15  # through the model, all matrices together
+TOKENS = 2**14  # through the model, all matrices together
 LEAST, MOST = 2**6, 2**12  # through each
 
 
@@ -27,5 +27,5 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
 
 
 def tokens_of_each(matrices: int) -> int:
-    """Tokens that a matrix is measured on: 32,768 shared among all, but from 64 to 4096."""
+    """Tokens that a matrix is measured on: 16,384 shared among all, but from 64 to 4096."""
     return min(MOST, max(LEAST, TOKENS // max(matrices, 1)))
