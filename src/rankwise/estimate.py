@@ -35,7 +35,7 @@ class Estimate:
 
     @classmethod
     def of(cls, run: Run, metric: str, allocator: Any) -> Estimate:
-        """The stages of `compress`; the allocation's is 0 where it does not tell what it reads (`reads`: tokens forward and back)."""
+        """The stages of `compress`; 0 for an allocation that does not tell what it `reads`: tokens forward and back."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)

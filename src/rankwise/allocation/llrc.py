@@ -42,7 +42,7 @@ TINY = 1e-300
 LEAST_PART = 2**10  # tokens that components are priced on
 MASKED = 1.5
 VALUE_PASSES = 1.2  # of value training over the text
-STEP_TOKENS, LEAST_STEPS, MOST_STEPS = 256, 24, 120
+STEP_TOKENS, LEAST_STEPS, MOST_STEPS = 256, 16, 120
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -116,7 +117,8 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int, opening: S
     windows = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        batch_size = max(1, written_at_once(model) // length)
+        times = math.ceil(samples * length / written_at_once(model))
+        batch_size = math.ceil(samples / times)  # as many each time
         model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
         try:
             for count in progress([min(batch_size, samples - i) for i in range(0, samples, batch_size)], "writing text"):
