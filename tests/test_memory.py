@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,11 @@ CPU = torch.device("cpu")
 DEEP = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10}
 WINDOWS = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(0))
 Run = Callable[..., Any]
+
+
+def lines_with(word: str, text: str) -> list[str]:
+    """The lines that have the word: libraries write to standard error too."""
+    return [line for line in text.splitlines() if word in line]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +51,17 @@ def test_it_goes_block_by_block_by_itself(
 ) -> None:
     command = ["compress", deep, "--calibration", story, "--samples", 12, "--length", 16, "--allocation", "uniform", "-o"]
     whole = rankwise(*command, tmp_path / "whole")
-    assert (whole.code, whole.err) == (0, "")
+    assert whole.code == 0, whole.err
+    assert not lines_with("GB", whole.err)
     monkeypatch.setenv("RANKWISE_MEMORY", gigabytes(resident() + 600 * 10**6))
     streamed = rankwise(*command, tmp_path / "streamed")
     assert streamed.code == 0, streamed.err
-    assert streamed.err.count("\n") == 1
-    assert "in memory, " in streamed.err
-    assert streamed.err.endswith(" are there: working block by block\n")
+    (line,) = lines_with("GB", streamed.err)
+    assert re.fullmatch(r"needs about \S+ GB in memory, \S+ GB are there: working block by block", line)
     one, other = (content_of(tmp_path / name) for name in ("whole", "streamed"))
     assert one["model.safetensors"] == other["model.safetensors"]
     monkeypatch.setenv("RANKWISE_MEMORY", "100GB")
-    assert rankwise(*command, tmp_path / "again").err == ""
+    assert not lines_with("GB", rankwise(*command, tmp_path / "again").err)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +107,13 @@ def test_a_model_in_memory_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:
-    build("llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=8, vocab_size=500).save_pretrained(
-        tmp_path / "model"
-    )
+    config = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 500}
+    build("llama", **config).save_pretrained(tmp_path / "model")
     code = """
 import os, re, torch, rankwise
 windows = torch.arange(60 * 64).view(60, 64) % 500
-def compress(**more):
-    options = {"value_steps": 2, "rounds": 1, "points": 0}
-    return rankwise.compress("model", calibration=windows, allocation="llrc", options=options, **more)
+def compress():
+    return rankwise.compress("model", calibration=windows, options={"value_steps": 0, "rounds": 0, "points": 0})
 os.environ["RANKWISE_MEMORY"] = "1MB"
 try:
     compress()
@@ -120,7 +124,7 @@ print(compress().report["peak_memory_bytes"]["host"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     said, peak = map(float, done.stdout.split())
-    assert 0.55 * said < peak < 1.05 * said
+    assert 0.5 * said < peak < said
 
 
 def test_a_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +177,10 @@ def test_out_of_memory_ends_in_one_line(
 
     monkeypatch.setattr("rankwise.stages.collect", takes_too_much)
     finished = rankwise("compress", llama, "--calibration", story, "--samples", 12, "--length", 16, "-o", tmp_path / "out")
-    assert (finished.code, finished.out, finished.err.count("\n")) == (2, "", 1)
-    for wanted in ("error: ", "memory", "--length", "--memory", "--resume"):
-        assert wanted in finished.err
+    assert (finished.code, finished.out) == (2, "")
+    assert "Traceback" not in finished.err
+    (line,) = lines_with("error: ", finished.err)
+    assert all(wanted in line for wanted in ("memory", "--length", "--memory", "--resume"))
 
 
 def test_other_errors_are_not_taken_for_it(rankwise: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +196,11 @@ def test_other_errors_are_not_taken_for_it(rankwise: Run, llama: Path, tmp_path:
 def test_idle_gpus_are_told_of(rankwise: Run, llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["compress", llama, "--calibration", story, "--samples", 12, "--length", 16, "--allocation", "uniform", "-o"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    told = rankwise(*command, tmp_path / "told")
-    assert told.err.count("\n") == 1
-    assert "torchrun --nproc-per-node 4 -m rankwise" in told.err
-    assert rankwise(*command, tmp_path / "asked", "--device", "cpu").err == ""
+    (line,) = lines_with("GPU", rankwise(*command, tmp_path / "told").err)
+    assert "torchrun --nproc-per-node 4 -m rankwise" in line
+    assert not lines_with("torchrun", rankwise(*command, tmp_path / "asked", "--device", "cpu").err)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert rankwise(*command, tmp_path / "one").err == ""
+    assert not lines_with("torchrun", rankwise(*command, tmp_path / "one").err)
 
 
 @pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("1000", 1000), ("20mb", 2 * 10**7)])

@@ -19,7 +19,7 @@ from rankwise import memory
 from rankwise.calibration.batches import numbers_of_a_token, room_for_a_batch
 from rankwise.calibration.moments import GRADIENTS, find_sites
 from rankwise.calibration.signal import LOGITS_AT_ONCE, PROBE, device_of
-from rankwise.calibration.tokens import TOKENS_PER_BATCH, default_samples, window_length, written_at_once
+from rankwise.calibration.tokens import TOKENS_PER_BATCH, default_samples, vocabulary_of, window_length, written_at_once
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_config, resolve_device, skeleton
@@ -140,11 +140,13 @@ def _phases(
     backward, masked = (int(e * batch * numbers_of_a_token(empty, of_components)) for of_components in (0, 2))
     answers = min(TEACHER_BYTES, e * d * text) + min(KEPT_BYTES, e * d * layers * text // 10)
     solved = max(workspace(shape, "output" in needs) for shape in shapes.values())
+    vocabulary = vocabulary_of(empty)
+    logits = LOGITS * min(batch * vocabulary, max(LOGITS_AT_ONCE, vocabulary))
     return {
         "text": weights + writes * 8 * d * layers * min(text, written_at_once(empty)),
-        "statistics": weights + totals + (backward if GRADIENTS & set(needs) else forward) + LOGITS * LOGITS_AT_ONCE,
+        "statistics": weights + totals + (backward if GRADIENTS & set(needs) else forward) + logits,
         "decomposition": weights + totals + factors + solved,
-        "ranks": weights + factors + answers + (masked if trains else forward) + LOGITS * LOGITS_AT_ONCE,
+        "ranks": weights + factors + answers + (masked if trains else forward) + logits,
     }
 
 

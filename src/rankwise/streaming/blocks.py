@@ -157,9 +157,13 @@ class Blocks:
         few = few_tokens(batch)
         sequences, length = next(iter(few.values())).shape[:2]
         outside = self.outside()
-        with frozen(self.model), self.loaded(outside["rest"] + outside["head"]):
-            hidden = torch.randn(sequences, length, self.model.config.get_text_config().hidden_size)
-            signal = self.leave(few, hidden.to(self.model.dtype))
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(sequences, length, self.model.config.get_text_config().hidden_size, generator=generator)
+        with frozen(self.model), self.loaded(outside["rest"]):
+            with self.loaded(self.names(0)):
+                hidden = self.run(0, hidden.to(self.model.dtype), self.call_of(0, few))
+            with self.loaded(outside["head"]):
+                signal = self.leave(few, hidden)
         return signal.head is not None or not signal.categorical
 
     def _forward(self, batch: Batch) -> Any:
