@@ -21,7 +21,7 @@ from rankwise import RankwiseError, compress
 from rankwise.integration.weights import write_safetensors
 from rankwise.streaming import decomposition, stream
 from rankwise.streaming.activations import Activations, Room
-from rankwise.streaming.memory import Share, bytes_of
+from rankwise.streaming.memory import Share
 from rankwise.streaming.student import StreamedStudent
 
 ENOUGH = "8GB"
@@ -119,10 +119,25 @@ def test_trained_models(shared: Path, model: str, tmp_path: Path) -> None:
     assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-4)
 
 
-def test_bfloat16_and_several_shards(tmp_path: Path) -> None:
-    build("llama").bfloat16().save_pretrained(tmp_path / "model", max_shard_size="40KB")
+def test_several_shards(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model", max_shard_size="40KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     both(tmp_path / "model", tmp_path, WINDOWS, allocation="uniform")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_half_precision_is_computed_as_in_memory(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    build(name).to(dtype).save_pretrained(tmp_path / "model")
+    whole, streamed = both(tmp_path / "model", tmp_path, WINDOWS, allocation="energy", decomposition="whitened")
+    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-4)
+    assert streamed["bytes"] == whole["bytes"]
+    assert {t.dtype for t in load_file(tmp_path / "streamed" / "model.safetensors").values() if t.numel()} == {dtype}
+
+
+def test_values_folded_into_half_precision_weights(tmp_path: Path) -> None:
+    build("llama").bfloat16().save_pretrained(tmp_path / "model")
+    differ_by_rounding(tmp_path / "model", tmp_path, WINDOWS, **LEARNED)
 
 
 @pytest.mark.parametrize("room", [Share(0, 0), Share(20_000, 48 * 48 * 8)], ids=["none", "little"])
@@ -130,7 +145,7 @@ def test_little_room_changes_nothing(
     llama: Path, story: Path, tmp_path: Path, room: Share, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(llama, 0.25, calibration=story, output=tmp_path / "whole", **SMALL)
-    monkeypatch.setattr(stream, "share_out", lambda *_: room)
+    monkeypatch.setattr(stream, "share_out", lambda *_, **__: room)
     compress(llama, 0.25, calibration=story, output=tmp_path / "streamed", memory=ENOUGH, **SMALL)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "streamed")
 
@@ -181,10 +196,17 @@ def test_interrupted_between_gradients(llama: Path, story: Path, tmp_path: Path,
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "resumed")
 
 
+LARGE_MATRICES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 20_000}
+LARGE_VOCABULARY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400_000}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [LARGE_MATRICES, LARGE_VOCABULARY], ids=["matrices", "vocabulary"])
 @pytest.mark.parametrize("allocation", ["energy", "mask-fisher"])
-def test_the_promise_is_kept_at_the_very_figure_that_a_refusal_names(allocation: str, tmp_path: Path) -> None:
-    config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 20_000}
-    build("llama", **config).save_pretrained(tmp_path / "model")
+def test_the_promise_is_kept_at_the_very_figure_that_a_refusal_names(
+    allocation: str, config: dict[str, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    build("llama", **config).to(dtype).save_pretrained(tmp_path / "model")
     code = """
 import re, sys, torch, rankwise
 def compress(memory):
@@ -214,12 +236,12 @@ from rankwise.calibration.moments import Moments
 from rankwise.decomposition.metric import decompose_in, metric_named
 from rankwise.evaluation.memory import peak_memory
 from rankwise.layers.matrices import Shape
-from rankwise.streaming.memory import workspace
+from rankwise.footprint import workspace
 metric = metric_named(sys.argv[1])
 outputs = "output" in metric.NEEDS
 torch.linalg.eigh(torch.eye(300).double())  # the library is loaded
 for m, n in ((400, 3200), (1000, 2000), (1500, 1500), (2000, 1000), (3200, 400)):
-    W, moment = torch.randn(m, n).bfloat16(), [torch.eye(size).double() for size in (n, m)]
+    W, moment = torch.randn(m, n).bfloat16(), [torch.eye(n).double(), torch.eye(m)]
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before = peak_memory()["host"]
     decompose_in(metric, W, Moments(1, moment[0], output=moment[1]))
@@ -319,8 +341,3 @@ def test_hidden_states_beyond_the_budget_are_on_disk(tmp_path: Path) -> None:
     hidden.clear()
     assert room.bytes == 100
     assert not list(room.folder.iterdir())
-
-
-@pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("1000", 1000), ("20mb", 2 * 10**7)])
-def test_bytes(text: str, count: int) -> None:
-    assert bytes_of(text) == count

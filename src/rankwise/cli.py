@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, is_out_of_memory
 from rankwise.plain import to_json
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
 PATIENCE = 3  # seconds that other processes leave the first one to say what is wrong with all: with it torchrun ends them too
+OUT_OF_MEMORY = "shorter windows (--length) take less, compress goes block by block with --memory, and on from here with --resume"
 
 app = typer.Typer(
     name="rankwise",
@@ -92,7 +93,7 @@ def compress(
     device: Device = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="What the run may take, as 8GB: the model is read block by block, and may be larger."),
+        typer.Option(help="What the run may take, as 8GB: it goes block by block, as it does without where memory is short."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything drawn: same seed, same ranks (default: 0).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -486,6 +487,11 @@ def main() -> None:
             print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
         else:
             print(f"error: {error}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().partition("\n")[0] or "out of memory"
+        print(f"error: {said}: {OUT_OF_MEMORY}", file=sys.stderr)
     sys.exit(2)
 
 

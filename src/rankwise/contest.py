@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise import bundled, distributed, stages
-from rankwise.allocation.allocator import ALLOCATORS, Allocator, allocator_named
+from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.batches import batches_of
@@ -18,6 +18,7 @@ from rankwise.calibration.tokens import Batch, windows_of
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.protocols import JudgingText, own_source, read_judging_text
+from rankwise.footprint import shortage
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
@@ -94,6 +95,10 @@ def hold_contest(
     output = Path(output)
     refuse_taken(output, overwrite=True)
     folder = RunFolder(output / "run")
+    trains = not all(isinstance(method.allocator, FORWARD_ONLY) for method in methods)
+    short = shortage(model, recipe.calibration, recipe, [method.metric for method in methods], trains)
+    if short is not None:
+        raise short.refusal("compress goes block by block, one method at a time")
     run = stages.start(model, recipe.calibration, None, recipe, rates, folder)
     with stacked_on_failure(run.model, run.experts), widened(run.model):
         if run.tokenizer is None:

@@ -12,6 +12,7 @@ from rankwise import bundled, distributed, stages
 from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
+from rankwise.footprint import shortage
 from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
 from rankwise.integration.checkpoint import refuse_output, written_whole
 from rankwise.integration.result import MAX_SHARD_SIZE
@@ -50,6 +51,9 @@ def decompose(
     refuse_output(Path(output), overwrite, model)
     folder = RunFolder.beside(Path(output), resume, overwrite)
 
+    short = shortage(model, calibration, recipe, [metric], trains=True)
+    if short is not None:
+        raise short.refusal("compress goes block by block")
     run = stages.start(model, calibration, tokenizer, recipe, [], folder)
     with stacked_on_failure(run.model, run.experts):
         run = stages.in_metric(run, metric)

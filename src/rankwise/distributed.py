@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, is_out_of_memory
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # with the slowest: one may decompose for long; of one that dies torchrun tells at once
@@ -44,6 +45,8 @@ def _together(work: Callable[..., T]) -> Callable[..., T]:
                 atexit.register(dist.destroy_process_group)
             return work(*arguments)
         except RuntimeError as error:  # torch's own errors of a lost connection are of this class
+            if is_out_of_memory(error):
+                raise
             raise RankwiseError(
                 f"process {rank()} of {size()} lost the others ({str(error).splitlines()[0]}): the same command with --resume "
                 "goes on from here"
@@ -62,6 +65,14 @@ def _all_gather(value: Any) -> list[Any]:
     values = [None] * size()
     dist.all_gather_object(values, value)
     return values
+
+
+def idle_gpus(device: str) -> str | None:
+    """What to tell a user whose one process leaves GPUs idle: how all of them work. None where there is nothing to tell."""
+    gpus = torch.cuda.device_count()
+    if device != "auto" or size() > 1 or gpus < 2:
+        return None
+    return f"one of {gpus} GPUs is used: torchrun --nproc-per-node {gpus} -m rankwise ... shares the work among all"
 
 
 def dealt(items: Sequence[T]) -> Sequence[T]:

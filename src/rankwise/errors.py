@@ -3,3 +3,13 @@
 
 class RankwiseError(ValueError):
     """Something the user can put right: the message says what was wrong, with which value, and what to do."""
+
+
+class InMemoryOnlyError(RankwiseError):
+    """Something that does not go block by block; the message says why."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is torch's word, on a GPU or a CPU, or Python's, for memory that is not there."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts))

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
 from rankwise import bundled, distributed, stages, streaming
-from rankwise.allocation.allocator import Allocator, allocator_named
+from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
-from rankwise.errors import RankwiseError
+from rankwise.errors import InMemoryOnlyError, RankwiseError
 from rankwise.estimate import Estimate
 from rankwise.evaluation.compare import Comparison
 from rankwise.evaluation.costs import costs_of_each
@@ -27,6 +27,7 @@ from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.size import Size
 from rankwise.evaluation.spectra import thinned_spectra
+from rankwise.footprint import Shortage, shortage
 from rankwise.integration.artifact import Artifact
 from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.factorise import factorise
@@ -35,6 +36,7 @@ from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
+from rankwise.memory import gigabytes
 from rankwise.plain import to_json
 from rankwise.progress import say, stage
 from rankwise.recipe import IN_MEMORY, Recipe
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 class Compressed:
     """What `compress` gives back: the model, one rank (or None: dense) per matrix, and the report as plain values.
 
-    With `memory` there is no model: it may be larger than the memory, and is in the output folder.
+    Block by block there is no model: it may be larger than the memory, and is in the output folder.
     """
 
     model: PreTrainedModel | None
@@ -114,7 +116,8 @@ def compress(
     allocation: a name, or an allocator with its options set; by default "llrc", of an artifact "mask-fisher", whose prices are in
         it.
     output: where to write the result; with `resume`, an interrupted run goes on from what it had computed.
-    options: any other field of `Recipe`, with `target_bytes` and `target_speedup` instead of a rate.
+    options: any other field of `Recipe`, with `target_bytes` and `target_speedup` instead of a rate. A run that does not fit in
+        memory goes block by block, as one does where `memory` is promised.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
     if model is None:
@@ -136,8 +139,18 @@ def compress(
     if artifact is not None:
         folder = replace(folder, known=artifact.results)
 
+    if (idle := distributed.idle_gpus(recipe.device)) is not None:
+        logger.warning(idle)
+    trains = not isinstance(allocator, FORWARD_ONLY)
+    short = None if recipe.memory else shortage(model, calibration, recipe, [metric], trains)
+    if short is not None:
+        recipe = recipe.model_copy(update={"memory": gigabytes(short.promise)})
     if recipe.memory is not None:
-        return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder)
+        try:
+            return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder, short)
+        except InMemoryOnlyError as error:
+            why = f"the run {short}, and cannot go block by block: {error}; or shorter windows (--length)" if short else ""
+            raise RankwiseError(why or f"memory: {error}: leave it out") from None
     clock = _Clock()
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
     run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity)
@@ -190,14 +203,20 @@ def _compress_streamed(
     output: str | Path | None,
     overwrite: bool,
     folder: RunFolder,
+    short: Shortage | None,
 ) -> Compressed:
-    """`compress` with one block in memory at a time; the result is in `output` only."""
+    """`compress` with one block in memory at a time; the result is in `output` only. short: why, where it was not asked for.
+
+    Raises `InMemoryOnlyError` for what cannot be done so.
+    """
     if recipe.rate is None:
-        raise RankwiseError("with memory a rate is the only target: leave out memory, or ask for a rate")
+        raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
     if output is None:
-        raise RankwiseError("with memory the result is written block by block: name an output folder")
+        raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
     metric, clock = str(recipe.decomposition), _Clock()
     stream = streaming.start(model, calibration, tokenizer, recipe, allocator, folder)
+    if short is not None and distributed.rank() == 0:
+        logger.warning("%s: working block by block", short)
     clock.lap("loading")
     student = streaming.student_of(stream, streaming.decompose_all(stream, metric), metric)
     clock.lap("decomposition")
@@ -205,6 +224,7 @@ def _compress_streamed(
     chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
     clock.lap("allocation")
     comparison = streaming.measure(stream, student, chosen)
+    stream.narrow()
     distributed.wait()  # the others read the run folder too
     clock.lap("measuring")
     size = Size.of(run.model, run.shapes, chosen.ranks)

@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = Field((), description="matrices to leave dense, likewise")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the model")
     device: str = Field("auto", description="where to compute")
-    memory: str | None = Field(None, description="what the run may take, as 8GB: the model is then read block by block")
+    memory: str | None = Field(None, description="what the run may take, as 8GB: it then goes block by block")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything drawn")
 
     @classmethod

@@ -22,7 +22,7 @@ from rankwise.calibration.data import Data
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, sampled_windows, text_of, window_length, windows_of
+from rankwise.calibration.tokens import Batch, sampled_windows, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
@@ -44,8 +44,6 @@ from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
-
-LEAST_SAMPLES = 16  # windows of a calibration text, however long they are
 
 Calibration = str | Path | Sequence[str | Conversation] | Tensor | Sequence[Batch]
 
@@ -122,9 +120,8 @@ def read_data(
     identity: str,
 ) -> Data:
     """The calibration text as batches of `model`, which may be empty unless it writes the text itself."""
-    text = text_of(recipe.effort, model.num_parameters(), resolve_device(recipe.device).type)
-    length = window_length(model, recipe.length, text)
-    samples = recipe.samples or max(text // length, LEAST_SAMPLES)
+    device = resolve_device(recipe.device).type
+    length, samples = windows_asked(model, recipe.effort, device, recipe.length, recipe.samples)
     if isinstance(calibration, Tensor):
         return Data.of_windows(model, calibration)
     if calibration == "self":

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.calibration.signal import device_of, frozen, signal_of
+from rankwise.calibration.signal import PROBE, device_of, frozen, signal_of
 from rankwise.calibration.tokens import TOKENS_PER_BATCH, Batch, vocabulary_of
 from rankwise.layers.linear import is_linear, weight_of
 
 WORKING_MEMORY = 2**31  # bytes that a batch may take on the host; of a GPU a quarter of what is free
-PROBE = 8  # tokens that tell whether a model's logits can be had a few at a time
 
 
 def batches_of(model: Any, windows: Tensor) -> list[Batch]:
@@ -44,17 +43,22 @@ def first_tokens(batches: Iterable[Batch], tokens: int) -> list[Batch]:
 def tokens_at_once(model: Any, probe: Batch) -> int:
     """How many tokens fit in a pass forward and back through the masked model: the inputs, outputs and components of every
     matrix, half as much again for what is between them, and the logits of models that give them in one piece only."""
-    device = device_of(model)
-    weights = [weight_of(module) for module in model.modules() if is_linear(module)]
-    numbers = 1.5 * sum(sum(weight.shape) + 2 * min(weight.shape) for weight in weights)
+    device, numbers = device_of(model), numbers_of_a_token(model)
     if device.type != "meta":  # of a model that is not in memory logits are made window by window
         with frozen(model), torch.no_grad():
             signal = signal_of(model, probe)
         if signal.head is None and signal.categorical:
             numbers += 6 * vocabulary_of(model)
-    return int(_room(device) / (4 * numbers))
+    return int(room_for_a_batch(device) / (4 * numbers))
 
 
-def _room(device: torch.device) -> float:
+def numbers_of_a_token(model: Any, of_components: int = 2) -> float:
+    """How many numbers a pass forward and back keeps of a token, its logits apart; `of_components` for each component, two where
+    the model is masked."""
+    weights = [weight_of(module) for module in model.modules() if is_linear(module)]
+    return 1.5 * sum(sum(weight.shape) + of_components * min(weight.shape) for weight in weights)
+
+
+def room_for_a_batch(device: torch.device) -> float:
     """Bytes that a batch may take."""
     return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else WORKING_MEMORY

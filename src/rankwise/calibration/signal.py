@@ -17,6 +17,7 @@ from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 
 DRAWS = "draws"  # in a batch, beside the model's inputs: a number in [0, 1) for every token, which `sampled_loss` draws with
+PROBE = 8  # tokens that tell whether a model's logits can be had a few at a time
 LOGITS_AT_ONCE = 2**23  # float32 numbers: 32 MiB, of which a loss holds about five
 
 
@@ -71,6 +72,16 @@ def call(model: nn.Module, batch: Batch, device: torch.device | None = None, **o
     return model(**inputs_of(batch, device or device_of(model)), **options)
 
 
+def few_tokens(batch: Batch) -> Batch:
+    """The first sequence, and of it the first tokens where all inputs have one number for each and nothing is padded."""
+    one = {name: tensor[:1] for name, tensor in batch.items()}
+    shape = next(iter(one.values())).shape
+    padded = any(name.endswith("mask") and not tensor.all() for name, tensor in one.items())
+    if padded or len(shape) != 2 or any(tensor.shape != shape for tensor in one.values()):
+        return one
+    return {name: tensor[:, :PROBE] for name, tensor in one.items()}
+
+
 def values_of(model: nn.Module, batch: Batch, device: torch.device | None = None) -> tuple[Tensor, bool]:
     """The model's logits [sequences, length, vocabulary] and True, or its last hidden states and False.
 
@@ -87,7 +98,7 @@ def values_of(model: nn.Module, batch: Batch, device: torch.device | None = None
 def signal_of(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Signal:
     """The model's signal over `batch`: hidden states and a head where it has one that can be run by itself, else its values."""
     names = tuple(name for name in ("input_ids", "decoder_input_ids") if name in batch)
-    head = head_of(model, names, lambda model: call(model, {name: tensor[:1] for name, tensor in batch.items()}, device))
+    head = head_of(model, names, lambda model: call(model, few_tokens(batch), device))
     if head is None:
         return as_signal(*values_of(model, batch, device), batch)
     return Signal(_written(last_states(model, lambda model: call(model, batch, device)), batch), True, head)

@@ -20,6 +20,7 @@ Batch = dict[str, Tensor]
 MOST_TEXT, LEAST_TEXT = 2**18, 2**14  # tokens of a calibration; the most is 128 windows of 2048: the field's habit
 SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
 PLACE = 8, 2**11  # characters of a piece: for each token of a window, and at least
+LEAST_SAMPLES = 16  # however long they are
 LEAST_WINDOWS = 64  # rather shorter ones than fewer
 SHORTEST = 256
 T = TypeVar("T")
@@ -34,6 +35,13 @@ def text_of(effort: str, parameters: int, device: str) -> int:
     if device == "cpu" and effort != "thorough":
         most = max(LEAST_TEXT, min(MOST_TEXT, MOST_TEXT * SMALL_MODEL // parameters))
     return most // 4 if effort == "quick" else most
+
+
+def windows_asked(model: Any, effort: str, device: str, length: int | None, samples: int | None) -> tuple[int, int]:
+    """The length and the number of a calibration's windows: those asked for, else by the effort, but 16 at least."""
+    text = text_of(effort, model.num_parameters(), device)
+    length = window_length(model, length, text)
+    return length, samples or max(text // length, LEAST_SAMPLES)
 
 
 def window_length(model: nn.Module, wanted: int | None = None, text: int = MOST_TEXT) -> int:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from rankwise import distributed
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, is_out_of_memory
 from rankwise.integration.files import judge_config, read_json, reason, refuse_foreign_weights, refuse_odd_files
 from rankwise.integration.quantizer import METHOD, RankwiseConfig, RankwiseQuantizer
 from rankwise.run_folder import flush
@@ -149,6 +149,8 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
         with _quiet():
             model, info = cls.from_pretrained(path, dtype=torch_dtype, output_loading_info=True, **safely)
     except Exception as error:  # a broken file fails in as many ways as there are readers
+        if is_out_of_memory(error):
+            raise
         raise RankwiseError(f"cannot load {path}: {reason(error)}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):

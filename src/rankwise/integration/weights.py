@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import InMemoryOnlyError, RankwiseError
 from rankwise.integration.checkpoint import class_of
 from rankwise.integration.files import reason, weight_files
 
@@ -31,6 +31,7 @@ SAFETENSORS_DTYPES = {  # in the order in which safetensors lays tensors out
     torch.float16: "F16",
 }
 Read = Callable[[str], Tensor]
+FINITE_AT_ONCE = 2**22  # numbers: asking takes more bytes than they do
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Source:
         tensor = self.weights.read(stored).to(parameter.dtype)
         if tensor.shape != parameter.shape:
             raise RankwiseError(f"{stored} has the shape {tuple(tensor.shape)}, the model's is {tuple(parameter.shape)}")
-        if not torch.isfinite(tensor).all():
+        if not all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(FINITE_AT_ONCE)):
             raise RankwiseError(f"the model's weight {name} has values that are NaN or infinite")
         return tensor
 
@@ -98,7 +99,7 @@ class Source:
 def empty_model(model: str | Path, config: Any, dtype: str) -> tuple[PreTrainedModel, Source]:
     """The model without its weights (on the meta device), but with its buffers; and where its weights are.
 
-    Raises `RankwiseError` where the files do not hold its weights under its own names.
+    Raises `InMemoryOnlyError` where the files do not hold its weights under its own names.
     """
     weights = Weights.of(model)
     cls: Any = class_of(config) or AutoModelForCausalLM
@@ -113,9 +114,7 @@ def empty_model(model: str | Path, config: Any, dtype: str) -> tuple[PreTrainedM
         *((empty._keep_in_fp32_modules or ()) if target == torch.float16 else ()),
     }
     if exact and target != torch.float32:
-        raise RankwiseError(
-            f"{type(empty).__name__} keeps {', '.join(sorted(exact))} in float32 beside {target}: leave out memory"
-        )
+        raise InMemoryOnlyError(f"{type(empty).__name__} keeps {', '.join(sorted(exact))} in float32 beside {target}")
     tied = set(getattr(empty, "all_tied_weights_keys", {}) or {})
     expected = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     renamed = sorted(revert_weight_conversion(empty, empty.state_dict()).keys() - expected.keys())
@@ -123,7 +122,7 @@ def empty_model(model: str | Path, config: Any, dtype: str) -> tuple[PreTrainedM
     left_over = sorted(weights.file_of.keys() - expected.keys())
     if missing or left_over or renamed:
         what = f"misses {missing[0]}" if missing else f"has {[*left_over, *renamed][0]}, which the model has not"
-        raise RankwiseError(f"streaming reads weights under the model's own names, and {model} {what}: leave out memory")
+        raise InMemoryOnlyError(f"weights are read block by block under the model's own names, and {model} {what}")
     return empty.eval(), Source(weights, dict(empty.named_parameters(remove_duplicate=False)))
 
 

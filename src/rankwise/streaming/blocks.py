@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from rankwise.calibration.signal import Signal, inputs_of, signal_of
+from rankwise.calibration.signal import Signal, few_tokens, frozen, inputs_of, signal_of
 from rankwise.calibration.tokens import Batch
-from rankwise.errors import RankwiseError
+from rankwise.errors import InMemoryOnlyError
 from rankwise.integration.weights import Source
 from rankwise.layers.blocks import block_lists, block_of
 
@@ -55,17 +55,17 @@ class Blocks:
 
     @classmethod
     def of(cls, model: PreTrainedModel, matrices: Collection[str], source: Source, device: torch.device) -> Blocks:
-        """Raises `RankwiseError` for a model that is no plain decoder with one list of blocks that holds all `matrices`."""
+        """Raises `InMemoryOnlyError` for a model that is no plain decoder with one list of blocks that holds all `matrices`."""
         name = type(model).__name__
         if model.config.is_encoder_decoder:
-            raise RankwiseError(f"streaming reads decoders block by block, and {name} has an encoder too: leave out --memory")
+            raise InMemoryOnlyError(f"only decoders go block by block, and {name} has an encoder too")
         found = list(block_lists(model, matrices))
         outside = [matrix for matrix in matrices if not any(block_of(matrix, path) is not None for path in found)]
         if len(found) != 1 or outside:
             what = f"{outside[0]} is in none" if outside else f"it has {', '.join(found) or 'none'}"
-            raise RankwiseError(
-                f"streaming needs a model whose matrices are all in one list of blocks, and of {name} {what}: leave it out "
-                "with --exclude, or leave out --memory"
+            raise InMemoryOnlyError(
+                f"only a model whose matrices are all in one list of blocks goes block by block, and of {name} {what} "
+                "(--exclude leaves a matrix dense)"
             )
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
@@ -120,13 +120,13 @@ class Blocks:
         return hidden
 
     def refuse_other_inputs(self, batch: Batch) -> None:
-        """Raises `RankwiseError` where blocks are handed more of the embeddings than their hidden states, which would be lost.
-        Needs what `enter` needs."""
+        """Raises `InMemoryOnlyError` where blocks are handed more of the embeddings than their hidden states, which would be
+        lost. Needs what `enter` needs."""
         _, real = self._reach(0, batch)
         call = self.call_of(0, batch)
         if not all(torch.equal(a, b) for a, b in zip(real.tensors(), call.tensors(), strict=True)):
             name = type(self.model).__name__
-            raise RankwiseError(f"{name} hands its blocks more than the hidden states of the one before: leave out memory")
+            raise InMemoryOnlyError(f"{name} hands its blocks more than the hidden states of the one before")
 
     def call_of(self, index: int, batch: Batch) -> Call:
         """How block `index` is called for `batch`. Needs the "rest" loaded."""
@@ -144,8 +144,27 @@ class Blocks:
         """As `signal_of`, from the last block's hidden states. Needs the "rest" and the head loaded."""
         hidden = hidden.to(self.device)
         last = len(self) - 1
-        with self._no_embedding(), self._told(lambda i, given: hidden if i == last else given):
+
+        def answer(index: int, given: Tensor) -> Tensor:
+            return hidden[: given.shape[0], : given.shape[1]] if index == last else given  # the head is tried on a few tokens
+
+        with self._no_embedding(), self._told(answer):
             return signal_of(self.model, batch, self.device)
+
+    @torch.no_grad()
+    def head_goes_by_rows(self, batch: Batch) -> bool:
+        """Whether the model's logits can be had a few rows at a time, or it has none."""
+        few = few_tokens(batch)
+        sequences, length = next(iter(few.values())).shape[:2]
+        outside = self.outside()
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(sequences, length, self.model.config.get_text_config().hidden_size, generator=generator)
+        with frozen(self.model), self.loaded(outside["rest"]):
+            with self.loaded(self.names(0)):
+                hidden = self.run(0, hidden.to(self.model.dtype), self.call_of(0, few))
+            with self.loaded(outside["head"]):
+                signal = self.leave(few, hidden)
+        return signal.head is not None or not signal.categorical
 
     def _forward(self, batch: Batch) -> Any:
         return self.model(**inputs_of(batch, self.device))
@@ -164,7 +183,7 @@ class Blocks:
                 self._forward(batch)
             except _ReachedError:
                 return reached[0]
-        raise RankwiseError(f"{type(self.model).__name__} does not call its blocks {self.path} in turn: leave out --memory")
+        raise InMemoryOnlyError(f"{type(self.model).__name__} does not call its blocks {self.path} in turn")
 
     @contextmanager
     def _told(self, answer: Callable[[int, Tensor], Tensor]) -> Iterator[None]:

@@ -171,7 +171,7 @@ def _own_groups(
     left = 0
     for name in sorted(wanted, key=lambda name: wanted.index(site_of[name])):
         shape = stream.run.shapes[name]
-        own = 8 * shape.out_features**2 if "output" in needs else 0
+        own = 4 * shape.out_features**2 if "output" in needs else 0
         same = next((other for other in groups[-1] if site_of[other] == site_of[name]), None) if groups else None
         size = own + (8 * shape.in_features**2 if same is None else 0)
         if not groups or size > left:

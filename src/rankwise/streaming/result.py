@@ -18,7 +18,8 @@ from rankwise.streaming.student import StreamedStudent
 
 
 def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Read:
-    """Give the empty model the low-rank layers of the result; returns where the values of its tensors come from."""
+    """Give the empty model, in the dtypes it is stored in, the low-rank layers of the result; returns where the values of its
+    tensors come from."""
     model, source = stream.run.model, stream.blocks.source
     given = {name: mask for name, mask in chosen.masks.items() if mask is not None}
     masks = {name: mask for name, mask in given.items() if not is_whole(mask)}
@@ -30,7 +31,8 @@ def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation) -> R
 
     @functools.lru_cache(maxsize=1)
     def layer(name: str) -> dict[str, Tensor]:
-        return factorised(student.decompositions[name], masks[name], None).state_dict()
+        dtype = source.parameters[f"{name}.weight"].dtype
+        return factorised(student.decompositions[name], masks[name], None).to(dtype).state_dict()
 
     def read(name: str) -> Tensor:
         path, _, leaf = name.removesuffix(".weight").rpartition(".")

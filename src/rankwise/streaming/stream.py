@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +18,37 @@ from rankwise.allocation.plan import Budget
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import frozen
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, vocabulary_of
+from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.metric import is_affine, metric_named
-from rankwise.errors import RankwiseError
+from rankwise.errors import InMemoryOnlyError
+from rankwise.footprint import whole_run
 from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_compressed, refuse_foreign, resolve_device
 from rankwise.integration.weights import empty_model
 from rankwise.layers.experts import is_stacked
 from rankwise.layers.matrices import Shape, find_matrices
+from rankwise.layers.precision import widen
+from rankwise.memory import bytes_of
 from rankwise.progress import progress
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest
 from rankwise.stages import Calibration, Run
 from rankwise.streaming.activations import Activations, Room
 from rankwise.streaming.blocks import Blocks
-from rankwise.streaming.memory import Share, bytes_of, share_out, whole_run
+from rankwise.streaming.memory import Share, share_out
 
 
 @dataclass
 class Stream:
-    """A `Run` on an empty model, and how its blocks are run."""
+    """A `Run` on an empty model, and how its blocks are run.
+
+    narrow: gives the empty model the dtypes that it is stored in, where it computes in wider ones.
+    """
 
     run: Run
     blocks: Blocks
     share: Share
     room: Room
+    narrow: Callable[[], None]
 
     @property
     def training(self) -> Sequence[Batch]:
@@ -82,14 +90,14 @@ def start(
     allocator: Allocator,
     folder: RunFolder,
 ) -> Stream:
-    """As `stages.start`, for a model on disk. Raises `RankwiseError` also for what streaming cannot do, and where the memory
-    that was promised is not enough, with what would be."""
+    """As `stages.start`, for a model on disk. Raises `InMemoryOnlyError` for what streaming cannot do, and `RankwiseError` also
+    where the memory that was promised is not enough, with what would be."""
     assert recipe.memory is not None
     memory = bytes_of(recipe.memory)
     if isinstance(model, PreTrainedModel):
-        raise RankwiseError("memory is for models on disk: give the model's folder or name, or leave memory out")
+        raise InMemoryOnlyError("a model that is handed over is in memory already (give its folder or name)")
     if calibration == "self":
-        raise RankwiseError("a model that is larger than the memory does not write its own text: name a calibration text")
+        raise InMemoryOnlyError("a model that is not in memory does not write its own text (name a calibration text)")
     if isinstance(calibration, str | Path):
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
     config = load_config(model)
@@ -98,38 +106,43 @@ def start(
         refuse_foreign(Path(model), config)
     empty, source = empty_model(model, config, recipe.dtype)
     if any(is_stacked(module) for module in empty.modules()):
-        raise RankwiseError(f"{type(empty).__name__} has stacked experts, which streaming does not take apart: leave out memory")
+        raise InMemoryOnlyError(f"{type(empty).__name__} has stacked experts, which are not taken apart block by block")
     shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
     assert recipe.rate is not None
     Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
     refuse_whole_runs(recipe, allocator, empty, shapes)
-    blocks = Blocks.of(empty, shapes, source, resolve_device(recipe.device))
+    device = resolve_device(recipe.device)
+    blocks = Blocks.of(empty, shapes, source, device)
     tokenizer = tokenizer or load_tokenizer(model)
     data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
+    narrow = widen(empty, device)
     everything = (*data.training, *data.selection, *data.measuring)
     needs = metric_named(str(recipe.decomposition)).NEEDS
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
-    share = share_out(memory, blocks, shapes, everything, vocabulary_of(empty), needs, gradients)
+    share = share_out(memory, blocks, shapes, everything, needs, gradients)
+    if not blocks.head_goes_by_rows(everything[0]):
+        share = share_out(memory, blocks, shapes, everything, needs, gradients, logits_at_once=sys.maxsize)
     names = [name for name, _ in empty.named_parameters()]
     own = [digest(name, source.read(name)) for name in progress(distributed.dealt(names), "reading the model")]
     identity = digest(str(config), *distributed.collected(own), *data.tensors, recipe.seed)
     base = "the bundled model" if model == bundled.MODEL else str(model)
     run = Run(empty, tokenizer, base, shapes, left_dense, [], data, folder, identity, recipe.seed)
     assert folder.path is not None
-    return Stream(run, blocks, share, Room(folder.path / f"activations-{distributed.rank()}", share.activations))
+    room = Room(folder.path / f"activations-{distributed.rank()}", share.activations)
+    return Stream(run, blocks, share, room, narrow)
 
 
 def refuse_whole_runs(recipe: Recipe, allocator: Allocator, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
-    """Raises `RankwiseError` for an allocator that trains masks on the whole model, and for an affine metric."""
+    """Raises `InMemoryOnlyError` for an allocator that trains masks on the whole model, and for an affine metric."""
     metric = metric_named(str(recipe.decomposition))
     if is_affine(metric):
-        raise RankwiseError(
-            f"with memory there are no affine factors: choose another decomposition than {recipe.decomposition!r}"
+        raise InMemoryOnlyError(
+            f"block by block there are no affine factors (choose another decomposition than {recipe.decomposition!r})"
         )
     if not isinstance(allocator, FORWARD_ONLY + DIFFERENTIATING):
         others = [name for name in ALLOCATORS if issubclass(ALLOCATORS[name]["default"], FORWARD_ONLY + DIFFERENTIATING)]
-        raise RankwiseError(
+        raise InMemoryOnlyError(
             f"the allocation {recipe.allocation!r} runs the whole model with all of its masks, which takes "
-            f"{whole_run(model, shapes, metric.NEEDS) / 1e9:.1f} GB and the activations of a batch: leave out memory where there "
-            f"is as much, or choose --allocation {', '.join(others[:-1])} or {others[-1]}"
+            f"{whole_run(model, shapes, metric.NEEDS) / 1e9:.1f} GB and the activations of a batch (or choose --allocation "
+            f"{', '.join(others[:-1])} or {others[-1]})"
         )
