@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -47,21 +48,28 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_goes_block_by_block_by_itself(
-    rankwise: Run, deep: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deep: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    command = ["compress", deep, "--calibration", story, "--samples", 12, "--length", 16, "--allocation", "uniform", "-o"]
-    whole = rankwise(*command, tmp_path / "whole")
-    assert whole.code == 0, whole.err
-    assert not lines_with("GB", whole.err)
+    asked: dict[str, Any] = {"calibration": story, "samples": 12, "length": 16, "allocation": "uniform"}
+    monkeypatch.setenv("RANKWISE_MEMORY", "100GB")
+    compress(deep, 0.2, output=tmp_path / "whole", **asked)
+    assert not lines_with("GB", caplog.text)
     monkeypatch.setenv("RANKWISE_MEMORY", gigabytes(resident() + 600 * 10**6))
-    streamed = rankwise(*command, tmp_path / "streamed")
-    assert streamed.code == 0, streamed.err
-    (line,) = lines_with("GB", streamed.err)
-    assert re.fullmatch(r"needs about \S+ GB in memory, \S+ GB are there: working block by block", line)
+    compress(deep, 0.2, output=tmp_path / "streamed", **asked)
+    (line,) = lines_with("GB", caplog.text)
+    assert re.search(r"needs about \S+ GB in memory, \S+ GB are there: working block by block$", line)
     one, other = (content_of(tmp_path / name) for name in ("whole", "streamed"))
     assert one["model.safetensors"] == other["model.safetensors"]
-    monkeypatch.setenv("RANKWISE_MEMORY", "100GB")
-    assert not lines_with("GB", rankwise(*command, tmp_path / "again").err)
+
+
+def test_the_command_line_refuses_in_one_line(llama: Path, story: Path, tmp_path: Path) -> None:
+    few = ["--calibration", story, "--samples", "12", "--length", "16", "--allocation", "uniform", "-o", tmp_path / "out"]
+    line = [sys.executable, "-m", "rankwise", "compress", llama, *few]
+    done = subprocess.run(line, env=os.environ | {"RANKWISE_MEMORY": "1MB"}, capture_output=True, text=True, check=False)
+    (said,) = lines_with("GB", done.stderr)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"error: .* is not enough, .* are needed", said)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -101,8 +109,8 @@ def test_work_that_needs_the_whole_model_is_refused(work: str, deep: Path, story
 
 
 def test_a_model_in_memory_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama", vocab_size=2_000_000)  # 768 MB, of which a copy is never made
-    monkeypatch.setenv("RANKWISE_MEMORY", gigabytes(resident() + 1200 * 10**6))
+    model = build("bert", vocab_size=2_000_000)  # 384 MB, of which a copy is never made
+    monkeypatch.setenv("RANKWISE_MEMORY", gigabytes(resident() + 800 * 10**6))
     assert compress(model, 0.2, calibration=WINDOWS, allocation="uniform").report["kl"] > 0
 
 
@@ -193,14 +201,16 @@ def test_other_errors_are_not_taken_for_it(rankwise: Run, llama: Path, tmp_path:
         rankwise("compress", llama, "-o", tmp_path / "out")
 
 
-def test_idle_gpus_are_told_of(rankwise: Run, llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["compress", llama, "--calibration", story, "--samples", 12, "--length", 16, "--allocation", "uniform", "-o"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    (line,) = lines_with("GPU", rankwise(*command, tmp_path / "told").err)
-    assert "torchrun --nproc-per-node 4 -m rankwise" in line
-    assert not lines_with("torchrun", rankwise(*command, tmp_path / "asked", "--device", "cpu").err)
+def test_idle_gpus_are_told_of(llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    asked: dict[str, Any] = {"calibration": WINDOWS, "allocation": "uniform"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert not lines_with("torchrun", rankwise(*command, tmp_path / "one").err)
+    compress(llama, 0.2, **asked)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    compress(llama, 0.2, device="cpu", **asked)
+    assert not lines_with("torchrun", caplog.text)
+    compress(llama, 0.2, **asked)
+    (line,) = lines_with("torchrun", caplog.text)
+    assert "one of 4 GPUs is used: torchrun --nproc-per-node 4 -m rankwise" in line
 
 
 @pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("1000", 1000), ("20mb", 2 * 10**7)])

@@ -199,4 +199,4 @@ def _dtype_of(config: Any, asked: str) -> torch.dtype:
 
 
 def _about(count: int) -> str:
-    return f"{count / 10**9:.0f} GB" if count >= 10**10 else f"{count / 10**9:.2g} GB"
+    return f"{count / 10**9:.0f} GB" if count >= 10**10 else f"{count / 10**9:.3g} GB"
