@@ -50,7 +50,7 @@ class QuickLLRC(LLRC):
 def little(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:
     """16 windows of 64 tokens wherever nothing else is asked for, and the default in its shortest form."""
     monkeypatch.setitem(ALLOCATORS["llrc"], "default", QuickLLRC)
-    monkeypatch.setattr("rankwise.calibration.tokens.CALIBRATION_TOKENS", 0)
+    monkeypatch.setattr("rankwise.calibration.tokens.text_of", lambda *_: 0)
     monkeypatch.setattr("rankwise.calibration.tokens.MAX_LENGTH", 64)
     monkeypatch.setattr("rankwise.bundled.standard_library", lambda split: documents)
 
