@@ -13,6 +13,7 @@ import argparse
 import functools
 import itertools
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.lowrank import FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.runtime.bench import Load, ideal_speedup, times
 from rankwise.runtime.latency import Weights
@@ -50,8 +51,11 @@ def shapes_of(size: str) -> list[Shape]:
     return [Shape(m, n) for m, n in dict.fromkeys(outs)]
 
 
-def rank_of(shape: Shape, rate: float, multiple: int) -> int:
-    return int((1 - rate) * shape.dense / shape.per_rank) // multiple * multiple
+def options_of(shape: Shape, rate: float, multiple: int) -> dict[str, tuple[Shape, int]]:
+    """The forms to time, each with its rank."""
+    pair, pivoted = (replace(shape, form=layer.form) for layer in (PairLinear, PivotedLinear))
+    rank, more = (of.rank_within(int((1 - rate) * of.dense)) // multiple * multiple for of in (pair, pivoted))
+    return {"pair": (pair, rank), "pivoted": (pivoted, more), "pivoted, the pair's rank": (pivoted, rank)}
 
 
 @torch.inference_mode()
@@ -91,21 +95,23 @@ def decoder(size: str, layers: int, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def compress_at_random(model: Any, rate: float, multiple: int) -> Any:
+def compress_at_random(model: Any, rate: float, multiple: int, form: str) -> Any:
+    weights = Weights(COLD, model.dtype)
     for name, shape in find_matrices(model)[0].items():
-        rank, dtype = rank_of(shape, rate, multiple), model.dtype
-        second, first = torch.randn(shape.out_features, rank), torch.randn(rank, shape.in_features)
-        model.set_submodule(name, LowRankLinear.from_factors((0.02 * second).to(dtype), (0.02 * first).to(dtype)))
+        layer = weights.layer(*options_of(shape, rate, multiple)[form])
+        for factor in layer.children():
+            factor.weight = nn.Parameter(factor.weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+        model.set_submodule(name, layer)
     return model
 
 
 def decoder_speedups(
-    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int
+    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int, form: str
 ) -> dict[str, dict[str, float]]:
     """Phase -> the "ideal" speed-up, and those of `WAYS`."""
 
     def small() -> Any:
-        return compress_at_random(decoder(size, layers, dtype), rate, multiple)
+        return compress_at_random(decoder(size, layers, dtype), rate, multiple, form)
 
     models = {"dense": decoder(size, layers, dtype), "as loaded": small(), "optimised": optimize(small())}
     if dtype == torch.bfloat16:
@@ -133,32 +139,35 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, ranks multiples of {args.multiple}"
     head = " | ".join(f"rate {rate}: decode | prefill 512" for rate in args.rates)
-    lines = [f"Speed-up over the dense layer (and its share of the ideal); {machine}.\n", f"| layer | {head} |"]
-    lines.append("|---|" + "---|---|" * len(args.rates))
+    lines = [f"Speed-up over the dense layer (and its share of the ideal); {machine}.\n", f"| layer | form | {head} |"]
+    lines.append("|---|---|" + "---|---|" * len(args.rates))
     for name in args.dtypes:
         dtype = getattr(torch, name)
         weights = Weights(2 * COLD, dtype)
         kinds = PACKED if dtype == torch.bfloat16 else {"": (False, False)}
         for kind, size in itertools.product(kinds, args.sizes):
             for shape in shapes_of(size):
-                cells = []
+                rows: dict[str, list[str]] = {}
                 for rate in args.rates:
-                    rank = rank_of(shape, rate, args.multiple)
-                    ideal = shape.dense / shape.parameters(rank)
-                    found = layer_speedups(weights, shape, rank, args.repeats, kinds[kind])
-                    cells += [f"{speedup:.2f} ({speedup / ideal:.0%})" for speedup in found]
-                lines.append(f"| {name}{kind}, {size}, {shape.in_features} to {shape.out_features} | {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
+                    for form, (of, rank) in options_of(shape, rate, args.multiple).items():
+                        ideal = of.dense / of.parameters(rank)
+                        found = layer_speedups(weights, of, rank, args.repeats, kinds[kind])
+                        rows.setdefault(form, []).extend(f"{speedup:.2f} ({speedup / ideal:.0%})" for speedup in found)
+                for form, cells in rows.items():
+                    layer = f"{name}{kind}, {size}, {shape.in_features} to {shape.out_features}"
+                    lines.append(f"| {layer} | {form} | {' | '.join(cells)} |")
+                    print(lines[-1], flush=True)
     lines.append(f"\nWhole decoder of {args.layers} layers, batch 1: prompt of 512 tokens, then 16 with the key-value cache.\n")
-    lines += [f"| decoder | phase | ideal | {' | '.join(WAYS)} |", "|---" * (3 + len(WAYS)) + "|"]
+    lines += [f"| decoder | form | phase | ideal | {' | '.join(WAYS)} |", "|---" * (4 + len(WAYS)) + "|"]
     for name in args.dtypes:
         for size in args.decoders:
-            for rate in args.rates:
-                phases = decoder_speedups(size, args.layers, rate, args.multiple, getattr(torch, name), args.repeats)
+            for rate, form in itertools.product(args.rates, FORMS):
+                dtype = getattr(torch, name)
+                phases = decoder_speedups(size, args.layers, rate, args.multiple, dtype, args.repeats, form)
                 for phase, own in phases.items():
                     ideal = own["ideal"]
                     cells = [f"{ideal:.2f}", *(f"{own[w]:.2f} ({own[w] / ideal:.0%})" if w in own else "" for w in WAYS)]
-                    lines.append(f"| {name}, {size}, rate {rate} | {phase} | {' | '.join(cells)} |")
+                    lines.append(f"| {name}, {size}, rate {rate} | {form} | {phase} | {' | '.join(cells)} |")
                     print(lines[-1], flush=True)
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text("\n".join(lines) + "\n")

@@ -101,7 +101,7 @@ def assert_threshold(answer: Allocation, problem: Problem, scores: Mapping[str, 
     [(0, 1, 1), (1, 1, 1), (4, 1, 4), (5, 1, None), (8, 1, None), (0, 2, 2), (3, 2, 2), (4, 2, 4), (5, 2, None)],
 )
 def test_rank_of_components(components: int, multiple: int, rank: int | None) -> None:
-    assert rank_of(components, Shape(12, 8), multiple) == rank  # break-even: 96 / 20 = 4.8
+    assert rank_of(components, Shape(12, 8, form="pair"), multiple) == rank  # break-even: 96 / 20 = 4.8
 
 
 def test_infinite_scores_are_kept_last_of_all_to_go() -> None:

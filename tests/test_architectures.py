@@ -23,7 +23,7 @@ from rankwise.calibration.signal import values_of
 from rankwise.decomposition.metric import METRICS
 from rankwise.decomposition.solver import decompose
 from rankwise.layers.linear import bias_of, is_linear, swapped, weight_of
-from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.lowrank import LowRankLinear, PairLinear
 from rankwise.layers.matrices import find_matrices, unstack_experts
 
 RATE = 0.3
@@ -119,7 +119,7 @@ def test_full_length_factors_are_the_dense_model(name: str, metric: str) -> None
             continue  # BERT's pooler, which the last hidden state does not depend on
         module = model.get_submodule(matrix)
         d = decompose(weight_of(module), *METRICS[metric].roots(statistics.of(matrix))).to(dtype=torch.float32)
-        layers[matrix] = LowRankLinear.from_factors(d.second, d.first, bias_of(module))
+        layers[matrix] = PairLinear.from_factors(d.second, d.first, bias_of(module))
     with swapped(model, layers):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
 

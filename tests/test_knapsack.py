@@ -17,6 +17,7 @@ from rankwise.allocation.knapsack import RELATIVE_GAP, knapsack
 from rankwise.allocation.plan import Budget, Ranks, Shapes, fill, parameters
 from rankwise.allocation.problem import Problem
 from rankwise.allocation.uniform import Uniform
+from rankwise.layers.lowrank import FORMS
 from rankwise.layers.matrices import Shape
 
 many = settings(max_examples=300, deadline=None)
@@ -104,19 +105,19 @@ def test_fill_spends_what_is_left_and_lowers_nothing(instance: Instance, random:
 
 
 def test_fill_serves_the_first_in_order_first() -> None:
-    shapes = {"a": Shape(8, 8), "b": Shape(8, 8)}
+    shapes = {name: Shape(8, 8, form="pair") for name in "ab"}
     assert fill({"a": 1, "b": 1}, shapes, Budget(16 * 3), ["b", "a"]) == {"a": 1, "b": 2}
 
 
 def test_fill_steps_from_the_largest_rank_to_dense() -> None:
-    shape = Shape(8, 8)
+    shape = Shape(8, 8, form="pair")
     assert shape.largest_rank() == 3  # break-even is 4
     assert fill({"a": 3}, {"a": shape}, Budget(64), ["a"]) == {"a": None}
     assert fill({"a": 3}, {"a": shape}, Budget(63), ["a"]) == {"a": 3}
 
 
 rates = st.integers(1, 9999).map(lambda n: n / 10_000)
-linear = st.dictionaries(st.text("ab", min_size=1), st.builds(Shape, st.integers(3, 500), st.integers(6, 500)), min_size=1)
+linear = st.dictionaries(st.text("ab", min_size=1), st.builds(Shape, st.integers(3, 500), st.integers(6, 500), st.just(0), st.sampled_from([*FORMS])), min_size=1)
 
 
 @many
@@ -149,8 +150,8 @@ def test_a_rate_below_one_parameter_removes_nothing() -> None:
 def test_the_multiple_counts_in_what_can_be_reached() -> None:
     shapes = {"a": Shape(32, 32)}
     assert Budget.of(shapes, 0.5, "linear", 0, multiple=8) == Budget(512, 8)
-    with pytest.raises(RankwiseError, match=r"rank 8 .* at most 0\.5"):
-        Budget.of(shapes, 0.501, "linear", 0, multiple=8)
+    with pytest.raises(RankwiseError, match=r"rank 8 .* at most 0\.5625"):
+        Budget.of(shapes, 0.563, "linear", 0, multiple=8)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 1.5, float("nan")])

@@ -51,7 +51,7 @@ def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def test_default_targets_are_refused_not_ignored(small_bundled: Path) -> None:
-    with pytest.raises(ValueError, match="LowRankLinear"):
+    with pytest.raises(ValueError, match="PivotedLinear"):
         get_peft_model(load(small_bundled), LoraConfig(target_modules=["q_proj"]))
 
 

@@ -98,7 +98,7 @@ def test_a_budget_of_time_is_kept_by_the_knapsack(sizes: list[tuple[int, int]], 
 
 
 def test_timed_shapes() -> None:
-    shape = table({"": Shape(300, 200)}).shapes[""]
+    shape = table({"": Shape(300, 200, form="pair")}).shapes[""]
     assert shape.parameters(None) == shape.dense == 65_000
     assert shape.per_rank == 500
     assert [shape.parameters(rank) for rank in (1, 100)] == [10_500, 60_000]

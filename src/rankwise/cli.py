@@ -39,6 +39,9 @@ Effort = Annotated[
     str | None,
     typer.Option(help="How much text is read, and so how long it takes: quick, default or thorough (262,144 tokens)."),
 ]
+Form = Annotated[
+    str | None, typer.Option(help="Of a low-rank matrix: pivoted (rows and combinations of them; default) or pair (two factors).")
+]
 AddToReport = Annotated[bool, typer.Option("--add-to-report", help="Keep this in the folder, and show it on its page.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored (default).")]
@@ -82,6 +85,7 @@ def compress(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
     ] = None,
     rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
+    form: Form = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Compress only these: a glob over paths, a class, or re:EXPRESSION. Repeatable."),
@@ -129,6 +133,7 @@ def compress(
                 preset=preset,
                 options=pairs(option),
                 rank_multiple=rank_multiple,
+                form=form,
                 include=tuple(include or ()),
                 exclude=tuple(exclude or ()),
                 text_column=text_column,
@@ -292,6 +297,7 @@ def compare(
     judge_samples: Annotated[int | None, typer.Option(help="Windows of each text to judge on (default: all).")] = None,
     scope: Annotated[str | None, typer.Option(help="linear (default) or model.")] = None,
     rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
+    form: Form = None,
     text_column: TextColumn = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -325,6 +331,7 @@ def compare(
                 length=length,
                 scope=scope,
                 rank_multiple=rank_multiple,
+                form=form,
                 text_column=text_column,
                 dtype=dtype,
                 device=device,

@@ -70,7 +70,7 @@ def shortage(
         empty, device = skeleton(load_config(model)), resolve_device(recipe.device)
         dtype = _dtype_of(empty.config, recipe.dtype)
     unstack_experts(empty)
-    shapes, _ = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
+    shapes, _ = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
     e = dtype.itemsize if has_units_for(dtype, device) else 4
     stored = dtype.itemsize * sum(p.numel() for p in empty.parameters())
     held = stored if isinstance(model, PreTrainedModel) else 0

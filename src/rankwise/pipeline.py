@@ -180,7 +180,7 @@ def compress(
             clock.lap("looking closer")
         size = Size.of(run.model, run.shapes, chosen.ranks)
 
-    attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts))
+    attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts, recipe.form))
     report = _report(recipe, run, size, comparison, chosen, clock)
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     if target.latency is not None:
@@ -231,7 +231,7 @@ def _compress_streamed(
     report = _report(recipe, run, size, comparison, chosen, clock)
     if distributed.rank() == 0:
         folder.finish()
-        with saving_from(streaming.factorise(stream, student, chosen)):
+        with saving_from(streaming.factorise(stream, student, chosen, recipe.form)):
             files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
             write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
         folder.remove()

@@ -40,6 +40,7 @@ class Recipe(BaseModel):
     preset: str = Field("default", description="which defaults of the allocation")
     options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
     rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
+    form: Literal["pivoted", "pair"] = Field("pivoted", description="of a matrix of low rank: pivoted rows, or a pair of factors")
     include: tuple[str, ...] = Field((), description="only matrices that match: a glob, a class, or re: and an expression")
     exclude: tuple[str, ...] = Field((), description="matrices to leave dense, likewise")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the model")

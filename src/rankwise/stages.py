@@ -86,7 +86,7 @@ def start(
     dense, tokenizer, base = _open(model, recipe, tokenizer)
     experts = unstack_experts(dense)
     with stacked_on_failure(dense, experts):
-        shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
+        shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
         of_model = fingerprint(dense) if folder.path and identity is None else ""
@@ -166,7 +166,8 @@ def leave_unreached(run: Run, statistics: Statistics, needs: frozenset[str]) -> 
 def in_metric(run: Run, metric: str) -> Run:
     """The run with the shapes that matrices have in the named metric: affine factors bring a bias."""
     affine = is_affine(metric_named(metric))
-    return replace(run, shapes={name: Shape.of(run.model.get_submodule(name), affine) for name in run.shapes})
+    of = run.model.get_submodule
+    return replace(run, shapes={name: Shape.of(of(name), shape.form, affine) for name, shape in run.shapes.items()})
 
 
 def budget_of(run: Run, recipe: Recipe, rate: float) -> Budget:

@@ -72,7 +72,8 @@ def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
     weights = [weight_of(model.get_submodule(name)) for name in shapes]
     element = max(weight.element_size() for weight in weights)
     header = _header([(name, tensor.shape) for name, tensor in stored], shapes, whole)
-    others = whole - sum(weight.nbytes for weight in weights) + header
+    indices = sum(shape.index_bytes for shape in shapes.values())
+    others = whole - sum(weight.nbytes for weight in weights) + header + indices
     dense, least = (sum(shape.parameters(rank) for shape in shapes.values()) for rank in (None, multiple))
     allowed = (target - others) // element
     if allowed >= dense:
@@ -89,7 +90,7 @@ def _header(stored: list[tuple[str, torch.Size]], shapes: Shapes, whole: int) ->
     entries = [(name, list(shape)) for name, shape in stored]
     for name, shape in shapes.items():
         sides = [shape.out_features, shape.in_features]
-        entries += [(f"{name}.{tensor}", sides) for tensor in ("first.weight", "second.weight", "second.bias")]
+        entries += [(f"{name}.{tensor}", sides) for tensor in shape.empty(1, bias=True).state_dict()]
     texts = (json.dumps({name: {"dtype": "BF16", "shape": s, "data_offsets": [whole, whole]}}) for name, s in entries)
     return sum(map(len, texts)) + 1024
 

@@ -6,7 +6,7 @@ construction, the dense matrix in its place from the break-even rank on, and the
 The paper's text gives the staircase, the dense switch, the terms and the final rescaling. Its formulas and constants were not to
 be had. Reconstructed, and so ours:
 - the binary mask: the first round(sum p) components, with the gradient of p (`masks/staircase.py`);
-- L_g = mean over matrices of min(max(1 - R, 0), band), R = k (m + n) / (m n): between 1 - band and 1 a matrix costs nearly as
+- L_g = mean over matrices of min(max(1 - R, 0), band), R = k (m + n) / (m n), or what the form takes at rank k: between 1 - band and 1 a matrix costs nearly as
   much as dense and serves worse, so it is drawn up; elsewhere the term has no slope;
 - the ratio counts a matrix at most once, as dense, but with the slope of R: a dense matrix can come down again;
 - every constant below.
@@ -54,7 +54,6 @@ class ARA:
         stairs = {name: staircase(min(self.stairs, len(s)), len(s)).to(device) for name, s in problem.spectra.items()}
         thetas = {name: torch.zeros(len(B), device=device, requires_grad=True) for name, B in stairs.items()}
         dense = torch.tensor([float(shapes[name].dense) for name in thetas], device=device)
-        per_rank = torch.tensor([float(shapes[name].per_rank) for name in thetas], device=device)
         target = budget.parameters / parameters(dict.fromkeys(shapes), shapes)
 
         def kept() -> dict[str, Tensor]:
@@ -64,7 +63,7 @@ class ARA:
             return {name: staircase_mask(p, shapes[name].largest_rank()) for name, p in kept().items()}
 
         def extra(_: int, drawn: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            R = torch.stack([p.sum() for p in kept().values()]) * per_rank / dense
+            R = torch.stack([shapes[name].numbers(p.sum()) for name, p in kept().items()]) / dense
             ratio = ((R - (R - 1).clamp_min(0).detach()) * dense).sum() / dense.sum()
             guidance = (1 - R).clamp(0, self.band).mean()
             loss = self.guidance * guidance + self.size_weight * (ratio - target).abs()

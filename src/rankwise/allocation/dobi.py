@@ -60,10 +60,10 @@ class Dobi:
         full = {name: len(s) for name, s in problem.spectra.items()}
         length = torch.tensor([float(k) for k in full.values()], device=device)
         dense = torch.tensor([float(shapes[name].dense) for name in full], device=device)
-        per_rank = torch.tensor([float(shapes[name].per_rank) for name in full], device=device)
         unit = (length / UNITS).clamp_min(SMALLEST_UNIT)  # components
         target = budget.parameters / parameters(dict.fromkeys(shapes), shapes)
-        positions = (target * dense / per_rank / unit).requires_grad_(True)  # uniform, as there
+        uniform = torch.tensor([shapes[name].rank_of(target * shapes[name].dense) for name in full], device=device)
+        positions = (uniform / unit).requires_grad_(True)
         objective = objective_named(self.loss, student).exponentiated()
         weight = self.size_weight
         if weight is None:
@@ -75,7 +75,9 @@ class Dobi:
             return {name: position_mask(end, full[name], self.beta) for name, end in zip(full, ends, strict=True)}
 
         def extra(_: int, drawn: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            ratio = (positions * unit * per_rank).minimum(dense).sum() / dense.sum()
+            ends = (positions * unit).minimum(length).unbind()
+            sizes = torch.stack([shapes[name].numbers(end) for name, end in zip(full, ends, strict=True)])
+            ratio = sizes.minimum(dense).sum() / dense.sum()
             return weight * (ratio - target).abs() + range_penalty(positions, length / unit), {"ratio": ratio}
 
         options = MaskTraining(self.steps, self.learning_rate, self.sequences, self.final)

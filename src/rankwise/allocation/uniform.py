@@ -13,7 +13,7 @@ from rankwise.allocation.problem import Allocation, Problem
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Uniform:
-    """rank = floor(keep m n / (m + n)); what the rounding leaves goes first where it took most."""
+    """rank = floor(keep m n / (m + n)) for a pair of factors, of the same parameters in another form; what the rounding leaves goes first where it took most."""
 
     decomposition: ClassVar[str] = "whitened"
 
@@ -27,7 +27,7 @@ class Uniform:
         ranks: Ranks = {}
         lost: dict[str, float] = {}
         for name, shape in shapes.items():
-            exact = max(keep * shape.dense - shape.added, 0) / shape.per_rank
+            exact = shape.rank_of(keep * shape.dense)
             ranks[name] = max(budget.multiple, int(exact // budget.multiple) * budget.multiple)
             lost[name] = exact - int(exact // budget.multiple) * budget.multiple
         for name in sorted(shapes, key=lambda n: -shapes[n].per_rank):  # the floor of one multiple may have cost too much

@@ -30,6 +30,8 @@ class Size:
         after = {name: shapes[name].parameters(rank) for name, rank in ranks.items()}
         element = {name: weight.element_size() for name, weight in weights.items()}  # some keep a part in another dtype
         saved = {name: before[name] - after[name] for name in ranks}
+        indices = sum(shapes[name].index_bytes for name, rank in ranks.items() if rank is not None)
+        bytes_saved = sum(saved[name] * element[name] for name in ranks) - indices
         model_bytes = sum(p.nbytes for p in model.parameters())
         return cls(
             parameters={
@@ -37,8 +39,8 @@ class Size:
                 "model": _both(model.num_parameters(), sum(saved.values())),
             },
             bytes={
-                "linear": _both(sum(w.nbytes for w in weights.values()), sum(saved[n] * element[n] for n in ranks)),
-                "model": _both(model_bytes, sum(saved[n] * element[n] for n in ranks)),
+                "linear": _both(sum(w.nbytes for w in weights.values()), bytes_saved),
+                "model": _both(model_bytes, bytes_saved),
             },
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.files import read_json
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.lowrank import DEFAULT_FORM
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.plain import to_json
 from rankwise.recipe import Recipe
@@ -30,7 +31,7 @@ from rankwise.run_folder import digest, read_tensors
 FILE, RESULTS, WINDOWS, PRICES = "decomposed.json", "decomposed", "windows.safetensors", "prices.safetensors"
 FORMAT_VERSION = 1
 FREE = frozenset(
-    {"rate", "target_bytes", "target_speedup", "scope", "allocation", "preset", "options", "rank_multiple", "device"}
+    {"rate", "target_bytes", "target_speedup", "scope", "allocation", "preset", "options", "rank_multiple", "form", "device"}
 )  # not settled by decomposing
 
 
@@ -70,7 +71,7 @@ class Artifact:
             version = saved["format_version"]
             if version != FORMAT_VERSION:
                 raise RankwiseError(f"{file} has format {version!r}, this rankwise reads {FORMAT_VERSION}: decompose again")
-            shapes = {name: Shape(*shape) for name, shape in saved["shapes"].items()}
+            shapes = {name: Shape(*shape[:3]) for name, shape in saved["shapes"].items()}
             recipe, conversations = Recipe.of(**saved["recipe"]), saved.get("conversations", 0)
             return cls(Path(folder), recipe, saved["identity"], shapes, saved["parameters"], conversations)
         except RankwiseError:
@@ -80,7 +81,7 @@ class Artifact:
 
     def write(self) -> None:
         """Write the description; the results are there already."""
-        shapes = {name: list(asdict(shape).values()) for name, shape in self.shapes.items()}
+        shapes = {n: [s.out_features, s.in_features, s.added] for n, s in self.shapes.items()}
         saved = {"format_version": FORMAT_VERSION, "identity": self.identity, "parameters": self.parameters}
         saved |= {"conversations": self.conversations, "recipe": self.recipe.model_dump(mode="json"), "shapes": shapes}
         (self.folder / FILE).write_text(to_json(saved, indent=1) + "\n")
@@ -131,7 +132,7 @@ class Artifact:
         prices = self.prices()
         chosen = choose(Problem(self.shapes, {}, budget, None), prices)  # type: ignore[arg-type]  # it asks no student
         experts = unstack_experts(model)
-        return factorise(model, _Factors(self, model), chosen.masks, experts)
+        return factorise(model, _Factors(self, model), chosen.masks, experts, DEFAULT_FORM)
 
 
 class _Factors(Mapping[str, Decomposition]):

@@ -35,8 +35,8 @@ def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
 
 
 def _dense(layer: LowRankLinear, transposed: bool) -> nn.Module:
-    first, second = layer.first.weight.detach(), layer.second.weight.detach()
-    return dense_linear((second.float() @ first.float()).to(second.dtype), layer.bias, transposed)
+    dtype, bias = layer.first.weight.dtype, None if layer.bias is None else layer.bias.detach().clone()
+    return dense_linear(layer.float().weight.detach().to(dtype), bias, transposed)
 
 
 def densify(path: str | Path, output: str | Path, overwrite: bool = False) -> None:

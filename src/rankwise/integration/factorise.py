@@ -11,17 +11,19 @@ from rankwise.layers.matrices import stack_experts
 from rankwise.masks.layers import Masks, folded, is_whole
 
 
-def factorise(model: Any, decompositions: Mapping[str, Decomposition], masks: Masks, experts: Sequence[str]) -> RankwiseConfig:
+def factorise(
+    model: Any, decompositions: Mapping[str, Decomposition], masks: Masks, experts: Sequence[str], form: str
+) -> RankwiseConfig:
     """Put the chosen layers into the model, its experts unstacked; experts that are all left dense are stacked again."""
     ranks: dict[str, int] = {}
     affine = False
     for name, mask in masks.items():
         if mask is not None:
             decomposition = decompositions[name]
-            model.set_submodule(name, folded(model.get_submodule(name), decomposition, mask))
+            model.set_submodule(name, folded(model.get_submodule(name), decomposition, mask, form))
             if not is_whole(mask):
                 ranks[name] = int(mask.count_nonzero())
                 affine = affine or decomposition.centre is not None
     kept = [path for path in experts if any(name.startswith(f"{path}.") for name in ranks)]
     stack_experts(model, set(experts) - set(kept))
-    return RankwiseConfig(ranks=ranks, experts=kept, affine=affine)
+    return RankwiseConfig(ranks=ranks, form=form, experts=kept, affine=affine)

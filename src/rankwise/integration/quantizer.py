@@ -26,23 +26,27 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rankwise.errors import RankwiseError
 from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
-from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.lowrank import FORMS, LowRankLinear, PairLinear
+from rankwise.layers.matrices import Shape
 
 METHOD = "rankwise"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FIRST_KEYS = {"ranks", "experts", "affine", "format_version", "quant_method"}
+KEYS = {1: FIRST_KEYS, 2: FIRST_KEYS | {"form"}}  # of each format; the first one had pairs of factors only
 
 
 @dataclass
 class RankwiseConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
-    ranks: path of each factorised linear layer -> its rank.
+    ranks: path of each factorised linear layer -> its rank. form: of all of them, one of `FORMS`.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
     affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
     rate: what to remove of a folder that `rankwise decompose` wrote, as it is loaded: the fraction of its matrices' parameters.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    form: str = PairLinear.form
     experts: list[str] = field(default_factory=list)
     affine: bool = False
     rate: float | None = None
@@ -53,21 +57,23 @@ class RankwiseConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Raises ValueError for a folder written by a later rankwise, or by nobody."""
         version = config_dict.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in KEYS:
             raise ValueError(
-                f"this folder has rankwise format {version!r}, this rankwise reads {FORMAT_VERSION}: upgrade with pip"
+                f"this folder has rankwise format {version!r}, this rankwise reads {', '.join(map(str, KEYS))}: upgrade with pip"
             )
-        unknown = set(config_dict) - {"ranks", "experts", "affine", "format_version", "quant_method"}
+        unknown = set(config_dict) - KEYS[version]
         if unknown:
             raise ValueError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
         ranks, experts = config_dict.get("ranks"), config_dict.get("experts", [])
         if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ValueError("in quantization_config, ranks is not an object of matrices and their ranks, positive numbers")
+        if config_dict.get("form", PairLinear.form) not in FORMS:
+            raise ValueError(f"in quantization_config, form is {config_dict['form']!r}, none of {', '.join(FORMS)}: upgrade with pip")
         if not isinstance(experts, list) or not all(isinstance(path, str) for path in experts):
             raise ValueError("in quantization_config, experts is not a list of paths")
         if not isinstance(config_dict.get("affine", False), bool):
             raise ValueError("in quantization_config, affine is neither true nor false")
-        config = cls(**config_dict)
+        config = cls(**config_dict | {"format_version": FORMAT_VERSION})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,8 +106,8 @@ class RankwiseQuantizer(HfQuantizer):
             (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
             if rank > min(out_features, in_features):
                 raise ValueError(f"the folder has rank {rank:,} for {path!r}, which is {out_features} x {in_features}")
-            dtype = weight_of(linear).dtype
-            model.set_submodule(path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype))
+            shape = Shape(out_features, in_features, form=config.form)
+            model.set_submodule(path, shape.empty(rank, bias=bias, dtype=weight_of(linear).dtype))
         ignored: Any = model._keys_to_ignore_on_load_unexpected
         expected = (f"^{re.escape(name)}$" for name in guards(model, config))
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]

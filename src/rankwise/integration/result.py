@@ -82,7 +82,7 @@ def read_recipe(folder: Path) -> Recipe | None:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise RankwiseError(f"{file} is not a list of options and their values")
     try:
-        return Recipe.of(**content)
+        return Recipe.of(**{"form": PairLinear.form} | content)  # which recipes did not tell when there was one
     except RankwiseError as error:
         raise RankwiseError(f"{file}: {error}") from None
 
@@ -92,13 +92,14 @@ def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shap
     weights in the folder are not those that its config describes."""
     config = load_config(folder)
     refuse_foreign(folder, config)
-    model, affine = skeleton(config), quantization_of(config).get("affine", False)
+    model, quantization = skeleton(config), quantization_of(config)
+    form, affine = quantization.get("form", PairLinear.form), quantization.get("affine", False)
     unstack_experts(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     unknown = sorted(ranks.keys() - linear.keys())
     if unknown:
         raise RankwiseError(f"{folder / RANKS} has a rank for {unknown[0]}, a matrix that {type(model).__name__} does not have")
-    return {name: Shape.of(linear[name], affine) for name in ranks}
+    return {name: Shape.of(linear[name], form, affine) for name in ranks}
 
 
 def _asked(recipe: Recipe) -> str:
@@ -130,7 +131,7 @@ def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -
 # {name}
 
 {report["base_model"]} with {report["achieved_rate"][recipe.scope]:.1%} fewer parameters (scope: {recipe.scope}): its weight
-matrices are low-rank products, the rank of each chosen by rankwise.
+matrices are of low rank, the rank of each chosen by rankwise.
 
 ```python
 import rankwise  # teaches transformers this format

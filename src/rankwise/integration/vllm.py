@@ -2,14 +2,16 @@
 
 vLLM joins q, k and v, and gate and up, into one layer whose parts have ranks of their own or are dense. Such a layer holds
     first   [sum of ranks, in]       the first factors, one product for all parts
-    second  [sum of out * rank]      the second factors, one after the other
+    second  [sum of rows * rank]     the second factors, one after the other
+    order   [sum of outs]            of pivoted parts: where each row stands in [pivots, others]
     weight  [sum of dense outs, in]  the dense parts; where the guards of the others arrive, too, and are dropped
-Split over devices, a column-parallel layer keeps its rows of `second`, a row-parallel one its columns of `first`: partial
-sums commute with `second`. Written against vLLM 0.32.
+Split over devices, a column-parallel layer keeps its rows of a pair's `second`, or its part of `order` and all of a pivoted
+`second`; a row-parallel one its columns of `first`: partial sums commute with `second`. Written against vLLM 0.32.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import accumulate
 from typing import Any
@@ -24,6 +26,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from rankwise.errors import RankwiseError
 from rankwise.integration.quantizer import METHOD, RankwiseConfig
+from rankwise.layers.lowrank import PivotedLinear
 
 PARTS: dict[Any, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # how a joined q, k and v names them; others number theirs
 
@@ -36,9 +39,9 @@ def register() -> None:
 class RankwiseVllmConfig(QuantizationConfig):
     """Which linear layers of vLLM's model are low-rank."""
 
-    def __init__(self, ranks: dict[str, int]) -> None:
+    def __init__(self, ranks: dict[str, int], form: str) -> None:
         super().__init__()
-        self.ranks = ranks
+        self.ranks, self.form = ranks, form
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RankwiseVllmConfig:
@@ -48,7 +51,7 @@ class RankwiseVllmConfig(QuantizationConfig):
             raise RankwiseError(
                 "vLLM cannot serve compressed experts: compress with --exclude '*experts*', or densify the folder"
             )
-        return cls(checked.ranks)
+        return cls(checked.ranks, checked.form)
 
     def get_name(self) -> str:
         return METHOD
@@ -66,7 +69,7 @@ class RankwiseVllmConfig(QuantizationConfig):
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """A bias belongs to `second` in a folder, to the layer in vLLM."""
+        """A bias belongs to a pair's `second` in a folder, to the layer in vLLM."""
         return WeightsMapper(orig_to_new_regex={re.compile(r"\.second\.bias$"): ".bias"})
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -79,7 +82,7 @@ class RankwiseVllmConfig(QuantizationConfig):
         parts = self.packed_modules_mapping.get(leaf)
         ranks = [self.ranks.get(f"{above}.{part}".removeprefix(".")) for part in parts or [leaf]]
         if isinstance(layer, LinearBase):
-            return LowRankMethod(ranks, joined=parts == [leaf]) if any(ranks) else UnquantizedLinearMethod()
+            return LowRankMethod(ranks, self.form, joined=parts == [leaf]) if any(ranks) else UnquantizedLinearMethod()
         if any(ranks):
             raise RankwiseError(f"vLLM cannot serve {prefix} as a low-rank layer: compress without it, or densify the folder")
         return None
@@ -91,8 +94,8 @@ class LowRankMethod(LinearMethodBase):
 
     supports_pre_processed_weights = True
 
-    def __init__(self, ranks: list[int | None], joined: bool = False) -> None:
-        self.ranks, self.joined = ranks, joined
+    def __init__(self, ranks: list[int | None], form: str, joined: bool = False) -> None:
+        self.ranks, self.pivoted, self.joined = ranks, form == PivotedLinear.form, joined
 
     def create_weights(
         self,
@@ -104,7 +107,7 @@ class LowRankMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Register `first`, `second` and `weight` of `layer`, each with a loader of its own."""
+        """Register `first`, `second`, `order` and `weight` of `layer`, each with a loader of its own."""
         outs = output_partition_sizes
         if len(outs) != len(self.ranks):
             if not self.joined or sum(outs) != output_size:
@@ -114,46 +117,57 @@ class LowRankMethod(LinearMethodBase):
                 )
             outs = [output_size]
         columns, ranks = input_size_per_partition, [rank or 0 for rank in self.ranks]
-        layer.outs, layer.low_ranks = outs, ranks
-        for name, shapes in {
-            "first": [(rank, columns) for rank in ranks],
-            "second": [(out, rank) for out, rank in zip(outs, ranks, strict=True)],
-            "weight": [(0 if rank else out, columns) for out, rank in zip(outs, ranks, strict=True)],
-        }.items():
-            sizes = [rows * width for rows, width in shapes]
-            shape = (sum(sizes),) if name == "second" else (sum(rows for rows, _ in shapes), columns)
-            weight = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
-            weight.weight_loader = _loader(layer, shapes)  # type: ignore[attr-defined]
-            owner = layer if name == "weight" else nn.Module()
-            owner.register_parameter("weight", weight)
-            if owner is not layer:
-                layer.add_module(name, owner)
+        replicas = [getattr(layer, "num_kv_head_replicas", 1) if part else 1 for part in range(len(outs))]
+        whole = [out * output_size // sum(outs) // copies for out, copies in zip(outs, replicas, strict=True)]
+        rows = [out - rank for out, rank in zip(whole, ranks, strict=True)] if self.pivoted else outs
+        layer.outs, layer.low_ranks, layer.rows = outs, ranks, rows
+
+        def register(name: str, shapes: list[tuple[int, ...]], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            parameter.weight_loader = _loader(layer, shapes)  # type: ignore[attr-defined]
+            path, _, leaf = name.rpartition(".")
+            if path:
+                layer.add_module(path, nn.Module())
+            layer.get_submodule(path).register_parameter(leaf, parameter)
+
+        firsts = [(rank, columns) for rank in ranks]
+        seconds = [(of_part * bool(rank), rank) for of_part, rank in zip(rows, ranks, strict=True)]
+        dense = [(0 if rank else out, columns) for out, rank in zip(outs, ranks, strict=True)]
+        register("first.weight", firsts, (sum(ranks), columns), params_dtype)
+        register("second.weight", seconds, (sum(of_part * rank for of_part, rank in seconds),), params_dtype)
+        register("weight", dense, (sum(out for out, _ in dense), columns), params_dtype)
+        if self.pivoted:
+            orders = [(out * bool(rank),) for out, rank in zip(outs, ranks, strict=True)]
+            register("order", orders, (sum(out for (out,) in orders),), torch.int32)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., sum of outs]."""
-        ranks, outs = layer.low_ranks, layer.outs
+        ranks, outs, rows = layer.low_ranks, layer.outs, layer.rows
         inner = F.linear(x, layer.first.weight).split(ranks, -1)
         dense_outs = [0 if rank else out for out, rank in zip(outs, ranks, strict=True)]
         dense = F.linear(x, layer.weight).split(dense_outs, -1) if any(dense_outs) else ()
-        seconds = layer.second.weight.split([out * rank for out, rank in zip(outs, ranks, strict=True)])
-        parts = [
-            F.linear(inner[i], seconds[i].view(out, rank)) if rank else dense[i]
-            for i, (out, rank) in enumerate(zip(outs, ranks, strict=True))
-        ]
+        seconds = layer.second.weight.split([of_part * rank for of_part, rank in zip(rows, ranks, strict=True)])
+        orders = layer.order.split([out * bool(rank) for out, rank in zip(outs, ranks, strict=True)]) if self.pivoted else ()
+        parts = []
+        for i, rank in enumerate(ranks):
+            if not rank:
+                parts.append(dense[i])
+                continue
+            part = F.linear(inner[i], seconds[i].view(rows[i], rank))
+            parts.append(torch.cat([inner[i], part], -1)[..., orders[i]] if self.pivoted else part)
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y if bias is None else y + bias
 
 
-def _loader(layer: Any, shapes: list[tuple[int, int]]) -> Any:
-    """The loader of a parameter that holds matrices of `shapes` one after the other: puts part `shard_id` in its place."""
-    ends = list(accumulate(rows * columns for rows, columns in shapes))
+def _loader(layer: Any, shapes: list[tuple[int, ...]]) -> Any:
+    """The loader of a parameter that holds tensors of `shapes` one after the other: puts part `shard_id` in its place."""
+    ends = list(accumulate(map(math.prod, shapes)))
 
     def load(parameter: nn.Parameter, loaded: Tensor, shard_id: str | int | None = None) -> None:
         if loaded.numel() == 0:
             return  # a guard
         part: Any = PARTS.get(shard_id, shard_id)
-        rows, columns = shapes[part]
-        place = parameter.data.view(-1)[ends[part] - rows * columns : ends[part]].view(rows, columns)
+        place = parameter.data.view(-1)[ends[part] - math.prod(shapes[part]) : ends[part]].view(shapes[part])
         replicas = layer.num_kv_head_replicas if shard_id in ("k", "v") else 1
         for axis, size in enumerate(place.shape):
             if loaded.shape[axis] == size * layer.tp_size // replicas:

@@ -27,6 +27,7 @@ from rankwise.integration.files import reason, weight_files
 SAFETENSORS_DTYPES = {  # in the order in which safetensors lays tensors out
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
@@ -70,7 +71,7 @@ class Weights:
             with safe_open(self.file_of[name], framework="pt") as file:
                 dtype = file.get_slice(name).get_dtype()
             for known, text in SAFETENSORS_DTYPES.items():
-                if text == dtype:
+                if text == dtype and known.is_floating_point:
                     return known
         raise RankwiseError("the model has no weights in float32, bfloat16 or float16")
 

@@ -8,30 +8,34 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from rankwise.errors import RankwiseError
 from rankwise.layers import experts
 from rankwise.layers.linear import bias_of, is_linear, weight_of
+from rankwise.layers.lowrank import DEFAULT_FORM, LowRankLinear, layer_class
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a weight matrix W [out_features, in_features] and the arithmetic of its parameters.
+    """Shape of a weight matrix W [out_features, in_features] and the arithmetic of its parameters in a form of low rank.
 
     added: parameters that a low-rank layer has beside its factors: the bias of affine ones, where the matrix had none.
+    form: one of `FORMS`.
     """
 
     out_features: int
     in_features: int
     added: int = 0
+    form: str = DEFAULT_FORM
 
     @classmethod
-    def of(cls, module: nn.Module, affine: bool = False) -> Shape:
+    def of(cls, module: nn.Module, form: str = DEFAULT_FORM, affine: bool = False) -> Shape:
         """The shape of a linear module's matrix."""
         out_features, in_features = weight_of(module).shape
-        return cls(out_features, in_features, out_features if affine and bias_of(module) is None else 0)
+        return cls(out_features, in_features, out_features if affine and bias_of(module) is None else 0, form)
 
     @property
     def dense(self) -> int:
@@ -40,7 +44,7 @@ class Shape:
 
     @property
     def per_rank(self) -> int:
-        """Parameters of one unit of rank: a column of B and a row of A."""
+        """Parameters of the first unit of rank, a column of B and a row of A; no later one has more."""
         return self.out_features + self.in_features
 
     @property
@@ -50,8 +54,22 @@ class Shape:
 
     @property
     def break_even(self) -> float:
-        """The rank, m n / (m + n) without added parameters, from which on dense is smaller."""
-        return (self.dense - self.added) / self.per_rank
+        """The rank from which on dense is smaller."""
+        return self.rank_of(self.dense)
+
+    def empty(self, rank: int, **options: Any) -> LowRankLinear:
+        """A layer at `rank` without values, on the meta device; options as of `nn.Linear`."""
+        return self.layer_class(self.in_features, self.out_features, rank, device="meta", **options)
+
+    @property
+    def layer_class(self) -> Any:
+        """The class of its layers."""
+        return layer_class(self.form, self.out_features, self.in_features)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of a low-rank layer that are no parameters: where its rows stand."""
+        return sum(buffer.nbytes for buffer in self.empty(1).buffers())
 
     def largest_rank(self, multiple: int = 1) -> int:
         """The largest multiple of `multiple` below the break-even rank."""
@@ -59,11 +77,20 @@ class Shape:
 
     def rank_within(self, parameters: int) -> int:
         """The largest rank of at most that many parameters."""
-        return max(parameters - self.added, 0) // self.per_rank
+        rank = round(self.rank_of(parameters))
+        return rank if self.parameters(rank) <= parameters else max(rank - 1, 0)
+
+    def rank_of(self, parameters: float) -> float:
+        """The rank, seldom whole, of that many parameters."""
+        return self.layer_class.rank_of(self.out_features, self.in_features, max(parameters - self.added, 0))
 
     def parameters(self, rank: int | None) -> int:
         """Parameters at `rank`; None is dense."""
-        return self.dense if rank is None else rank * self.per_rank + self.added
+        return self.dense if rank is None else int(self.numbers(rank)) + self.added
+
+    def numbers(self, rank: Any) -> Any:
+        """Parameters of the factors at `rank`, an integer or a tensor."""
+        return self.layer_class.numbers(self.out_features, self.in_features, rank)
 
 
 def matches(name: str, module: nn.Module, pattern: str) -> bool:
@@ -99,7 +126,11 @@ def stacked_on_failure(model: nn.Module, paths: Iterable[str]) -> Iterator[None]
 
 
 def find_matrices(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), multiple: int = 1
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    multiple: int = 1,
+    form: str = DEFAULT_FORM,
 ) -> tuple[dict[str, Shape], dict[str, str]]:
     """The matrices that may be compressed (path -> shape), and those left dense (path -> reason), stacks of matrices too.
 
@@ -122,7 +153,7 @@ def find_matrices(
     matrices: dict[str, Shape] = {}
     dense: dict[str, str] = {}
     for name, module in linear.items():
-        shape = Shape.of(module)
+        shape = Shape.of(module, form)
         included = any(matches(name, module, p) for p in include)
         if uses[id(module.weight)] > 1:
             dense[name] = "its weight is tied to another module's"

@@ -40,7 +40,7 @@ class HyperNetwork(nn.Module):
 
 def size(masks: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Tensor:
     """T(m) = sum_l c_l 1^T m_l, the parameters of the factors; the method knows no dense option."""
-    return torch.stack([mask.sum() * shapes[name].per_rank for name, mask in masks.items()]).sum()
+    return torch.stack([shapes[name].numbers(mask.sum()) for name, mask in masks.items()]).sum()
 
 
 def excess(size: Tensor, target: float) -> Tensor:

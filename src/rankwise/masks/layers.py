@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.decomposition.solver import Decomposition
 from rankwise.layers.linear import bias_of, dense_linear, weight_of
-from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.lowrank import LowRankLinear, PairLinear, layer_class
 
 Masks = dict[str, Tensor | None]
 
@@ -78,11 +78,11 @@ def add(bias: Tensor | None, more: Tensor | None) -> Tensor | None:
     return more if bias is None else bias if more is None else bias + more
 
 
-def folded(linear: nn.Module, decomposition: Decomposition, mask: Tensor) -> nn.Module:
-    """The layer to ship in place of `linear`: of the kept components, the mask's values folded into its first factor; or
-    dense, with the values folded into its weight."""
+def folded(linear: nn.Module, decomposition: Decomposition, mask: Tensor, form: str = PairLinear.form) -> nn.Module:
+    """The layer to run in place of `linear`: of the kept components, the mask's values folded into its first factor; or
+    dense, with the values folded into its weight. A pair of factors takes nothing to make; any other form is the same product."""
     if not is_whole(mask):
-        return factorised(decomposition, mask, bias_of(linear)).to(weight_of(linear).dtype)
+        return factorised(decomposition, mask, bias_of(linear), form).to(weight_of(linear).dtype)
     return dense_linear(weighted(weight_of(linear), decomposition, mask), bias_of(linear), isinstance(linear, Conv1D))
 
 
@@ -93,10 +93,10 @@ def weighted(weight: Tensor, decomposition: Decomposition, mask: Tensor) -> Tens
     return (weight.float() + change.to(weight.device)).to(weight.dtype)
 
 
-def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None) -> LowRankLinear:
-    """The layer of the kept components."""
+def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None, form: str) -> LowRankLinear:
+    """The layer of the kept components, in one of `FORMS`."""
     kept = mask.nonzero().squeeze(-1).to(decomposition.first.device)
     values = mask.to(decomposition.first)[kept]
-    return LowRankLinear.from_factors(
+    return layer_class(form, len(decomposition.second), decomposition.first.shape[1]).from_factors(
         decomposition.second[:, kept], values[:, None] * decomposition.first[kept], add(bias, decomposition.dropped(mask))
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
+from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape
 from rankwise.report import figures
 from rankwise.report.command import command_of
@@ -52,7 +53,9 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
     """Of the result that is at `number` in the page's data."""
     report, identity = result.report, f"result-{number}"
     costs = report.get("costs", {}).get("kl", {})
-    matrices = [Matrix(m, Shape(*report["shapes"][m]), rank, costs.get(m)) for m, rank in report["ranks"].items()]
+    form = report["recipe"].get("form", PairLinear.form)  # which reports did not tell when there was one
+    shapes = {name: Shape(*shape, form=form) for name, shape in report["shapes"].items()}
+    matrices = [Matrix(m, shapes[m], rank, costs.get(m)) for m, rank in report["ranks"].items()]
     where = places(report["ranks"])
     history = report.get("history", [])
     named = [record for record in history if isinstance(record.get("step"), str) and record.get("kl") is not None]

@@ -159,7 +159,7 @@ def ideal_speedup(model: nn.Module) -> dict[str, float]:
     stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]  # of experts
     same = sum(weight_of(module).numel() for module in others) + sum(stack.numel() for stack in stacks)
     dense = same + sum(layer.in_features * layer.out_features for layer in low_rank)
-    compressed = same + sum(layer.rank * (layer.in_features + layer.out_features) for layer in low_rank)
+    compressed = same + sum(weight_of(factor).numel() for layer in low_rank for factor in layer.children())
     last = weight_of(head).numel() if head is not None and is_linear(head) else 0
     return {"prefill": dense / compressed, "decode": (dense + last) / (compressed + last)}
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
-from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import Shape
 from rankwise.progress import progress
 from rankwise.runtime.bench import decode, prefill
@@ -45,7 +44,7 @@ class TimedShape(Shape):
     @classmethod
     def of_times(cls, shape: Shape, dense_time: int, ranks: tuple[int, ...], times: tuple[int, ...]) -> TimedShape:
         """The matrix of that shape."""
-        made = cls(shape.out_features, shape.in_features, dense_time=dense_time, ranks=ranks, times=times)
+        made = cls(shape.out_features, shape.in_features, 0, shape.form, dense_time=dense_time, ranks=ranks, times=times)
         return replace(made, added=max(0, times[0] - ranks[0] * made.per_rank))
 
     @property
@@ -60,9 +59,17 @@ class TimedShape(Shape):
 
     def largest_rank(self, multiple: int = 1) -> int:
         """The largest multiple of `multiple` that is both smaller and faster than dense; 0 where there is none."""
-        ranks = np.arange(multiple, Shape(self.out_features, self.in_features).largest_rank(multiple) + 1, multiple)
+        ranks = np.arange(multiple, Shape(self.out_features, self.in_features, form=self.form).largest_rank(multiple) + 1, multiple)
         faster = ranks[np.interp(ranks, self.ranks, self.times) < self.dense_time]
         return int(faster.max(initial=0))
+
+    def numbers(self, rank: Any) -> Any:
+        """Nanoseconds of that much rank, an integer or a tensor: a straight line near those measured."""
+        return rank * self.per_rank
+
+    def rank_of(self, parameters: float) -> float:
+        """The rank, seldom whole, of that many nanoseconds on this line."""
+        return max(parameters - self.added, 0) / self.per_rank
 
     def parameters(self, rank: int | None) -> int:
         """Nanoseconds at `rank`; None is dense."""
@@ -98,7 +105,11 @@ class Weights:
     def layer(self, shape: Shape, rank: int | None) -> nn.Module:
         """A linear layer of the shape, or a low-rank one as `optimize` leaves it."""
         if rank is not None:
-            layer = LowRankLinear.from_factors(self.matrix(shape.out_features, rank), self.matrix(rank, shape.in_features))
+            layer = shape.empty(rank, dtype=self.buffer.dtype)
+            for factor in layer.children():
+                factor.weight = nn.Parameter(self.matrix(*factor.weight.shape), requires_grad=False)
+            for name, index in layer.named_buffers():
+                layer.register_buffer(name, torch.randperm(len(index), dtype=index.dtype).to(self.buffer.device))
             arrange(layer)
             return layer
         dense = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")

@@ -107,7 +107,7 @@ def start(
     empty, source = empty_model(model, config, recipe.dtype)
     if any(is_stacked(module) for module in empty.modules()):
         raise InMemoryOnlyError(f"{type(empty).__name__} has stacked experts, which are not taken apart block by block")
-    shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple)
+    shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
     assert recipe.rate is not None
     Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
     refuse_whole_runs(recipe, allocator, empty, shapes)

@@ -46,7 +46,7 @@ def tiny_problem(metric: str, rate: float, multiple: int = 1) -> Problem:
     """The problem of compressing `tiny_student`."""
     student = tiny_student(metric)
     affine = is_affine(metric_named(metric))
-    shapes = {name: Shape.of(student.model.get_submodule(name), affine) for name in student.decompositions}
+    shapes = {name: Shape.of(student.model.get_submodule(name), affine=affine) for name in student.decompositions}
     budget = Budget.of(shapes, rate, "linear", tiny_model().num_parameters(), multiple)
     return Problem(shapes, {name: d.spectrum for name, d in student.decompositions.items()}, budget, student)
 
