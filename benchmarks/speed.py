@@ -98,8 +98,8 @@ def decoder(size: str, layers: int, dtype: torch.dtype) -> Any:
 def compress_at_random(model: Any, rate: float, multiple: int, form: str) -> Any:
     weights = Weights(COLD, model.dtype)
     for name, shape in find_matrices(model)[0].items():
-        layer = weights.layer(*options_of(shape, rate, multiple)[form])
-        for factor in layer.children():
+        layer: Any = weights.layer(*options_of(shape, rate, multiple)[form])
+        for factor in (layer.first, layer.second):
             factor.weight = nn.Parameter(factor.weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
         model.set_submodule(name, layer)
     return model

@@ -117,7 +117,11 @@ def test_fill_steps_from_the_largest_rank_to_dense() -> None:
 
 
 rates = st.integers(1, 9999).map(lambda n: n / 10_000)
-linear = st.dictionaries(st.text("ab", min_size=1), st.builds(Shape, st.integers(3, 500), st.integers(6, 500), st.just(0), st.sampled_from([*FORMS])), min_size=1)
+linear = st.dictionaries(
+    st.text("ab", min_size=1),
+    st.builds(Shape, st.integers(3, 500), st.integers(6, 500), st.just(0), st.sampled_from([*FORMS])),
+    min_size=1,
+)
 
 
 @many

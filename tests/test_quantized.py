@@ -71,7 +71,7 @@ def test_int4(folder: Path) -> None:
     quantize_(quantized, PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False))
     elements = sum(weight.numel() for weight in factors(model))
     assert held_bytes(nn.ParameterList(factors(quantized))) == elements / 2 + 8 * elements / GROUP
-    assert 0.01 < kl(model, quantized) < 1
+    assert 0.01 < kl(model, quantized) < 2
 
 
 def test_floats_are_counted_as_ever(folder: Path) -> None:

@@ -6,7 +6,7 @@ construction, the dense matrix in its place from the break-even rank on, and the
 The paper's text gives the staircase, the dense switch, the terms and the final rescaling. Its formulas and constants were not to
 be had. Reconstructed, and so ours:
 - the binary mask: the first round(sum p) components, with the gradient of p (`masks/staircase.py`);
-- L_g = mean over matrices of min(max(1 - R, 0), band), R = k (m + n) / (m n), or what the form takes at rank k: between 1 - band and 1 a matrix costs nearly as
+- L_g = mean over matrices of min(max(1 - R, 0), band), R = k (m + n) / (m n): between 1 - band and 1 a matrix costs nearly as
   much as dense and serves worse, so it is drawn up; elsewhere the term has no slope;
 - the ratio counts a matrix at most once, as dense, but with the slope of R: a dense matrix can come down again;
 - every constant below.

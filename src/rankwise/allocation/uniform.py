@@ -13,7 +13,8 @@ from rankwise.allocation.problem import Allocation, Problem
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Uniform:
-    """rank = floor(keep m n / (m + n)) for a pair of factors, of the same parameters in another form; what the rounding leaves goes first where it took most."""
+    """rank = floor(keep m n / (m + n)), in another form than a pair of factors that of as many parameters; what the rounding
+    leaves goes first where it took most."""
 
     decomposition: ClassVar[str] = "whitened"
 

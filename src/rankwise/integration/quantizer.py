@@ -68,7 +68,9 @@ class RankwiseConfig(QuantizationConfigMixin):
         if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ValueError("in quantization_config, ranks is not an object of matrices and their ranks, positive numbers")
         if config_dict.get("form", PairLinear.form) not in FORMS:
-            raise ValueError(f"in quantization_config, form is {config_dict['form']!r}, none of {', '.join(FORMS)}: upgrade with pip")
+            raise ValueError(
+                f"in quantization_config, form is {config_dict['form']!r}, none of {', '.join(FORMS)}: upgrade with pip"
+            )
         if not isinstance(experts, list) or not all(isinstance(path, str) for path in experts):
             raise ValueError("in quantization_config, experts is not a list of paths")
         if not isinstance(config_dict.get("affine", False), bool):

@@ -16,6 +16,7 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
 from rankwise.integration.files import read_json, reason, refuse_odd_files
 from rankwise.layers.linear import is_linear
+from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.plain import shown, to_json
 from rankwise.recipe import Recipe

@@ -1,18 +1,20 @@
 """vLLM serves a compressed folder: its plugin, found by the entry point `vllm.general_plugins`. Importing it is the registration.
 
-vLLM joins q, k and v, and gate and up, into one layer whose parts have ranks of their own or are dense. Such a layer holds
-    first   [sum of ranks, in]       the first factors, one product for all parts
-    second  [sum of rows * rank]     the second factors, one after the other
-    order   [sum of outs]            of pivoted parts: where each row stands in [pivots, others]
-    weight  [sum of dense outs, in]  the dense parts; where the guards of the others arrive, too, and are dropped
-Split over devices, a column-parallel layer keeps its rows of a pair's `second`, or its part of `order` and all of a pivoted
-`second`; a row-parallel one its columns of `first`: partial sums commute with `second`. Written against vLLM 0.32.
+vLLM joins q, k and v, and gate and up, into one layer whose parts have ranks of their own or are dense. Such a layer holds, part
+after part,
+    first   the first factors        second  the second factors
+    order   of pivoted parts: as of their layers (`layers/lowrank.py`)
+    weight  the dense parts; where the guards of the others arrive, too, and are dropped
+Split over devices, a layer that is split by outputs keeps its rows of `second`, or where rows are pivots its part of `order` and
+all of `second`; one split by inputs its columns of `first`: partial sums commute with `second`. Written against vLLM 0.32.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +28,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from rankwise.errors import RankwiseError
 from rankwise.integration.quantizer import METHOD, RankwiseConfig
-from rankwise.layers.lowrank import PivotedLinear
+from rankwise.layers.lowrank import ColumnPivotedLinear, RowPivotedLinear, layer_class
 
 PARTS: dict[Any, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # how a joined q, k and v names them; others number theirs
 
@@ -95,7 +97,7 @@ class LowRankMethod(LinearMethodBase):
     supports_pre_processed_weights = True
 
     def __init__(self, ranks: list[int | None], form: str, joined: bool = False) -> None:
-        self.ranks, self.pivoted, self.joined = ranks, form == PivotedLinear.form, joined
+        self.ranks, self.form, self.joined = ranks, form, joined
 
     def create_weights(
         self,
@@ -116,50 +118,88 @@ class LowRankMethod(LinearMethodBase):
                     "device only, and where vLLM's model says that it keeps their order: densify the folder"
                 )
             outs = [output_size]
-        columns, ranks = input_size_per_partition, [rank or 0 for rank in self.ranks]
+        columns = input_size_per_partition
+        splits = output_size // sum(outs)
         replicas = [getattr(layer, "num_kv_head_replicas", 1) if part else 1 for part in range(len(outs))]
-        whole = [out * output_size // sum(outs) // copies for out, copies in zip(outs, replicas, strict=True)]
-        rows = [out - rank for out, rank in zip(whole, ranks, strict=True)] if self.pivoted else outs
-        layer.outs, layer.low_ranks, layer.rows = outs, ranks, rows
-
-        def register(name: str, shapes: list[tuple[int, ...]], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-            parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        layer.parts = [
+            Part(
+                rank or 0,
+                out,
+                columns,
+                out * splits // copies,
+                _pivots(self.form, out * splits // copies, input_size) if rank else "",
+            )
+            for rank, out, copies in zip(self.ranks, outs, replicas, strict=True)
+        ]
+        if columns != input_size and any(part.pivots == "columns" for part in layer.parts):
+            raise RankwiseError(
+                f"{layer.prefix}: a layer that is split by its inputs and has more outputs than inputs is served on one device "
+                "only: compress with --form pair"
+            )
+        names = {"first.weight": params_dtype, "second.weight": params_dtype, "order": torch.int32, "weight": params_dtype}
+        for (name, dtype), shapes in zip(names.items(), zip(*(part.shapes() for part in layer.parts), strict=True), strict=True):
+            parameter = nn.Parameter(torch.empty(sum(map(math.prod, shapes)), dtype=dtype), requires_grad=False)
             parameter.weight_loader = _loader(layer, shapes)  # type: ignore[attr-defined]
             path, _, leaf = name.rpartition(".")
             if path:
                 layer.add_module(path, nn.Module())
             layer.get_submodule(path).register_parameter(leaf, parameter)
 
-        firsts = [(rank, columns) for rank in ranks]
-        seconds = [(of_part * bool(rank), rank) for of_part, rank in zip(rows, ranks, strict=True)]
-        dense = [(0 if rank else out, columns) for out, rank in zip(outs, ranks, strict=True)]
-        register("first.weight", firsts, (sum(ranks), columns), params_dtype)
-        register("second.weight", seconds, (sum(of_part * rank for of_part, rank in seconds),), params_dtype)
-        register("weight", dense, (sum(out for out, _ in dense), columns), params_dtype)
-        if self.pivoted:
-            orders = [(out * bool(rank),) for out, rank in zip(outs, ranks, strict=True)]
-            register("order", orders, (sum(out for (out,) in orders),), torch.int32)
-
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., sum of outs]."""
-        ranks, outs, rows = layer.low_ranks, layer.outs, layer.rows
-        inner = F.linear(x, layer.first.weight).split(ranks, -1)
-        dense_outs = [0 if rank else out for out, rank in zip(outs, ranks, strict=True)]
-        dense = F.linear(x, layer.weight).split(dense_outs, -1) if any(dense_outs) else ()
-        seconds = layer.second.weight.split([of_part * rank for of_part, rank in zip(rows, ranks, strict=True)])
-        orders = layer.order.split([out * bool(rank) for out, rank in zip(outs, ranks, strict=True)]) if self.pivoted else ()
-        parts = []
-        for i, rank in enumerate(ranks):
-            if not rank:
-                parts.append(dense[i])
-                continue
-            part = F.linear(inner[i], seconds[i].view(rows[i], rank))
-            parts.append(torch.cat([inner[i], part], -1)[..., orders[i]] if self.pivoted else part)
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        parts, held = layer.parts, (layer.first.weight, layer.second.weight, layer.order, layer.weight)
+        tensors = [
+            [own.view(shape) for own, shape in zip(parameter.split([*map(math.prod, shapes)]), shapes, strict=True)]
+            for parameter, shapes in zip(held, zip(*(part.shapes() for part in parts), strict=True), strict=True)
+        ]
+        kept: list[Tensor | None] = [None] * len(parts)
+        if all(part.pivots != "columns" for part in parts):  # then one product serves all
+            kept = [*F.linear(x, layer.first.weight.view(-1, x.shape[-1])).split([part.rank for part in parts], -1)]
+        ys = [part.product(x, inner, *own) for part, inner, *own in zip(parts, kept, *tensors, strict=True)]
+        y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
         return y if bias is None else y + bias
 
 
-def _loader(layer: Any, shapes: list[tuple[int, ...]]) -> Any:
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a layer on this device: its rank (0: dense), its outputs and inputs here, its outputs on all devices, and
+    what its pivots are: "rows", "columns" or "" where there are none."""
+
+    rank: int
+    out: int
+    columns: int
+    whole_out: int
+    pivots: str
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of what it holds of the layer's first, second, order and weight."""
+        r, m, n = self.rank, self.out, self.columns
+        if not r:
+            return (0, n), (0, 0), (0,), (m, n)
+        if self.pivots == "columns":
+            return (r, n - r), (m, r), (n,), (0, n)
+        if self.pivots == "rows":
+            return (r, n), (self.whole_out - r, r), (m,), (0, n)
+        return (r, n), (m, r), (0,), (0, n)
+
+    def product(self, x: Tensor, kept: Tensor | None, first: Tensor, second: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; kept: the product with `first`, where it is known."""
+        if not self.rank:
+            return F.linear(x, weight)
+        if self.pivots == "columns":
+            pivots, others = x.index_select(-1, order).tensor_split([self.rank], -1)
+            return F.linear(pivots + F.linear(others, first), second)
+        kept = F.linear(x, first) if kept is None else kept
+        y = F.linear(kept, second)
+        return torch.cat([kept, y], -1).index_select(-1, order) if self.pivots else y
+
+
+def _pivots(form: str, out_features: int, in_features: int) -> str:
+    kinds: dict[Any, str] = {RowPivotedLinear: "rows", ColumnPivotedLinear: "columns"}
+    return kinds.get(layer_class(form, out_features, in_features), "")
+
+
+def _loader(layer: Any, shapes: Sequence[tuple[int, ...]]) -> Any:
     """The loader of a parameter that holds tensors of `shapes` one after the other: puts part `shard_id` in its place."""
     ends = list(accumulate(map(math.prod, shapes)))
 

@@ -12,16 +12,17 @@ LARGEST = 2.0  # of the coefficients that combine pivots
 
 
 class LowRankLinear(nn.Module):
-    """y = W x + b with a weight [out_features, in_features] of rank `rank`, held as two plain linear layers, `first` and `second`:
-    whatever handles linear layers (PEFT, torchao, FSDP, torch.compile, exporters) handles them."""
+    """y = W x + b with a weight [out_features, in_features] of rank `rank`, held as two plain linear layers, `first` and
+    `second`: whatever handles linear layers (PEFT, torchao, FSDP, torch.compile, exporters) handles them."""
 
     form: ClassVar[str]
 
     first: nn.Linear
     second: nn.Linear
+    bias: Any  # [out_features], or None
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
-        """Those that run take bias, device and dtype as well, as of `nn.Linear`."""
+    def __init__(self, in_features: int, out_features: int, rank: int, **options: Any) -> None:
+        """options: bias, device and dtype, as of `nn.Linear`."""
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
 
@@ -102,6 +103,22 @@ class PivotedLinear(LowRankLinear):
     form = "pivoted"
     order: Tensor
 
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **options: Any) -> None:
+        super().__init__(in_features, out_features, rank)
+        first, second, gathered = self._sizes()
+        self.first, self.second = (nn.Linear(*sizes, bias=False, **options) for sizes in (first, second))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
+        self.register_buffer("order", torch.arange(gathered, dtype=torch.int32, device=options.get("device")))
+
+    @abstractmethod
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int], int]:
+        """Inputs and outputs of `first` and of `second`, and the length of `order`."""
+
+    @staticmethod
+    @abstractmethod
+    def _written(second: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of `first` and `second`, and `order`, for the product of these factors."""
+
     @staticmethod
     def numbers(out_features: int, in_features: int, rank: Any) -> Any:
         return rank * (out_features + in_features - rank)
@@ -116,35 +133,28 @@ class PivotedLinear(LowRankLinear):
         """Pivots and coefficients are computed in float64 and rounded once."""
         (out_features, rank), in_features = second.shape, first.shape[1]
         layer = cls(in_features, out_features, rank, bias=bias is not None, device="meta", dtype=second.dtype)
-        layer._fill(second.double(), first.double())
-        for factor in (layer.first, layer.second):
-            factor.weight = _fixed(factor.weight.to(second.dtype))
+        *weights, order = cls._written(second.double(), first.double())
+        layer.first.weight, layer.second.weight = (_fixed(weight.to(second.dtype)) for weight in weights)
+        layer.order = order.int()
         if bias is not None:
-            layer._own_bias().bias = _fixed(bias.detach().clone())
+            layer.bias = _fixed(bias.detach().clone())
         return layer
 
 
 class RowPivotedLinear(PivotedLinear):
-    """y = [first(x), second(first(x))] in the order of the rows, plus a bias of its own.
+    """y = [first(x), second(first(x))] in the order of the rows, plus the bias.
 
     first: the pivots [rank, in_features]; second: the coefficients [out_features - rank, rank]; order [out_features] int32: where
     each row stands in [pivots, others].
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **options: Any) -> None:
-        super().__init__(in_features, out_features, rank)
-        self.first = nn.Linear(in_features, rank, bias=False, **options)
-        self.second = nn.Linear(rank, out_features - rank, bias=False, **options)
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
-        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=options.get("device")))
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int], int]:
+        return (self.in_features, self.rank), (self.rank, self.out_features - self.rank), self.out_features
 
-    def _fill(self, second: Tensor, first: Tensor) -> None:
+    @staticmethod
+    def _written(second: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pivots, others, coefficients = pivots_of(second)
-        self.first.weight, self.second.weight = _fixed(second[pivots] @ first), _fixed(coefficients)
-        self.order = torch.cat([pivots, others]).argsort().int()
-
-    def _own_bias(self) -> nn.Module:
-        return self
+        return second[pivots] @ first, coefficients, torch.cat([pivots, others]).argsort()
 
     @property
     def weight(self) -> Tensor:
@@ -159,30 +169,19 @@ class RowPivotedLinear(PivotedLinear):
 
 
 class ColumnPivotedLinear(PivotedLinear):
-    """y = second(x_pivots + first(x_others)): the bias belongs to `second`.
+    """y = second(x_pivots + first(x_others)), plus the bias.
 
     first: the coefficients [rank, in_features - rank]; second: the pivots [out_features, rank]; order [in_features] int32: the
     inputs that meet pivots, then the others.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **options: Any) -> None:
-        super().__init__(in_features, out_features, rank)
-        self.first = nn.Linear(in_features - rank, rank, bias=False, **options)
-        self.second = nn.Linear(rank, out_features, bias=bias, **options)
-        self.register_buffer("order", torch.arange(in_features, dtype=torch.int32, device=options.get("device")))
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int], int]:
+        return (self.in_features - self.rank, self.rank), (self.rank, self.out_features), self.in_features
 
-    def _fill(self, second: Tensor, first: Tensor) -> None:
+    @staticmethod
+    def _written(second: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pivots, others, coefficients = pivots_of(first.T)
-        self.first.weight, self.second.weight = _fixed(coefficients.T), _fixed(second @ first[:, pivots])
-        self.order = torch.cat([pivots, others]).int()
-
-    def _own_bias(self) -> nn.Module:
-        return self.second
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[out_features], or None."""
-        return self.second.bias
+        return coefficients.T, second @ first[:, pivots], torch.cat([pivots, others])
 
     @property
     def weight(self) -> Tensor:
@@ -192,16 +191,17 @@ class ColumnPivotedLinear(PivotedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         pivots, others = x.index_select(-1, self.order).tensor_split([self.rank], -1)
-        return self.second(pivots + self.first(others))
+        y = self.second(pivots + self.first(others))
+        return y if self.bias is None else y + self.bias
 
 
 def pivots_of(B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows p [r] of B [m, r] float64, the others o [m - r], both rising, and the coefficients C [m - r, r] of B[o] = C B[p], none
     of which is above `LARGEST`.
 
-    The rows that LU with row pivoting takes of an orthonormal basis are a start (B may be singular, the basis is not); a row whose
-    coefficient is larger than that takes the place of the pivot it belongs to, which multiplies the volume |det basis[p]| by it
-    (maxvol, Goreinov et al. 2010).
+    The rows that LU with row pivoting takes of an orthonormal basis are a start (B may be singular, the basis is not); a row
+    whose coefficient is larger than that takes the place of the pivot it belongs to, which multiplies the volume |det basis[p]|
+    by it (maxvol, Goreinov et al. 2010).
     """
     rank, basis = B.shape[1], torch.linalg.qr(B).Q
     packed, swaps = torch.linalg.lu_factor(basis)

@@ -54,7 +54,7 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
     report, identity = result.report, f"result-{number}"
     costs = report.get("costs", {}).get("kl", {})
     form = report["recipe"].get("form", PairLinear.form)  # which reports did not tell when there was one
-    shapes = {name: Shape(*shape, form=form) for name, shape in report["shapes"].items()}
+    shapes = {name: Shape(m, n, form=form) for name, (m, n) in report["shapes"].items()}
     matrices = [Matrix(m, shapes[m], rank, costs.get(m)) for m, rank in report["ranks"].items()]
     where = places(report["ranks"])
     history = report.get("history", [])

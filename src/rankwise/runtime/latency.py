@@ -59,7 +59,9 @@ class TimedShape(Shape):
 
     def largest_rank(self, multiple: int = 1) -> int:
         """The largest multiple of `multiple` that is both smaller and faster than dense; 0 where there is none."""
-        ranks = np.arange(multiple, Shape(self.out_features, self.in_features, form=self.form).largest_rank(multiple) + 1, multiple)
+        ranks = np.arange(
+            multiple, Shape(self.out_features, self.in_features, form=self.form).largest_rank(multiple) + 1, multiple
+        )
         faster = ranks[np.interp(ranks, self.ranks, self.times) < self.dense_time]
         return int(faster.max(initial=0))
 
@@ -106,7 +108,7 @@ class Weights:
         """A linear layer of the shape, or a low-rank one as `optimize` leaves it."""
         if rank is not None:
             layer = shape.empty(rank, dtype=self.buffer.dtype)
-            for factor in layer.children():
+            for factor in (layer.first, layer.second):
                 factor.weight = nn.Parameter(self.matrix(*factor.weight.shape), requires_grad=False)
             for name, index in layer.named_buffers():
                 layer.register_buffer(name, torch.randperm(len(index), dtype=index.dtype).to(self.buffer.device))

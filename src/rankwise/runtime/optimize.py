@@ -72,7 +72,8 @@ def optimize(model: Any) -> Any:
     model that is optimized already stays as it is. Saving it writes the same folder as before.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    for siblings in _siblings(model, {name: layer for name, layer in layers.items() if type(layer.first) is nn.Linear}):
+    reading = {name: layer for name, layer in layers.items() if layer.first.in_features == layer.in_features}  # all of the input
+    for siblings in _siblings(model, {name: layer for name, layer in reading.items() if type(layer.first) is nn.Linear}):
         joint = Joint([layer.first for layer in siblings])
         for index, layer in enumerate(siblings):
             layer.first = JointLinear.of(layer.first, joint, index)

@@ -28,7 +28,7 @@ def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation, form
         dense = model.get_submodule(name)
         options = {"bias": bias_of(dense) is not None, "dtype": weight_of(dense).dtype}
         model.set_submodule(name, Shape.of(dense, form).empty(int(mask.count_nonzero()), **options))
-    attach(model, RankwiseConfig({name: rank for name, rank in chosen.ranks.items() if rank is not None}, form))
+    attach(model, RankwiseConfig(ranks={name: rank for name, rank in chosen.ranks.items() if rank is not None}, form=form))
 
     @functools.lru_cache(maxsize=1)
     def layer(name: str) -> dict[str, Tensor]:
@@ -38,9 +38,8 @@ def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation, form
     def read(name: str) -> Tensor:
         path = next((path for path in _above(name) if path in masks), None)
         if path is not None:
-            own = layer(path)
-            leaf = name.removeprefix(f"{path}.")
-            return own[leaf] if leaf in own else source.read(f"{path}.bias")
+            tensor = layer(path).get(name.removeprefix(f"{path}."))
+            return source.read(f"{path}.bias") if tensor is None else tensor
         matrix = name.removesuffix(".weight")
         if matrix != name and matrix in given:
             turned, own = isinstance(model.get_submodule(matrix), Conv1D), source.read(name)
