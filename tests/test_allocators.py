@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,8 @@ from rankwise.layers.linear import swapped, weight_of
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.testing.allocators import VOCABULARY, tiny_problem, tiny_student
 
-SHAPES = {"a": Shape(12, 8), "b": Shape(6, 10), "c": Shape(9, 9)}
+Pair = functools.partial(Shape, form="pair")  # as the methods are published
+SHAPES = {"a": Pair(12, 8), "b": Pair(6, 10), "c": Pair(9, 9)}
 KEEPS = (0.45, 0.6, 0.75, 0.9)
 Floats = np.ndarray[Any, Any]
 
@@ -101,7 +103,7 @@ def assert_threshold(answer: Allocation, problem: Problem, scores: Mapping[str, 
     [(0, 1, 1), (1, 1, 1), (4, 1, 4), (5, 1, None), (8, 1, None), (0, 2, 2), (3, 2, 2), (4, 2, 4), (5, 2, None)],
 )
 def test_rank_of_components(components: int, multiple: int, rank: int | None) -> None:
-    assert rank_of(components, Shape(12, 8, form="pair"), multiple) == rank  # break-even: 96 / 20 = 4.8
+    assert rank_of(components, Pair(12, 8), multiple) == rank  # break-even: 96 / 20 = 4.8
 
 
 def test_infinite_scores_are_kept_last_of_all_to_go() -> None:
@@ -162,7 +164,7 @@ def test_uniform_error_is_the_least_largest_error(keep: float, seed: int) -> Non
     assert loss(UniformError().allocate(problem).ranks) == pytest.approx(min(map(loss, all_plans(problem))), abs=1e-12)
 
 
-ATTENTION = {f"layers.{i}.{n}_proj": Shape(m, 160) for i in range(3) for n, m in (("q", 160), ("k", 40), ("v", 40), ("o", 160))}
+ATTENTION = {f"layers.{i}.{n}_proj": Pair(m, 160) for i in range(3) for n, m in (("q", 160), ("k", 40), ("v", 40), ("o", 160))}
 
 
 def test_effective_rank_of_a_flat_and_a_single_spectrum() -> None:
@@ -277,7 +279,7 @@ class Table:
 @pytest.mark.parametrize("seed", range(6))
 def test_strs_search(seed: int) -> None:
     rates, rng = (0.1, 0.4, 0.6, 0.8), np.random.default_rng(seed)
-    shapes = {n: Shape(30 + 7 * i, 40) for i, n in enumerate("abcd")}
+    shapes = {n: Pair(30 + 7 * i, 40) for i, n in enumerate("abcd")}
     rank = {(n, r): int(s.dense * (1 - r)) // s.per_rank for n, s in shapes.items() for r in rates}
     losses = {(n, k): rng.uniform() / k for (n, _), k in rank.items()}
     entries = sorted(rank, key=lambda e: -losses[e[0], rank[e]])  # the paper: by loss, descending

@@ -27,7 +27,7 @@ def joined(model: torch.nn.Module) -> list[str]:
     return [name.rpartition(".first")[0] for name, module in model.named_modules() if isinstance(module, JointLinear)]
 
 
-@pytest.mark.parametrize(("name", "count"), [("llama", 10), ("t5", 24), ("mixtral", 6), ("gpt2", 0), ("bert-classifier", 6)])
+@pytest.mark.parametrize(("name", "count"), [("llama", 6), ("t5", 16), ("mixtral", 6), ("gpt2", 0), ("bert-classifier", 6)])
 @torch.no_grad()
 def test_the_same_model(name: str, count: int, tmp_path: Path) -> None:
     model = compressed(name)

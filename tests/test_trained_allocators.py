@@ -97,7 +97,7 @@ def test_position_outside_is_held_and_penalised() -> None:
 def test_ars_terms_by_hand() -> None:
     masks = {"a": ints(1, 0, 1).requires_grad_(True), "b": ints(1, 1).requires_grad_(True)}
     spectra = {"a": ints(3, 2, 1), "b": ints(5, 4)}
-    kept = size(masks, {"a": Shape(3, 4), "b": Shape(2, 6)})
+    kept = size(masks, {"a": Shape(3, 4, form="pair"), "b": Shape(2, 6, form="pair")})
     assert kept == 2 * 7 + 2 * 8
     assert excess(kept, 30.0) == excess(kept, 40.0) == 0
     assert excess(kept, 20.0).item() == pytest.approx(math.log(30 / 20))

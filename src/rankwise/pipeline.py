@@ -161,7 +161,7 @@ def compress(
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
-            clock.estimate = Estimate.of(run, metric, allocator)
+            clock.estimate = Estimate.of(run, metric, allocator, looks_closer=recipe.effort != "quick")
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
             clock.lap("calibration")
@@ -174,7 +174,7 @@ def compress(
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
             clock.lap("measuring")
-            costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring)
+            costs, tokens = ({}, 0) if recipe.effort == "quick" else costs_of_each(student, chosen.masks, run.data.measuring)
             samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
             spectra = thinned_spectra(student.decompositions, chosen.masks)
             clock.lap("looking closer")

@@ -22,7 +22,7 @@ SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in mi
 PLACE = 8, 2**11  # characters of a piece: for each token of a window, and at least
 LEAST_SAMPLES = 16  # however long they are
 LEAST_WINDOWS = 64  # rather shorter ones than fewer
-SHORTEST = 256
+SHORTEST = 128
 T = TypeVar("T")
 TOKENS_PER_BATCH = 2**13  # at most
 MAX_LENGTH = 2048
@@ -46,7 +46,7 @@ def windows_asked(model: Any, effort: str, device: str, length: int | None, samp
 
 def window_length(model: nn.Module, wanted: int | None = None, text: int = MOST_TEXT) -> int:
     """Tokens of a window: those wanted, by default the model's context, but at most 2048, and so few that a `text` of so many
-    tokens has 64 of them, if that leaves 256.
+    tokens has 64 of them, if that leaves 128.
 
     Raises `RankwiseError` for fewer than two, which predict nothing, and for more than the context.
     """
@@ -142,8 +142,10 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int, opening: S
 def written_at_once(model: Any) -> int:
     """Tokens of the sequences that a model writes at once: those whose keys and values take about 2 GB at most."""
     text = model.config.get_text_config()
-    kept = 8 * getattr(text, "hidden_size", 1) * getattr(text, "num_hidden_layers", 1)  # float32, no head shared
-    return int(min(4 * TOKENS_PER_BATCH, 2**31 // kept))
+    heads = getattr(text, "num_attention_heads", None) or 1
+    shared = heads / (getattr(text, "num_key_value_heads", None) or heads)
+    kept = 8 * getattr(text, "hidden_size", 1) * getattr(text, "num_hidden_layers", 1) / shared  # float32
+    return int(min(4 * TOKENS_PER_BATCH, 2**31 / kept))
 
 
 def with_decoder_inputs(model: Any, batch: Batch) -> Batch:

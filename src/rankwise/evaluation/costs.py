@@ -10,8 +10,8 @@ from rankwise.masks.layers import Masks, is_whole
 from rankwise.masks.student import Student
 from rankwise.progress import progress
 
-TOKENS = 2**14  # through the model, all matrices together
-LEAST, MOST = 2**6, 2**12  # through each
+TOKENS = 2**13  # through the model, all matrices together
+LEAST, MOST = 2**5, 2**12  # through each
 
 
 def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> tuple[dict[str, float], int]:
@@ -27,5 +27,5 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
 
 
 def tokens_of_each(matrices: int) -> int:
-    """Tokens that a matrix is measured on: 16,384 shared among all, but from 64 to 4096."""
+    """Tokens that a matrix is measured on: 8,192 shared among all, but from 32 to 4096."""
     return min(MOST, max(LEAST, TOKENS // max(matrices, 1)))

@@ -17,7 +17,7 @@ from rankwise.masks.layers import Masks
 from rankwise.masks.student import Student
 
 logger = logging.getLogger(__name__)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 96
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
 
 
 def sample_texts(
