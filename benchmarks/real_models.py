@@ -2,6 +2,7 @@
 (round to nearest, groups of 64).
 
     python benchmarks/real_models.py [--models SmolLM2-135M-Instruct MGM-9M] [--calibrations c4 self] [--rates 0.1 0.2 0.3 0.4]
+                                     [--forms pivoted pair]
     python benchmarks/real_models.py --time quick default
 
 Calibration: a C4 sample, or text that the model writes itself (for MGM, of which there is no text, only that). Judged on windows
@@ -37,6 +38,7 @@ from rankwise.contest import hold_contest
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.protocols import read_judging_text
 from rankwise.layers.linear import dense_linear, is_linear, weight_of
+from rankwise.layers.lowrank import FORMS, PairLinear
 
 METHODS = {
     "uniform": "uniform ranks (SVD-LLM)",
@@ -94,23 +96,29 @@ def load(folder: Path) -> Any:
 
 
 def contest_of(folder: Path, calibration: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """Every method at every rate."""
+    """Every method at every rate, in every form."""
     texts = texts_of(folder, args.data, work)
-    rows = hold_contest(
-        folder,
-        args.rates,
-        [path for name, path in texts.items() if name != "c4"],
-        work / f"{calibration}-{args.effort}",
-        allocations=args.methods,
-        calibration=texts["c4"] if calibration == "c4" else "self",
-        judge_samples=args.judge_samples,
-        effort=args.effort,
-        length=LENGTH,
-    )
+    rows = [
+        row | {"form": form}
+        for form in args.forms
+        for row in hold_contest(
+            folder,
+            args.rates,
+            [path for name, path in texts.items() if name != "c4"],
+            work / f"{calibration}-{args.effort}",
+            allocations=args.methods,
+            calibration=texts["c4"] if calibration == "c4" else "self",
+            judge_samples=args.judge_samples,
+            effort=args.effort,
+            length=LENGTH,
+            form=form,
+        )
+    ]
     names = {path: name for name, path in texts.items()}
     return [
         {
             "method": row["method"].rpartition(" on ")[0],
+            "form": row["form"],
             "rate": row["rate"],
             "seconds": row["effort"]["seconds"],
             "kept_parameters": row["kept_parameters"],
@@ -197,11 +205,12 @@ def _table(model: str, key: str, text: str, rows: list[dict[str, Any]], quantize
         "| method | " + " | ".join(f"rate {rate:g}: {size[rate] / 1e6:.0f} MB" for rate in rates) + " | seconds a rate |",
         "|---|" + "---|" * (len(rates) + 1),
     ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = {row["rate"]: row for row in rows if row["method"] == method}
+    for form, method in dict.fromkeys((row["form"], row["method"]) for row in rows):
+        own = {row["rate"]: row for row in rows if (row["form"], row["method"]) == (form, method)}
         cells = [_cell(own[rate]["texts"][text]) if rate in own else "not run" for rate in rates]
         seconds = sum(row["seconds"] for row in own.values()) / len(own)
-        lines.append(f"| {METHODS.get(method, method)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        name = METHODS.get(method, method) + ", pairs" * (form == PairLinear.form)
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
     return [*lines, ""]
 
 
@@ -231,6 +240,7 @@ def main() -> None:
     parser.add_argument("--calibrations", nargs="+", default=["c4", "self"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--forms", nargs="+", default=[*FORMS])
     parser.add_argument("--effort", default="default")
     parser.add_argument("--judge-samples", type=int, default=10)
     parser.add_argument("--time", nargs="*", default=[])

@@ -97,7 +97,8 @@ def test_budget_is_met_and_everything_accounted_for(name: str) -> None:
         "reference": dense.num_parameters(),
         "compressed": result.model.num_parameters(),
     }
-    assert report["bytes"]["model"]["compressed"] == sum(p.nbytes for p in result.model.parameters())
+    held = [*result.model.parameters(), *(b for name, b in result.model.named_buffers() if name.endswith(".order"))]
+    assert report["bytes"]["model"]["compressed"] == sum(tensor.nbytes for tensor in held)
     unknown = {n for n, p in dense.named_parameters() if p.ndim == 3}  # stacks of experts that we cannot take apart
     assert linear | unknown == result.ranks.keys() | report["left_dense"].keys()
     assert not result.ranks.keys() & report["left_dense"].keys()
