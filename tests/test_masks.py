@@ -6,15 +6,17 @@ import contextlib
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributions as d
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.allocation.llrc import worth
+from rankwise.calibration.outputs import Kind
 from rankwise.calibration.signal import DRAWS, Signal, divergence, sampled_loss, signal_of, with_draws
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import decompose
@@ -271,7 +273,7 @@ def drawn(tokens: int) -> Batch:
 def sampled_labels(logits: Tensor, batch: Batch) -> Tensor:
     """The labels that `sampled_loss` drew, read off its gradient: softmax minus one-hot."""
     logits = logits.clone().requires_grad_()
-    sampled_loss(Signal(logits, categorical=True), batch).backward()
+    sampled_loss(Signal(logits, "categorical"), batch).backward()
     assert logits.grad is not None
     return (logits.detach().softmax(-1) - logits.grad).argmax(-1)
 
@@ -310,22 +312,25 @@ def test_any_number_of_processes_draws_the_same(monkeypatch: pytest.MonkeyPatch)
 
 def test_sampled_features_have_the_variance_of_the_features() -> None:
     values = (3 * torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)) + 1).requires_grad_()
-    sampled_loss(Signal(values, categorical=False), drawn(4000)).backward()
+    sampled_loss(Signal(values, "features"), drawn(4000)).backward()
     variance = values.detach().var(0).mean()
     assert values.grad is not None
     noise = -values.grad * variance
     assert noise.var().item() == pytest.approx(variance.item(), rel=0.05)
 
 
-@pytest.mark.parametrize("categorical", [True, False])
-def test_divergence_is_zero_for_itself_and_positive_for_any_other(categorical: bool) -> None:
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_divergence_is_zero_for_itself_and_positive_for_any_other(kind: Kind) -> None:
     generator = torch.Generator().manual_seed(0)
     for scale in (0.1, 1.0, 10.0):
-        p, q = (Signal(scale * torch.randn(7, 11, generator=generator), categorical) for _ in range(2))
+        p, q = (Signal(scale * torch.randn(7, 11, generator=generator), kind) for _ in range(2))
         assert divergence(p, p).item() == 0
         assert divergence(p, q).item() > 0
-        if categorical:
-            kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=s.values) for s in (p, q)))
+        if kind != "features":  # whose variance is that of the reference
+            make = {"categorical": d.Categorical, "bernoulli": d.Bernoulli, "gaussian": lambda logits: d.Normal(logits, 1.0)}[
+                kind
+            ]
+            kl = d.kl_divergence(*(make(logits=signal.values.double()) for signal in (p, q)))
             assert divergence(p, q).item() == pytest.approx(kl.sum().item(), rel=1e-4)
 
 

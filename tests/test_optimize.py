@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import VOCABULARY, build
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    PreTrainedModel,
+    StaticCache,
+    ViTConfig,
+    ViTModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import rankwise
 from rankwise.calibration.signal import values_of
@@ -94,3 +105,49 @@ def test_generation_is_the_same(small_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(small_llama)
     plain = model.generate(WINDOWS[:2], max_new_tokens=12, do_sample=False)
     assert torch.equal(rankwise.optimize(model).generate(WINDOWS[:2], max_new_tokens=12, do_sample=False), plain)
+
+
+VISION = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPEECH = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+SPEECH |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": VOCABULARY, "max_source_positions": 16}
+
+
+def whisper() -> PreTrainedModel:
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return WhisperForConditionalGeneration(WhisperConfig(**SPEECH, **tokens, num_mel_bins=8, max_target_positions=32))
+
+
+# q, k and v of an encoder and of a decoder, k and v of what the decoder reads of the encoder
+OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, torch.Tensor], int]] = {
+    "an encoder-decoder that makes no inputs": (
+        lambda: M2M100ForConditionalGeneration(M2M100Config(**{k: v for k, v in SPEECH.items() if "source" not in k})),
+        {"input_ids": WINDOWS, "decoder_input_ids": WINDOWS},
+        3 + 3 + 2,
+    ),
+    "pictures": (
+        lambda: ViTModel(ViTConfig(**VISION, image_size=16, patch_size=8)),
+        {"pixel_values": torch.randn(6, 3, 16, 16)},
+        6,
+    ),
+    "speech": (whisper, {"input_features": torch.randn(6, 8, 32), "decoder_input_ids": WINDOWS}, 3 + 3 + 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_models_that_read_something_else_than_text(name: str) -> None:
+    make, batch, count = OTHERS[name]
+    options = {"allocation": "uniform", "decomposition": "svd"}
+    model = rankwise.compress(make(), 0.3, calibration=[batch], **options).model.eval()
+    before = values_of(model, batch)[0]
+    assert len(joined(rankwise.optimize(model))) == count
+    torch.testing.assert_close(values_of(model, batch)[0], before)
+
+
+def test_without_a_call_of_the_model_its_factors_stay_apart(caplog: pytest.LogCaptureFixture) -> None:
+    model = compressed("llama")
+    expected = model(input_ids=WINDOWS).logits
+    model.main_input_name = "nothing"
+    assert joined(rankwise.optimize(model)) == []
+    assert "no call of LlamaForCausalLM is known" in caplog.text
+    torch.testing.assert_close(model(input_ids=WINDOWS).logits, expected)

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def kl(reference: PreTrainedModel, other: PreTrainedModel) -> float:
     """Nats per token."""
-    p, q = (Signal(model(WINDOWS).logits.float().flatten(0, 1), True) for model in (reference, other))
+    p, q = (Signal(model(WINDOWS).logits.float().flatten(0, 1), "categorical") for model in (reference, other))
     return divergence(p, q).item() / WINDOWS.numel()
 
 

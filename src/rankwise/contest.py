@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.batches import batches_of
+from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.text import refuse_unused
 from rankwise.calibration.tokens import Batch, windows_of
 from rankwise.decomposition.metric import metric_named
@@ -63,6 +66,7 @@ def all_allocations() -> list[str]:
     return [name if preset == "default" else f"{name}:{preset}" for name, presets in ALLOCATORS.items() for preset in presets]
 
 
+@torch.inference_mode(False)
 def hold_contest(
     model: str | Path | None,
     rates: Sequence[float],
@@ -96,10 +100,12 @@ def hold_contest(
     refuse_taken(output, overwrite=True)
     folder = RunFolder(output / "run")
     trains = not all(isinstance(method.allocator, FORWARD_ONLY) for method in methods)
-    short = shortage(model, recipe.calibration, recipe, [method.metric for method in methods], trains)
+    metrics = {method.metric for method in methods}
+    short = shortage(model, recipe.calibration, recipe, metrics, trains)
     if short is not None:
         raise short.refusal("compress goes block by block, one method at a time")
-    run = stages.start(model, recipe.calibration, None, recipe, rates, folder)
+    gradients = trains or any(GRADIENTS & metric_named(metric).NEEDS for metric in metrics)
+    run = stages.start(model, recipe.calibration, None, recipe, rates, folder, gradients=gradients)
     with stacked_on_failure(run.model, run.experts), widened(run.model):
         if run.tokenizer is None:
             raise RankwiseError(f"{model} has no tokenizer")

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, stages
+from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.footprint import shortage
 from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
-from rankwise.integration.checkpoint import refuse_output, written_whole
+from rankwise.integration.checkpoint import refuse_elsewhere, refuse_output, written_whole
 from rankwise.integration.result import MAX_SHARD_SIZE
 from rankwise.layers.matrices import stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
@@ -23,6 +25,7 @@ from rankwise.run_folder import RunFolder, write_tensors
 from rankwise.stages import Calibration
 
 
+@torch.inference_mode(False)
 def decompose(
     model: str | Path | PreTrainedModel | None,
     output: str | Path,
@@ -40,7 +43,8 @@ def decompose(
     """
     if model is None:
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
-    calibration = "self" if calibration is None else calibration
+    refuse_elsewhere(model)
+    calibration = "self" if calibration is None else listed(calibration)
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     recipe = Recipe.of(**{"calibration": source, "decomposition": "kronecker"} | options)
     refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)

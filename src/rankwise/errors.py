@@ -13,3 +13,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is torch's word, on a GPU or a CPU, or Python's, for memory that is not there."""
     texts = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts))
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its name where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

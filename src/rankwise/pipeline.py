@@ -17,6 +17,8 @@ from rankwise import bundled, distributed, stages, streaming
 from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
+from rankwise.calibration.data import listed
+from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import InMemoryOnlyError, RankwiseError
@@ -29,7 +31,7 @@ from rankwise.evaluation.size import Size
 from rankwise.evaluation.spectra import thinned_spectra
 from rankwise.footprint import Shortage, shortage
 from rankwise.integration.artifact import Artifact
-from rankwise.integration.checkpoint import refuse_output
+from rankwise.integration.checkpoint import refuse_elsewhere, refuse_output
 from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
 from rankwise.integration.result import PAGE, SPECTRA, write_result
@@ -93,6 +95,7 @@ class _Clock:
             self.estimate.after(name, self.seconds[name])
 
 
+@torch.inference_mode(False)  # gradients too, whatever the caller has switched off
 def compress(
     model: str | Path | PreTrainedModel | None = None,
     rate: float | None = None,
@@ -109,9 +112,10 @@ def compress(
 
     model: a folder or a name for `from_pretrained`, or a model in memory, which is compressed in place; None is the bundled
         model. What `decompose` wrote is not decomposed again.
-    calibration: a text source (see `read_documents`), "self" for text the model writes itself (the default), a list of
-        documents, each a text or a list of messages, windows [windows, length] int64, or your own batches, each a dict of the
-        model's inputs.
+    calibration: a text source (see `read_documents`), "self" for text the model writes itself (the default), documents, each a
+        text or a list of messages, windows [windows, length] of whole numbers, or your own batches, each a mapping of the
+        model's inputs, as a tokenizer or a DataLoader gives them; a batch whose tensors do not all have one row for each
+        sequence (the patches of pictures) is never cut.
     tokenizer: for a model in memory with calibration text.
     allocation: a name, or an allocator with its options set; by default "llrc", of an artifact "mask-fisher", whose prices are in
         it.
@@ -122,6 +126,8 @@ def compress(
     """
     if model is None:
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
+    refuse_elsewhere(model)
+    calibration = listed(calibration)
     artifact = Artifact.at(model)
     if artifact is not None:
         options = artifact.options(calibration, options)
@@ -130,7 +136,7 @@ def compress(
     recipe, allocator = _recipe(rate, calibration, "llrc" if allocation is None else allocation, options)
     refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
     metric = str(recipe.decomposition)
-    metric_named(metric)
+    needs = metric_named(metric).NEEDS
     folder = RunFolder()
     if output is not None:
         folder = RunFolder.beside(Path(output), resume, overwrite)
@@ -153,7 +159,7 @@ def compress(
             raise RankwiseError(why or f"memory: {error}: leave it out") from None
     clock = _Clock()
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
-    run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity)
+    run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity, trains or bool(GRADIENTS & needs))
     with stacked_on_failure(run.model, run.experts):
         run = stages.in_metric(run, metric)
         if artifact is not None:
@@ -163,7 +169,7 @@ def compress(
         with widened(run.model):
             clock.estimate = Estimate.of(run, metric, allocator, looks_closer=recipe.effort != "quick")
             say(str(clock.estimate))
-            statistics = stages.collect_statistics(run, metric_named(metric).NEEDS)
+            statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
             student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
             clock.lap("decomposition")
@@ -266,6 +272,7 @@ def _report(
         "shapes": {name: [shape.out_features, shape.in_features] for name, shape in run.shapes.items()},
         "left_dense": run.left_dense,
         "conversations": run.data.conversations,
+        "notes": stages.notes_of(*(size.parameters[scope]["reference"] for scope in ("linear", "model"))),
         "history": chosen.history,
         "effort": chosen.effort,
         "seconds": clock.seconds,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Budget, Shapes
 from rankwise.allocation.problem import Allocation, Problem
+from rankwise.calibration.batches import refuse_unfit, refuse_without_gradients, sides
 from rankwise.calibration.chat import Conversation, conversation, count_conversations, opening
-from rankwise.calibration.data import Data
+from rankwise.calibration.data import Data, listed
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
@@ -45,7 +47,8 @@ from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
 
-Calibration = str | Path | Sequence[str | Conversation] | Tensor | Sequence[Batch]
+logger = logging.getLogger(__name__)
+Calibration = str | Path | Tensor | Iterable[str | Conversation] | Iterable[Mapping[str, Tensor]]
 
 
 @dataclass
@@ -75,11 +78,12 @@ def start(
     rates: Collection[float],
     folder: RunFolder,
     identity: str | None = None,
+    gradients: bool = True,
 ) -> Run:
     """Read the text, open the model, find its matrices, check that every rate can be reached, cut the text into batches.
 
-    identity: as of `Run`, where it is known already. Raises `RankwiseError` for whatever is wrong with these, and leaves a model
-    in memory as it was.
+    identity: as of `Run`, where it is known already. gradients: whether statistics or masks take any. Raises `RankwiseError` for
+    whatever is wrong with these, and leaves a model in memory as it was.
     """
     if isinstance(calibration, str | Path) and calibration != "self":
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
@@ -87,8 +91,12 @@ def start(
     experts = unstack_experts(dense)
     with stacked_on_failure(dense, experts):
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
+        for note in notes_of(sum(shape.dense for shape in shapes.values()), dense.num_parameters()):
+            logger.warning(note)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
+        if gradients:
+            refuse_without_gradients(dense, shapes)
         of_model = fingerprint(dense) if folder.path and identity is None else ""
         data = read_data(dense, calibration, tokenizer, recipe, folder, of_model)
     identity = identity or digest(of_model, *data.tensors, recipe.seed)
@@ -126,13 +134,15 @@ def read_data(
         return Data.of_windows(model, calibration)
     if calibration == "self":
         begun = opening(tokenizer, length)
+        if model.can_generate():
+            refuse_unfit(model, dict.fromkeys(sides(model), torch.zeros(1, length, dtype=torch.int64)))
         key = digest(identity, length, samples, recipe.seed, *begun)
         with frozen(model), widened(model):
             written = folder.together(
                 "text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed, begun)}
             )
         return replace(Data.of_windows(model, written["windows"]), conversations=samples if begun else 0)
-    documents: Any = calibration
+    documents: Any = listed(calibration)
     if not documents or not isinstance(documents[0], str | list):
         return Data.of_batches(model, documents)
     if tokenizer is None:
@@ -157,10 +167,29 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
 
 
 def leave_unreached(run: Run, statistics: Statistics, needs: frozenset[str]) -> None:
-    """Leave dense from here on what these statistics, of some of the matrices or all, did not reach."""
+    """Leave dense from here on what these statistics, of some of the matrices or all, did not reach. Raises `RankwiseError` where
+    no matrix is left."""
+    called = {name for name in statistics.site_of if statistics.of(name).count}
+    around = {name.rpartition(".")[0] for name in called}
     for name in [name for name in statistics.site_of if not statistics.of(name).holds(needs)]:
-        run.left_dense[name] = "the calibration text does not reach it"
+        inside = name.rpartition(".")[0]
+        if name in called:
+            why = "nothing that the model answers depends on it"
+        elif inside in around and not isinstance(run.model.get_submodule(inside), nn.ModuleList):
+            why = "the model does not call it, but may read its weight"
+        else:
+            why = "the calibration text does not reach it"
+        run.left_dense[name] = why
         del run.shapes[name]
+    if not run.shapes:
+        raise RankwiseError("the calibration reaches none of the matrices that may be compressed")
+
+
+def notes_of(compressible: int, parameters: int) -> list[str]:
+    """What is worth a line: so few parameters in matrices that may be compressed that a rate of these is little of the model."""
+    share = compressible / parameters
+    few = f"only {share:.0%} of the model's parameters are in matrices that may be compressed: a rate counts these alone"
+    return [f"{few}, unless it is of the whole model (--scope model)"] if share < 0.5 else []
 
 
 def in_metric(run: Run, metric: str) -> Run:

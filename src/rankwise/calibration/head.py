@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.calibration.outputs import kind_of
+
 WIDTH = 4  # rows that the probe cuts out of the middle
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest logit: another number of rows is another order of sums
 _proved: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], type | None]] = weakref.WeakKeyDictionary()
@@ -87,6 +89,7 @@ def _probe(model: nn.Module, inputs: tuple[str, ...], call: Call) -> type | None
             wanted = logits[0, at]
             bound = TOLERANCE.get(wanted.dtype, 2e-2) * wanted.abs().max()
             fits = hidden.shape[:2] == logits.shape[:2] and again.shape == wanted.shape
+            fits = fits and logits.ndim == 3 and kind_of(model, logits) == "categorical"
             return type(answer) if fits and (again - wanted).abs().max() <= bound else None
     except Exception:  # a model whose end needs more than hidden states says so in as many ways as there are
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankwise import distributed
 from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, token_mask, with_draws
-from rankwise.calibration.tokens import Batch
+from rankwise.calibration.tokens import Batch, cut
 from rankwise.errors import RankwiseError
 from rankwise.progress import progress
 
@@ -141,7 +141,7 @@ def collect(
     Raises `RankwiseError` where the model or an activation has values that are not finite.
     """
     backward = bool(GRADIENTS & set(needs))
-    probe = {name: tensor[:1] for name, tensor in batches[0].items()}
+    probe = cut(batches[0], slice(1))
     with frozen(model), torch.set_grad_enabled(backward):
         site_of = find_sites(model, matrices, lambda: signal_of(model, probe))
         with watching(model, site_of, needs) as watched:
@@ -150,7 +150,7 @@ def collect(
                 signal = signal_of(model, batch)
                 if not torch.isfinite(signal.values).all():
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
-                if backward:
+                if backward and signal.values.requires_grad:  # else the batch reaches none of the matrices
                     sampled_loss(signal, batch).backward()
     return watched.everyones(device_of(model))
 
@@ -254,10 +254,10 @@ def _input_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> C
     return see
 
 
-def _output_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> Callable[..., None]:
-    def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_(True)  # the graph begins at the first matrix: no weight asks for a gradient
+def _output_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> Callable[..., Tensor]:
+    def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # the graph begins at the first matrix, as no weight asks for a gradient,
+            output = output.detach().requires_grad_(True).clone()  # and at a copy, which may be changed in place
         x = inputs[0].detach() if "fisher" in needs else None
 
         def see_gradient(gradient: Tensor) -> None:
@@ -268,6 +268,7 @@ def _output_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> 
                 moments.fisher = _add(moments.fisher, _squared_weight_gradients(x, gradient))
 
         output.register_hook(see_gradient)
+        return output
 
     return see
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rankwise import distributed
 from rankwise.calibration.head import Head, head_of, last_states
-from rankwise.calibration.tokens import Batch
-from rankwise.errors import RankwiseError
+from rankwise.calibration.outputs import Kind, values_in
+from rankwise.calibration.tokens import Batch, cut, written
 
 DRAWS = "draws"  # in a batch, beside the model's inputs: a number in [0, 1) for every token, which `sampled_loss` draws with
 PROBE = 8  # tokens that tell whether a model's logits can be had a few at a time
@@ -26,20 +26,33 @@ class Signal:
     """A model's outputs over the tokens of a batch that are not padding.
 
     values: [tokens, hidden] hidden states that `head` makes logits of; without a head [tokens, vocabulary] logits in the model's
-        dtype, or [tokens, hidden] features of a model that has none, which are read as the mean of a Gaussian with the features'
-        own variance.
+        dtype, or [rows, width] of whatever `kind` says (see `outputs`).
     """
 
     values: Tensor
-    categorical: bool
+    kind: Kind
     head: Head | None = None
 
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def categorical(self) -> bool:
+        """Whether a row is one choice out of several."""
+        return self.kind == "categorical"
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the Gaussians whose means the values are."""
+        values = self.values.detach().float()
+        if self.kind == "gaussian":
+            return values.new_ones(())
+        return values.var(dim=0).mean() if len(values) > 1 else values.var()
+
     def logits(self, values: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] float32 of rows of `values`."""
-        return (values if self.head is None else self.head(values)).float()
+        """Logits [rows, choices] float32 of rows of `values`; of Bernoullis [rows, width, 2], of no and of yes."""
+        logits = (values if self.head is None else self.head(values)).float()
+        return torch.stack((torch.zeros_like(logits), logits), -1) if self.kind == "bernoulli" else logits
 
     def chunks(self) -> Iterator[slice]:
         """The rows in parts whose logits fit in memory."""
@@ -48,7 +61,7 @@ class Signal:
         return (slice(i, i + rows) for i in range(0, len(self), rows))
 
     def __getitem__(self, rows: Any) -> Signal:
-        return Signal(self.values[rows], self.categorical, self.head)
+        return Signal(self.values[rows], self.kind, self.head)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -67,14 +80,30 @@ def inputs_of(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DRAWS)}
 
 
+@contextmanager
+def unpadded(model: Any, batch: Batch) -> Iterator[None]:
+    """While inside, a classifier without a padding token reads `batch` as it is, if nothing in it is padded: transformers lets it
+    read one sequence at a time only, as it looks for each one's last token."""
+    config: Any = None if model.can_generate() or token_mask(batch) is not None else model.config.get_text_config()
+    if getattr(config, "pad_token_id", 0) is not None:
+        yield
+        return
+    config.pad_token_id = -1  # no token is it
+    try:
+        yield
+    finally:
+        config.pad_token_id = None
+
+
 def call(model: nn.Module, batch: Batch, device: torch.device | None = None, **options: Any) -> Any:
     """The model's own output object for `batch`; the inputs go to `device`, by default that of the model."""
-    return model(**inputs_of(batch, device or device_of(model)), **options)
+    with unpadded(model, batch):
+        return model(**inputs_of(batch, device or device_of(model)), **options)
 
 
 def few_tokens(batch: Batch) -> Batch:
     """The first sequence, and of it the first tokens where all inputs have one number for each and nothing is padded."""
-    one = {name: tensor[:1] for name, tensor in batch.items()}
+    one = cut(batch, slice(1))
     shape = next(iter(one.values())).shape
     padded = any(name.endswith("mask") and not tensor.all() for name, tensor in one.items())
     if padded or len(shape) != 2 or any(tensor.shape != shape for tensor in one.values()):
@@ -82,17 +111,10 @@ def few_tokens(batch: Batch) -> Batch:
     return {name: tensor[:, :PROBE] for name, tensor in one.items()}
 
 
-def values_of(model: nn.Module, batch: Batch, device: torch.device | None = None) -> tuple[Tensor, bool]:
-    """The model's logits [sequences, length, vocabulary] and True, or its last hidden states and False.
-
-    Raises `RankwiseError` for a model that gives neither.
-    """
-    output = call(model, batch, device)
-    logits = getattr(output, "logits", None)
-    values = logits if logits is not None else getattr(output, "last_hidden_state", None)
-    if values is None:
-        raise RankwiseError(f"the model's output {type(output).__name__} has neither logits nor last_hidden_state")
-    return values, logits is not None
+def values_of(model: nn.Module, batch: Batch, device: torch.device | None = None) -> tuple[Tensor, Kind]:
+    """What the model answers (see `values_in`): its logits [sequences, length, vocabulary] or its last hidden states, if it has
+    them."""
+    return values_in(model, call(model, batch, device), batch)
 
 
 def signal_of(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Signal:
@@ -100,19 +122,16 @@ def signal_of(model: nn.Module, batch: Batch, device: torch.device | None = None
     names = tuple(name for name in ("input_ids", "decoder_input_ids") if name in batch)
     head = head_of(model, names, lambda model: call(model, few_tokens(batch), device))
     if head is None:
-        return as_signal(*values_of(model, batch, device), batch)
-    return Signal(_written(last_states(model, lambda model: call(model, batch, device)), batch), True, head)
+        values, kind = values_of(model, batch, device)
+        return Signal(_of_tokens(values, batch), kind)
+    states = last_states(model, lambda model: call(model, batch, device))
+    return Signal(_of_tokens(states, batch), "categorical", head)
 
 
-def as_signal(values: Tensor, categorical: bool, batch: Batch) -> Signal:
-    """What `values_of` gave for `batch`, without padding."""
-    return Signal(_written(values, batch), categorical)
-
-
-def _written(values: Tensor, batch: Batch) -> Tensor:
+def _of_tokens(values: Tensor, batch: Batch) -> Tensor:
     """[sequences, length, c] -> [tokens, c], without padding."""
     mask = token_mask(batch)
-    if mask is not None and values.ndim == 3:
+    if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
         return values[mask.to(values.device)]
     return values.reshape(-1, values.shape[-1])
 
@@ -161,9 +180,8 @@ def _over_tokens(signal: Signal, loss: Loss) -> Tensor:
 
 def divergence(reference: Signal, other: Signal) -> Tensor:
     """KL(reference || other) in nats, summed over tokens: scalar float32, differentiable in the other's values."""
-    if not reference.categorical:
-        mean = reference.values.float()
-        return 0.5 * (other.values.float() - mean).square().sum() / mean.var(dim=0).mean()
+    if reference.kind in ("gaussian", "features"):
+        return 0.5 * (other.values.float() - reference.values.float()).square().sum() / reference.variance
 
     def kl(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         q, p = logits.log_softmax(-1), reference.logits(reference.values[rows]).log_softmax(-1)
@@ -173,7 +191,7 @@ def divergence(reference: Signal, other: Signal) -> Tensor:
 
 
 def kl_of(p: Tensor, q: Tensor) -> Tensor:
-    """KL [rows] of distributions given as log probabilities [rows, c]."""
+    """KL [...] of distributions given as log probabilities [..., c]."""
     return torch.linalg.vecdot(p.exp(), p - q)
 
 
@@ -187,10 +205,10 @@ def _labelled(signal: Signal, label: Callable[[Tensor, slice], Tensor]) -> Tenso
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         q = logits.log_softmax(-1)
-        labels = label(q, rows).to(q.device)[:, None]
+        labels = label(q, rows).to(q.device)[..., None]
         counted, at = (labels >= 0).float(), labels.clamp_min(0)
-        found = -(q.gather(1, at) * counted).sum()
-        return found, q.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=q.dtype)).mul_(counted)
+        found = -(q.gather(-1, at) * counted).sum()
+        return found, q.exp_().scatter_add_(-1, at, torch.full_like(at, -1, dtype=q.dtype)).mul_(counted)
 
     return _over_tokens(signal, loss)
 
@@ -200,8 +218,7 @@ def with_draws(batches: Iterable[Batch], seed: int) -> Sequence[Batch]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(batch: Batch) -> Batch:
-        written = next((batch[n] for n in ("decoder_input_ids", "input_ids") if n in batch), next(iter(batch.values())))
-        return batch | {DRAWS: torch.rand(written.shape[:2], generator=generator)}
+        return batch | {DRAWS: torch.rand(written(batch).shape[:2], generator=generator)}
 
     return distributed.dealt([drawn(batch) for batch in batches])
 
@@ -212,38 +229,51 @@ def sampled_loss(signal: Signal, batch: Batch) -> Tensor:
     The outer product of its gradients is an unbiased estimate of the true Fisher information (Kunstner et al. 2019).
     `batch` is one of `with_draws`.
     """
+    if signal.kind in ("gaussian", "features"):
+        values = signal.values.float()
+        mean = values.detach()
+        noise = torch.randn(mean.shape, generator=_generator(batch[DRAWS])).to(mean.device) * signal.variance.sqrt()
+        return 0.5 * (values - mean - noise).square().sum() / signal.variance
+    shape = signal.values.shape if signal.kind == "bernoulli" else signal.values.shape[:1]
+    uniform = _numbers(batch, shape.numel()).view(shape)
+
+    def draw(q: Tensor, rows: slice) -> Tensor:
+        cumulative = q.exp().cumsum(-1)
+        at = uniform[rows, ..., None].to(q.device) * cumulative[..., -1:]
+        return torch.searchsorted(cumulative, at, right=True).clamp_(max=q.shape[-1] - 1).squeeze(-1)
+
+    return _labelled(signal, draw)
+
+
+def _numbers(batch: Batch, count: int) -> Tensor:
+    """So many of the batch's draws: those of all tokens, or the first ones of each sequence; new ones where these are too few."""
     draws, mask = batch[DRAWS], token_mask(batch)
-    if signal.categorical:
-        uniform = draws.flatten() if mask is None else draws[mask]
-        if len(uniform) != len(signal):
-            uniform = draws[:, 0]  # a label for each sequence
+    of_tokens = draws.flatten() if mask is None else draws[mask]
+    if len(of_tokens) == count:
+        return of_tokens
+    each = count // len(draws)
+    return draws[:, :each].flatten() if each <= draws.shape[1] else torch.rand(count, generator=_generator(draws))
 
-        def draw(q: Tensor, rows: slice) -> Tensor:
-            cumulative = q.exp().cumsum(-1)
-            at = uniform[rows, None].to(q.device) * cumulative[:, -1:]
-            return torch.searchsorted(cumulative, at, right=True).clamp_(max=q.shape[-1] - 1).squeeze(-1)
 
-        return _labelled(signal, draw)
-    values = signal.values.float()
-    mean = values.detach()
-    variance = mean.var(dim=0).mean()
-    generator = torch.Generator().manual_seed(int(draws.flatten()[0] * 2**24))  # on the CPU: the same noise for every device
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device) * variance.sqrt()
-    return 0.5 * (values - mean - noise).square().sum() / variance
+def _generator(draws: Tensor) -> torch.Generator:
+    """On the CPU: the same noise for every device."""
+    return torch.Generator().manual_seed(int(draws.flatten()[0] * 2**24))
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, no parameter asking for a gradient and no key-value cache kept; all put back on leaving."""
+    """The model in eval mode, no parameter asking for a gradient, no key-value cache kept, its answers objects with names; all
+    put back on leaving."""
     training = {m: m.training for m in model.modules()}
     asking = [p for p in model.parameters() if p.requires_grad]
-    config: Any = getattr(model, "config", None)
-    caching = getattr(config, "use_cache", None)
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}.values()
+    wanted = {"use_cache": False, "return_dict": True}
+    settings = [(c, name, getattr(c, name)) for c in configs for name in wanted if getattr(c, name, None) is not None]
     model.eval()
     for parameter in asking:
         parameter.requires_grad_(False)
-    if caching:
-        config.use_cache = False
+    for config, name, _ in settings:
+        setattr(config, name, wanted[name])
     try:
         yield
     finally:
@@ -251,5 +281,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter in asking:
             parameter.requires_grad_(True)
-        if caching:
-            config.use_cache = caching
+        for config, name, value in settings:
+            setattr(config, name, value)

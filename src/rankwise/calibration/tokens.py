@@ -26,6 +26,8 @@ SHORTEST = 128
 T = TypeVar("T")
 TOKENS_PER_BATCH = 2**13  # at most
 MAX_LENGTH = 2048
+CONTEXT = "max_position_embeddings", "n_positions", "max_seq_len"  # as configs name it
+INSIDE = "text_config", "encoder", "decoder", "text_encoder"  # configs within a config
 
 
 def text_of(effort: str, parameters: int, device: str) -> int:
@@ -44,15 +46,25 @@ def windows_asked(model: Any, effort: str, device: str, length: int | None, samp
     return length, samples or max(text // length, LEAST_SAMPLES)
 
 
+def context_of(model: Any) -> int | None:
+    """The longest text, in tokens, that the model reads; None where nothing tells."""
+    configs = (model.config, *(getattr(model.config, name, None) for name in INSIDE))
+    named = [getattr(config, name, None) for config in configs for name in CONTEXT]
+    counted = [  # positions counted from the padding token's, as RoBERTa has them
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2] and module.padding_idx is not None
+    ]
+    return min((p for p in (*named, *counted) if isinstance(p, int) and p > 0), default=None)
+
+
 def window_length(model: nn.Module, wanted: int | None = None, text: int = MOST_TEXT) -> int:
     """Tokens of a window: those wanted, by default the model's context, but at most 2048, and so few that a `text` of so many
     tokens has 64 of them, if that leaves 128.
 
     Raises `RankwiseError` for fewer than two, which predict nothing, and for more than the context.
     """
-    config: Any = model.config
-    positions = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    context = min((p for p in positions if isinstance(p, int) and p > 0), default=None)
+    context = context_of(model)
     if wanted is not None and not 2 <= wanted <= (context or wanted):
         raise RankwiseError(f"length={wanted}: a window has from 2 to {context} tokens, the model's context")
     return wanted or min(MAX_LENGTH, context or MAX_LENGTH, max(SHORTEST, text // LEAST_WINDOWS))
@@ -95,13 +107,20 @@ def windows_of(
 
 
 def vocabulary_of(model: Any) -> int:
-    """The number of tokens that the model can read."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    """The number of tokens that the model can read: none where it reads no text."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return 0
+    weight = getattr(table, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else 0
 
 
 def refuse_foreign(model: Any, windows: Tensor) -> None:
-    """Raises `RankwiseError` for tokens that the model does not have."""
+    """Raises `RankwiseError` for tokens that the model does not have, and for a model that reads none."""
     vocabulary = vocabulary_of(model)
+    if not vocabulary:
+        raise RankwiseError(f"{type(model).__name__} does not read text alone: give compress() batches of what it reads")
     if windows.max() >= vocabulary or windows.min() < 0:
         token = windows.max() if windows.max() >= vocabulary else windows.min()
         raise RankwiseError(f"the text has the token {token}, but the model only {vocabulary}: is the tokenizer the model's own?")
@@ -120,8 +139,8 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int, opening: S
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0)
     own = model.generation_config
     start = own.bos_token_id if own is not None else None
-    first = list(opening) or ([start] if isinstance(start, int) else None)
     vocabulary = vocabulary_of(model)
+    first = list(opening) or ([start] if isinstance(start, int) and 0 <= start < vocabulary else None)
     windows = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -162,17 +181,34 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     return {**batch, "decoder_input_ids": inputs, "decoder_attention_mask": (labels != -100).long()}
 
 
+def written(batch: Batch) -> Tensor:
+    """The tokens on the side that writes; of a batch without tokens its first input."""
+    return next((batch[name] for name in ("decoder_input_ids", "input_ids") if name in batch), next(iter(batch.values())))
+
+
+def sequences_in(batch: Batch) -> int:
+    """How many sequences the batch can be cut into: one where its tensors do not all have one row for each, as the patches of
+    several pictures in one tensor."""
+    lengths = {tensor.shape[:1] for tensor in batch.values()}
+    return len(written(batch)) if len(lengths) == 1 and () not in lengths else 1
+
+
+def cut(batch: Batch, sequences: slice) -> Batch:
+    """These sequences of the batch; one that cannot be cut stays whole."""
+    return batch if sequences_in(batch) == 1 else {name: tensor[sequences] for name, tensor in batch.items()}
+
+
 def tokens_in(batches: Iterable[Batch]) -> int:
     """Tokens of all batches, padding included."""
-    return sum(next(iter(batch.values())).numel() for batch in batches)
+    return sum(written(batch).shape[:2].numel() for batch in batches)
 
 
 def parts_of(batches: Iterable[Batch], sequences: int) -> list[Batch]:
     """The batches in parts of `sequences` sequences; one that is no larger is itself, so that what is known of it counts."""
     return [
-        batch if length <= sequences else {name: tensor[i : i + sequences] for name, tensor in batch.items()}
+        batch if length <= sequences else cut(batch, slice(i, i + sequences))
         for batch in batches
-        for length in [len(next(iter(batch.values())))]
+        for length in [sequences_in(batch)]
         for i in range(0, length, sequences)
     ]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankwise.calibration.signal import Signal, divergence, kl_of, token_mask
-from rankwise.calibration.tokens import Batch
+from rankwise.calibration.tokens import Batch, written
 from rankwise.evaluation.intervals import Interval, clipped, of_ratio
 from rankwise.progress import progress
 
@@ -63,7 +63,7 @@ def compare(
         for part in p[at].chunks():
             sums.index_add_(0, window[part], _costs(p, q, at[part], None if labels is None else labels[part]))
         rows.append(sums)
-    windows = sum(len(next(iter(batch.values()))) for batch in batches)
+    windows = sum(len(written(batch)) for batch in batches)
     return _summary(torch.cat(rows), windows, has_head, has_loss)
 
 
@@ -72,17 +72,16 @@ def _tokens_of(batch: Batch, tokens: int, ids: Tensor | None) -> tuple[Tensor, T
 
     A window's last token does not count where the next ones do, nor does one beside padding.
     """
-    first = next(iter(batch.values()))
-    mask = token_mask(batch)
-    if tokens != (first.shape[:2].numel() if mask is None else int(mask.sum())):  # a row for each sequence
+    shape, mask = written(batch).shape[:2], token_mask(batch)
+    if tokens != (shape.numel() if mask is None else int(mask.sum())):  # a row for each sequence
         return torch.arange(tokens), torch.arange(tokens), None
-    written = torch.ones(first.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
-    counts = written
+    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu()
+    counts = real
     if ids is not None:
-        counts = written & F.pad(written[:, 1:], (0, 1))
-    window = torch.arange(len(written))[:, None].expand_as(written)[counts]
+        counts = real & F.pad(real[:, 1:], (0, 1))
+    window = torch.arange(len(real))[:, None].expand_as(real)[counts]
     labels = None if ids is None else F.pad(ids[:, 1:].cpu(), (0, 1))[counts]
-    return window, counts[written].nonzero().squeeze(1), labels
+    return window, counts[real].nonzero().squeeze(1), labels
 
 
 def _costs(p: Signal, q: Signal, rows: Tensor, labels: Tensor | None) -> Tensor:

@@ -85,6 +85,27 @@ def quantization_of(config: Any) -> dict[str, Any]:
     return quantization if isinstance(quantization, dict) else quantization.to_dict()
 
 
+def refuse_elsewhere(model: object) -> None:
+    """Raises `RankwiseError` for what cannot be compressed in place of a model: a wrapper, a compiled one, weights elsewhere."""
+    if model is None or isinstance(model, str | Path):
+        return
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise RankwiseError(
+            f"{name} is no model of transformers: give the one inside of it (of a compiled model `_orig_mod`, of a parallel one "
+            "`module`, of PEFT's `merge_and_unload()`)"
+        )
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise RankwiseError(f"the {name} is compiled, so that nothing inside of it can be seen: give the model as it was before")
+    for path, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise RankwiseError(
+                f"the weight {path} is not in memory (offloaded?): give compress() the model's path, and --memory"
+            )
+        if parameter.is_inference():
+            raise RankwiseError(f"the weight {path} takes no gradients: load the model outside of torch.inference_mode()")
+
+
 def method_of(config: Any) -> str | None:
     """The quantization method of a config, or None for a dense model."""
     quantization = quantization_of(config)

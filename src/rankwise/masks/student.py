@@ -122,7 +122,9 @@ class Student:
         for batch in batches:
             with swapped(self.model, layers):
                 signal = signal_of(self.model, batch)
-            loss(batch, signal).backward()
+            found = loss(batch, signal)
+            if found.requires_grad:  # else the batch reaches none of the layers
+                found.backward()
             self.count(signal, backward=True)
 
     def teacher(self, batch: Batch) -> Signal:
@@ -250,11 +252,12 @@ class Student:
     def _text_gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         leaves = self.leaves()
         causal = getattr(self.model, "can_generate", lambda: False)()
+        predicts = causal or getattr(self.model, "get_output_embeddings", lambda: None)() is not None
         tokens = 0
 
         def loss(batch: Batch, signal: Signal) -> Tensor:
             nonlocal tokens
-            if not signal.categorical or not {"input_ids", "decoder_input_ids"} & batch.keys():
+            if not predicts or not {"input_ids", "decoder_input_ids"} & batch.keys():
                 raise RankwiseError(f"{type(self.model).__name__} predicts no tokens of a text: choose another allocation")
             labels = text_labels(batch, causal).to(signal.values.device)
             tokens += int((labels >= 0).sum())

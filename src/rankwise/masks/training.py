@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.calibration.signal import cross_entropy, divergence, signal_of, text_labels, token_mask
-from rankwise.calibration.tokens import Batch, endless, parts_of
+from rankwise.calibration.tokens import Batch, endless, parts_of, written
 from rankwise.layers.linear import swapped
 from rankwise.masks.student import Student
 from rankwise.progress import progress
@@ -121,5 +121,4 @@ def _mean_divergence(model: nn.Module, batch: Batch, wanted: Any) -> Tensor:
 def _tokens(batch: Batch) -> int:
     """Tokens on the side that writes, without padding."""
     mask = token_mask(batch)
-    ids = batch.get("decoder_input_ids", next(iter(batch.values())))
-    return ids.shape[:2].numel() if mask is None else int(mask.sum())
+    return written(batch).shape[:2].numel() if mask is None else int(mask.sum())

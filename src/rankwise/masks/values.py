@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankwise import distributed
-from rankwise.calibration.tokens import Batch, endless, parts_of
+from rankwise.calibration.tokens import Batch, cut, endless, parts_of, sequences_in, written
 from rankwise.masks.layers import MaskedLinear, Masks, WeightedLinear, add, is_whole
 from rankwise.masks.student import Student, mean_gradients
 from rankwise.progress import progress
@@ -37,7 +37,7 @@ def train_values(student: Student, masks: Masks, options: ValueTraining, losses:
     layers = student.layers_of(given, lambda name: _layer(student, name, given[name], values[name]))
     optimiser = torch.optim.Adam(values.values(), lr=options.learning_rate, betas=options.betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / options.steps)
-    sequences = max(1, options.tokens // next(iter(student.training[0].values()))[0].numel())
+    sequences = max(1, options.tokens // written(student.training[0])[0].numel())
     parts = [_own(part) for part in parts_of(student.training, sequences)]
     batches = endless(parts, torch.Generator().manual_seed(student.seed))
     with student.frozen(), student.together():
@@ -64,8 +64,8 @@ def train_values(student: Student, masks: Masks, options: ValueTraining, losses:
 
 def _own(batch: Batch) -> list[Batch]:
     """This process's sequences of a batch, as the one batch of a list; none where there are more processes than sequences."""
-    own = {name: tensor[distributed.rank() :: distributed.size()] for name, tensor in batch.items()}
-    return [own] if len(next(iter(own.values()))) else []
+    rank = distributed.rank()
+    return [cut(batch, slice(rank, None, distributed.size()))] if rank < sequences_in(batch) else []
 
 
 def _layer(student: Student, name: str, mask: Tensor, values: Tensor) -> MaskedLinear | WeightedLinear:

@@ -44,6 +44,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     if report.get("conversations"):
         whose = "it holds" if "text" in report else "the calibration text holds"
         console.print(f"{whose} {report['conversations']:,} conversations, in the model's chat template")
+    for note in report.get("notes", []):
+        console.print(note)
     if "predicted_speedup" in report:
         console.print(
             f"decodes {report['predicted_speedup']:.2f} times as fast by this machine's table: check with rankwise bench"

@@ -18,7 +18,7 @@ from rankwise.allocation.plan import Budget
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import frozen
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch
+from rankwise.calibration.tokens import Batch, sequences_in, written
 from rankwise.decomposition.metric import is_affine, metric_named
 from rankwise.errors import InMemoryOnlyError
 from rankwise.footprint import whole_run
@@ -117,6 +117,8 @@ def start(
     data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
     narrow = widen(empty, device)
     everything = (*data.training, *data.selection, *data.measuring)
+    if any(sequences_in(batch) < len(written(batch)) for batch in everything):
+        raise InMemoryOnlyError("batches whose tensors have not all a row for each sequence are not cut (give one sequence each)")
     needs = metric_named(str(recipe.decomposition)).NEEDS
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
     share = share_out(memory, blocks, shapes, everything, needs, gradients)
