@@ -32,6 +32,7 @@ from rankwise.integration.artifact import Artifact
 from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
+from rankwise.integration.rehearsal import refuse_unloadable
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
@@ -155,6 +156,8 @@ def compress(
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
     run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity)
     with stacked_on_failure(run.model, run.experts):
+        if output is not None:
+            refuse_unloadable(run.model, run.shapes, run.experts)
         run = stages.in_metric(run, metric)
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)
@@ -217,6 +220,7 @@ def _compress_streamed(
     stream = streaming.start(model, calibration, tokenizer, recipe, allocator, folder)
     if short is not None and distributed.rank() == 0:
         logger.warning("%s: working block by block", short)
+    refuse_unloadable(stream.run.model, stream.run.shapes, stream.run.experts)
     clock.lap("loading")
     student = streaming.student_of(stream, streaming.decompose_all(stream, metric), metric)
     clock.lap("decomposition")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
 
+logger = logging.getLogger(__name__)
+FEW = 0.5  # of a model's parameters: a rate takes less off the whole than it says
 Calibration = str | Path | Sequence[str | Conversation] | Tensor | Sequence[Batch]
 
 
@@ -87,6 +90,9 @@ def start(
     experts = unstack_experts(dense)
     with stacked_on_failure(dense, experts):
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple)
+        share = sum(shape.dense for shape in shapes.values()) / dense.num_parameters()
+        if share < FEW:
+            logger.warning("only %.0f%% of the parameters are in matrices that may be compressed", 100 * share)
         for rate in rates:
             Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
         of_model = fingerprint(dense) if folder.path and identity is None else ""

@@ -24,12 +24,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankwise.errors import RankwiseError
+from rankwise.integration.names import spares
 from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 
 METHOD = "rankwise"
 FORMAT_VERSION = 1
+FLAGS = ("affine", "own_names")
 
 
 @dataclass
@@ -39,12 +41,14 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: path of each factorised linear layer -> its rank.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
     affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
+    own_names: whether the weights are stored under the model's own names, where transformers has others for a dense model.
     rate: what to remove of a folder that `rankwise decompose` wrote, as it is loaded: the fraction of its matrices' parameters.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     affine: bool = False
+    own_names: bool = False
     rate: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD  # type: ignore[assignment]  # their enumeration is open to any name
@@ -57,7 +61,7 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"this folder has rankwise format {version!r}, this rankwise reads {FORMAT_VERSION}: upgrade with pip"
             )
-        unknown = set(config_dict) - {"ranks", "experts", "affine", "format_version", "quant_method"}
+        unknown = set(config_dict) - {"ranks", "experts", *FLAGS, "format_version", "quant_method"}
         if unknown:
             raise ValueError(f"unknown keys in quantization_config: {', '.join(sorted(unknown))}")
         ranks, experts = config_dict.get("ranks"), config_dict.get("experts", [])
@@ -65,8 +69,9 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError("in quantization_config, ranks is not an object of matrices and their ranks, positive numbers")
         if not isinstance(experts, list) or not all(isinstance(path, str) for path in experts):
             raise ValueError("in quantization_config, experts is not a list of paths")
-        if not isinstance(config_dict.get("affine", False), bool):
-            raise ValueError("in quantization_config, affine is neither true nor false")
+        for flag in FLAGS:
+            if not isinstance(config_dict.get(flag, False), bool):
+                raise ValueError(f"in quantization_config, {flag} is neither true nor false")
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -93,6 +98,7 @@ class RankwiseQuantizer(HfQuantizer):
             if not is_stacked(module):
                 raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
             unstack(module)
+            _initialised(_submodule(model, path.rpartition(".")[0]), *module.modules())  # some blocks fill their experts
         for path, rank in config.ranks.items():
             linear = _submodule(model, path)
             if not is_linear(linear):
@@ -101,7 +107,9 @@ class RankwiseQuantizer(HfQuantizer):
             if rank > min(out_features, in_features):
                 raise ValueError(f"the folder has rank {rank:,} for {path!r}, which is {out_features} x {in_features}")
             dtype = weight_of(linear).dtype
-            model.set_submodule(path, LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype))
+            layer = LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=dtype)
+            _initialised(*layer.modules())
+            model.set_submodule(path, layer)
         ignored: Any = model._keys_to_ignore_on_load_unexpected
         expected = (f"^{re.escape(name)}$" for name in guards(model, config))
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
@@ -115,6 +123,9 @@ class RankwiseQuantizer(HfQuantizer):
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
         if self.quantization_config.rate is not None:
             self._compress(model, self.quantization_config.rate)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized  # some models would read their layers' weights another way
         model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
         return model
 
@@ -124,8 +135,11 @@ class RankwiseQuantizer(HfQuantizer):
         artifact = Artifact.at(Path(self.files[0]).parent if self.files else None)
         if artifact is None:
             raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
-        made = artifact.apply(model, rate)
-        vars(self.quantization_config).update(vars(made))  # no rate: from here on it is a compressed model like any other
+        attach(model, artifact.apply(model, rate))  # from here on it is a compressed model like any other
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """What transformers does with the names and tensors in the files: nothing, where they are the model's own."""
+        return [] if self.quantization_config.own_names else weight_conversions
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors and the guards. Raises `RankwiseError` where weights were quantized: the format holds floats."""
@@ -172,10 +186,22 @@ def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
 
 def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
+    made: dict[str, Tensor] = guards(model, config)
+    for path in (*config.ranks, *config.experts):
+        made |= model.get_submodule(path).state_dict(prefix=f"{path}.")
+    config.own_names = not spares(model, {name: tensor.to("meta") for name, tensor in made.items()})
+    if config.own_names:
+        model._weight_conversions = []
     model.config.quantization_config = config
     model.hf_quantizer = RankwiseQuantizer(config)
     model.is_quantized = False
     model.quantization_method = METHOD
+
+
+def _initialised(*modules: nn.Module) -> None:
+    """Keep transformers from initialising what is read anyway: it goes by names, and looks for what is no longer there."""
+    for module in modules:
+        vars(module)["_is_hf_initialized"] = True
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
