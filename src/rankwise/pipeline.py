@@ -34,6 +34,7 @@ from rankwise.integration.artifact import Artifact
 from rankwise.integration.checkpoint import refuse_elsewhere, refuse_output
 from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
+from rankwise.integration.rehearsal import refuse_unloadable
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
@@ -161,6 +162,8 @@ def compress(
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
     run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity, trains or bool(GRADIENTS & needs))
     with stacked_on_failure(run.model, run.experts):
+        if output is not None:
+            refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
         run = stages.in_metric(run, metric)
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)
@@ -223,6 +226,7 @@ def _compress_streamed(
     stream = streaming.start(model, calibration, tokenizer, recipe, allocator, folder)
     if short is not None and distributed.rank() == 0:
         logger.warning("%s: working block by block", short)
+    refuse_unloadable(stream.run.model, stream.run.shapes, stream.run.experts, recipe.form)
     clock.lap("loading")
     student = streaming.student_of(stream, streaming.decompose_all(stream, metric), metric)
     clock.lap("decomposition")

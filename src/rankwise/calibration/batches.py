@@ -64,8 +64,8 @@ def made_up(model: Any) -> Batch:
 
 @torch.no_grad()
 def refuse_unfit(model: nn.Module, batch: Batch) -> None:
-    """Raises `RankwiseError` for a model that does not run on the first two sequences of `batch`, or answers with nothing that can
-    be compared. One that is not in memory is not tried."""
+    """Raises `RankwiseError` for a model that does not run on the first two sequences of `batch`, or answers with nothing that
+    can be compared. One that is not in memory is not tried."""
     if device_of(model).type == "meta":
         return
     first = cut(batch, slice(2))

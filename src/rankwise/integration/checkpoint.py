@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from rankwise import distributed
 from rankwise.errors import RankwiseError, is_out_of_memory
@@ -118,7 +120,11 @@ def refuse_compressed(path: str | Path, config: Any) -> None:
     if method == METHOD:
         raise RankwiseError(f"{path} is already compressed by rankwise: compress the original, or densify it first")
     if method is not None:
-        raise RankwiseError(f"{path} is quantized ({method}): compress the original model, then quantize the result")
+        loads: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method, object)
+        ways = ["compress the original model, then quantize the result"]
+        if "dequantize" in inspect.signature(loads).parameters:  # some are published so and no other way
+            ways.append(f"load it with quantization_config={loads.__name__}(dequantize=True) and compress() it in memory")
+        raise RankwiseError(f"{path} is quantized ({method}): {', or '.join(ways)}")
 
 
 def class_of(config: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from rankwise.errors import RankwiseError
-from rankwise.layers.linear import is_linear
+from rankwise.layers.linear import holds_matrix
 from rankwise.layers.lowrank import LowRankLinear
 
 
@@ -22,7 +22,7 @@ def lora_targets(model: nn.Module, *names: str) -> list[str]:
     for name in names:
         layers = [(path, module) for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
         low_rank = [f"{path}.{factor}" for path, m in layers if isinstance(m, LowRankLinear) for factor in ("first", "second")]
-        dense = [path for path, module in layers if is_linear(module)]
+        dense = [path for path, module in layers if holds_matrix(module)]
         if not low_rank + dense:
             raise RankwiseError(f"no linear layer of {type(model).__name__} is called {name!r}")
         targets += low_rank + dense

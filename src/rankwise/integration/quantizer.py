@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankwise.errors import RankwiseError
+from rankwise.integration.names import spares
 from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
 from rankwise.layers.lowrank import FORMS, LowRankLinear, PairLinear
@@ -31,8 +32,9 @@ from rankwise.layers.matrices import Shape
 
 METHOD = "rankwise"
 FORMAT_VERSION = 2
+FLAGS = ("affine", "own_names")
 FIRST_KEYS = {"ranks", "experts", "affine", "format_version", "quant_method"}
-KEYS = {1: FIRST_KEYS, 2: FIRST_KEYS | {"form"}}  # of each format; the first one had pairs of factors only
+KEYS = {1: FIRST_KEYS, 2: FIRST_KEYS | {"form", "own_names"}}  # of each format; the first one had pairs of factors only
 
 
 @dataclass
@@ -42,6 +44,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: path of each factorised linear layer -> its rank. form: of all of them, one of `FORMS`.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
     affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
+    own_names: whether the weights are stored under the model's own names, where transformers has others for a dense model.
     rate: what to remove of a folder that `rankwise decompose` wrote, as it is loaded: the fraction of its matrices' parameters.
     """
 
@@ -49,6 +52,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     form: str = PairLinear.form
     experts: list[str] = field(default_factory=list)
     affine: bool = False
+    own_names: bool = False
     rate: float | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD  # type: ignore[assignment]  # their enumeration is open to any name
@@ -73,8 +77,9 @@ class RankwiseConfig(QuantizationConfigMixin):
             )
         if not isinstance(experts, list) or not all(isinstance(path, str) for path in experts):
             raise ValueError("in quantization_config, experts is not a list of paths")
-        if not isinstance(config_dict.get("affine", False), bool):
-            raise ValueError("in quantization_config, affine is neither true nor false")
+        for flag in FLAGS:
+            if not isinstance(config_dict.get(flag, False), bool):
+                raise ValueError(f"in quantization_config, {flag} is neither true nor false")
         config = cls(**config_dict | {"format_version": FORMAT_VERSION})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -101,6 +106,7 @@ class RankwiseQuantizer(HfQuantizer):
             if not is_stacked(module):
                 raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
             unstack(module)
+            _initialised(_submodule(model, path.rpartition(".")[0]), *module.modules())  # some blocks fill their experts
         for path, rank in config.ranks.items():
             linear = _submodule(model, path)
             if not is_linear(linear):
@@ -108,8 +114,9 @@ class RankwiseQuantizer(HfQuantizer):
             (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
             if rank > min(out_features, in_features):
                 raise ValueError(f"the folder has rank {rank:,} for {path!r}, which is {out_features} x {in_features}")
-            shape = Shape(out_features, in_features, form=config.form)
-            model.set_submodule(path, shape.empty(rank, bias=bias, dtype=weight_of(linear).dtype))
+            layer = Shape(out_features, in_features, form=config.form).empty(rank, bias=bias, dtype=weight_of(linear).dtype)
+            _initialised(*layer.modules())
+            model.set_submodule(path, layer)
         ignored: Any = model._keys_to_ignore_on_load_unexpected
         expected = (f"^{re.escape(name)}$" for name in guards(model, config))
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
@@ -123,6 +130,9 @@ class RankwiseQuantizer(HfQuantizer):
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
         if self.quantization_config.rate is not None:
             self._compress(model, self.quantization_config.rate)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized  # some models would read their layers' weights another way
         model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
         return model
 
@@ -132,8 +142,11 @@ class RankwiseQuantizer(HfQuantizer):
         artifact = Artifact.at(Path(self.files[0]).parent if self.files else None)
         if artifact is None:
             raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
-        made = artifact.apply(model, rate)
-        vars(self.quantization_config).update(vars(made))  # no rate: from here on it is a compressed model like any other
+        attach(model, artifact.apply(model, rate))  # from here on it is a compressed model like any other
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """What transformers does with the names and tensors in the files: nothing, where they are the model's own."""
+        return [] if self.quantization_config.own_names else weight_conversions
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors and the guards. Raises `RankwiseError` where weights were quantized: the format holds floats."""
@@ -180,10 +193,22 @@ def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
 
 def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
+    made: dict[str, Tensor] = guards(model, config)
+    for path in (*config.ranks, *config.experts):
+        made |= model.get_submodule(path).state_dict(prefix=f"{path}.")
+    config.own_names = not spares(model, {name: tensor.to("meta") for name, tensor in made.items()})
+    if config.own_names:
+        model._weight_conversions = []
     model.config.quantization_config = config
     model.hf_quantizer = RankwiseQuantizer(config)
     model.is_quantized = False
     model.quantization_method = METHOD
+
+
+def _initialised(*modules: nn.Module) -> None:
+    """Keep transformers from initialising what is read anyway: it goes by names, and looks for what is no longer there."""
+    for module in modules:
+        vars(module)["_is_hf_initialized"] = True
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

@@ -8,10 +8,18 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+SAME = {"FalconLinear"}  # their forward does what nn.Linear's does, in another order
+
+
+def holds_matrix(module: nn.Module) -> bool:
+    """Whether `module` is linear by its class; what it computes may be more."""
+    return isinstance(module, nn.Linear | Conv1D)
+
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` maps x to W x + b with a weight of its own."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether `module` maps x to W x + b with a weight of its own, and does nothing else."""
+    forward, name = type(module).forward, type(module).__name__
+    return holds_matrix(module) and (forward in (nn.Linear.forward, Conv1D.forward) or name in SAME)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from rankwise.errors import RankwiseError
 from rankwise.layers import experts
-from rankwise.layers.linear import bias_of, is_linear, weight_of
+from rankwise.layers.linear import bias_of, holds_matrix, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, LowRankLinear, layer_class
 
 
@@ -103,10 +103,12 @@ def matches(name: str, module: nn.Module, pattern: str) -> bool:
 
 def unstack_experts(model: nn.Module) -> list[str]:
     """Unstack every mixture of experts in `model`, in place; the paths of the modules that were stacked."""
-    names = [name for name, module in model.named_modules() if experts.is_stacked(module)]
-    for name in names:
-        experts.unstack(model.get_submodule(name))
-    return names
+    done: list[str] = []
+    with stacked_on_failure(model, done):
+        for name in [n for n, module in model.named_modules() if experts.is_stacked(module)]:
+            experts.unstack(model.get_submodule(name))
+            done.append(name)
+    return done
 
 
 def stack_experts(model: nn.Module, paths: Iterable[str]) -> None:
@@ -132,12 +134,13 @@ def find_matrices(
     multiple: int = 1,
     form: str = DEFAULT_FORM,
 ) -> tuple[dict[str, Shape], dict[str, str]]:
-    """The matrices that may be compressed (path -> shape), and those left dense (path -> reason), stacks of matrices too.
+    """The matrices that may be compressed (path -> shape), and those left dense (path -> reason), matrices of no linear
+    layer too.
 
-    The output head is left dense unless `include` names it. Raises `RankwiseError` for a pattern that matches nothing
-    and where nothing is left to compress.
+    The output head and routers are left dense unless `include` names them. Raises `RankwiseError` for a pattern that
+    matches nothing and where nothing is left to compress.
     """
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linear = {name: module for name, module in model.named_modules() if holds_matrix(module)}
     for pattern in (*include, *exclude):
         if pattern.startswith("re:"):
             try:
@@ -155,20 +158,21 @@ def find_matrices(
     for name, module in linear.items():
         shape = Shape.of(module, form)
         included = any(matches(name, module, p) for p in include)
-        if uses[id(module.weight)] > 1:
+        if not is_linear(module):
+            dense[name] = f"a {type(module).__name__}, whose forward is its own"
+        elif uses[id(module.weight)] > 1:
             dense[name] = "its weight is tied to another module's"
         elif any(matches(name, module, p) for p in exclude) or (include and not included):
             dense[name] = "excluded"
         elif module is head and not included:
             dense[name] = "the output head (name it in include to compress it)"
+        elif _routes(model, name) and not included:
+            dense[name] = "a router (name it in include to compress it)"
         elif shape.largest_rank(multiple) < multiple:
             dense[name] = f"too small: {shape.out_features} x {shape.in_features}"
         else:
             matrices[name] = shape
-    for name, parameter in model.named_parameters():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim > 2 and not isinstance(module, nn.modules.conv._ConvNd):
-            dense[name] = f"stacked matrices in a {type(module).__name__}, which rankwise does not know"
+    dense |= _of_no_linear_layer(model)
     if not matrices:
         reasons = sorted(dense.items(), key=lambda item: item[1] == "excluded")  # what the user named comes first
         raise RankwiseError(
@@ -176,3 +180,32 @@ def find_matrices(
             + "".join(f"; {n}: {why}" for n, why in reasons[:3])
         )
     return matrices, dense
+
+
+# last two parts of the names of what is no matrix that anything is multiplied with
+TABLES = re.compile(r"(embed|position|pos_emb|norm|bias)[^.]*(\.[^.]*)?$")
+
+
+def _of_no_linear_layer(model: nn.Module) -> dict[str, str]:
+    """Path -> why it is left dense, of every parameter that holds matrices outside of linear layers.
+
+    What has an axis of one holds none.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        other = holds_matrix(module) or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
+        if parameter.ndim > 1 and 1 not in parameter.shape and not other and not TABLES.search(name):
+            what = "a matrix of a" if parameter.ndim == 2 else "stacked matrices in a"
+            found[name] = f"{what} {type(module).__name__}, which rankwise does not know"
+    return found
+
+
+def _routes(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer chooses experts: it is, or is in, a router, or a gate beside experts."""
+    while name:
+        above, _, leaf = name.rpartition(".")
+        if leaf == "router" or (leaf == "gate" and hasattr(model.get_submodule(above), "experts")):
+            return True
+        name = above
+    return False

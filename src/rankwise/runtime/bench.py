@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.memory import peak_memory
 from rankwise.integration.checkpoint import load_config, load_model, refuse_compressed
-from rankwise.layers.linear import is_linear, weight_of
+from rankwise.layers.linear import holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
@@ -155,12 +155,13 @@ def ideal_speedup(model: nn.Module) -> dict[str, float]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     low_rank = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     factors = {id(factor) for layer in low_rank for factor in layer.children()}
-    others = [module for module in model.modules() if is_linear(module) and module is not head and id(module) not in factors]
+    linear = [module for module in model.modules() if holds_matrix(module)]
+    others = [module for module in linear if module is not head and id(module) not in factors]
     stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]  # of experts
     same = sum(weight_of(module).numel() for module in others) + sum(stack.numel() for stack in stacks)
     dense = same + sum(layer.in_features * layer.out_features for layer in low_rank)
     compressed = same + sum(weight_of(factor).numel() for layer in low_rank for factor in layer.children())
-    last = weight_of(head).numel() if head is not None and is_linear(head) else 0
+    last = weight_of(head).numel() if head is not None and holds_matrix(head) else 0
     return {"prefill": dense / compressed, "decode": (dense + last) / (compressed + last)}
 
 
