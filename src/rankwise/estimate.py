@@ -35,8 +35,8 @@ class Estimate:
 
     @classmethod
     def of(cls, run: Run, metric: str, allocator: Any, looks_closer: bool = True) -> Estimate:
-        """The stages of `compress`, with each matrix measured by itself where it `looks_closer`; 0 for an allocation that does not
-        tell what it `reads`: tokens forward and back."""
+        """The stages of `compress`, with each matrix measured by itself where it `looks_closer`; 0 for an allocation that does
+        not tell what it `reads`: tokens forward and back."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)

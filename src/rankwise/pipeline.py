@@ -241,9 +241,10 @@ def _compress_streamed(
     report = _report(recipe, run, size, comparison, chosen, clock)
     if distributed.rank() == 0:
         folder.finish()
-        with saving_from(streaming.factorise(stream, student, chosen, recipe.form)):
+        compressed, values = streaming.factorise(stream, student, chosen, recipe.form)
+        with saving_from(stream.blocks.block_of, values):
             files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
-            write_result(Path(output), run.model, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
+            write_result(Path(output), compressed, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
         folder.remove()
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
 

@@ -1,10 +1,10 @@
-"""A model whose weights stay on disk: its skeleton, its tensors one at a time, and a result written one tensor at a time."""
+"""A model's safetensors files, read one tensor at a time, and written a part of the model at a time."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,32 +14,33 @@ from unittest import mock
 import huggingface_hub
 import torch
 import transformers
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rankwise.errors import InMemoryOnlyError, RankwiseError
-from rankwise.integration.checkpoint import class_of
 from rankwise.integration.files import reason, weight_files
 
 SAFETENSORS_DTYPES = {  # in the order in which safetensors lays tensors out
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.bool: "BOOL",
 }
-Read = Callable[[str], Tensor]
-FINITE_AT_ONCE = 2**22  # numbers: asking takes more bytes than they do
+Tensors = Mapping[str, Tensor]
+PartOf = Callable[[str], Hashable]  # the part of the model that a tensor of this name is in
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The safetensors files of a model. file_of: tensor name -> file."""
+    """The safetensors files of a model: tensor name -> file, and shape."""
 
     file_of: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, model: str | Path) -> Weights:
@@ -48,14 +49,15 @@ class Weights:
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
             folder = Path(huggingface_hub.snapshot_download(str(model), allow_patterns=patterns))
-        file_of: dict[str, Path] = {}
+        found = cls({}, {})
         for path in weight_files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
-                    file_of |= dict.fromkeys(file.keys(), path)
+                    for name in file.keys():  # noqa: SIM118  not a mapping
+                        found.file_of[name], found.shapes[name] = path, tuple(file.get_slice(name).get_shape())
             except (OSError, SafetensorError) as error:
                 raise RankwiseError(f"cannot load {model}: {path.name}: {reason(error)}") from None
-        return cls(file_of)
+        return found
 
     def read(self, name: str) -> Tensor:
         """A copy of one tensor, as stored; the file is closed again, so that none of it stays in memory."""
@@ -76,69 +78,54 @@ class Weights:
         raise RankwiseError("the model has no weights in float32, bfloat16 or float16")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where an empty model's weights are. parameters: every name of each parameter -> the empty parameter."""
-
-    weights: Weights
-    parameters: dict[str, nn.Parameter]
-
-    def read(self, name: str) -> Tensor:
-        """A parameter's values in its dtype. Raises `RankwiseError` where they are not finite or of another shape."""
-        parameter = self.parameters[name]
-        stored = name
-        if name not in self.weights.file_of:  # tied: stored under another of its names
-            stored = next(n for n, p in self.parameters.items() if p is parameter and n in self.weights.file_of)
-        tensor = self.weights.read(stored).to(parameter.dtype)
-        if tensor.shape != parameter.shape:
-            raise RankwiseError(f"{stored} has the shape {tuple(tensor.shape)}, the model's is {tuple(parameter.shape)}")
-        if not all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(FINITE_AT_ONCE)):
-            raise RankwiseError(f"the model's weight {name} has values that are NaN or infinite")
-        return tensor
-
-
-def empty_model(model: str | Path, config: Any, dtype: str) -> tuple[PreTrainedModel, Source]:
-    """The model without its weights (on the meta device), but with its buffers; and where its weights are.
-
-    Raises `InMemoryOnlyError` where the files do not hold its weights under its own names.
-    """
-    weights = Weights.of(model)
-    cls: Any = class_of(config) or AutoModelForCausalLM
-    stored = getattr(config, "dtype", None) or weights.dtype()
-    target = stored if dtype == "auto" else getattr(torch, dtype)
-    build = cls.from_config if cls is AutoModelForCausalLM else cls._from_config
-    with init_empty_weights():
-        empty = build(config, dtype=target)
-    empty.tie_weights()
-    exact = {
-        *(empty._keep_in_fp32_modules_strict or ()),
-        *((empty._keep_in_fp32_modules or ()) if target == torch.float16 else ()),
-    }
-    if exact and target != torch.float32:
-        raise InMemoryOnlyError(f"{type(empty).__name__} keeps {', '.join(sorted(exact))} in float32 beside {target}")
-    tied = set(getattr(empty, "all_tied_weights_keys", {}) or {})
-    expected = {name: tensor.shape for name, tensor in empty.state_dict().items()}
-    renamed = sorted(revert_weight_conversion(empty, empty.state_dict()).keys() - expected.keys())
-    missing = sorted(expected.keys() - weights.file_of.keys() - tied)
-    left_over = sorted(weights.file_of.keys() - expected.keys())
-    if missing or left_over or renamed:
-        what = f"misses {missing[0]}" if missing else f"has {[*left_over, *renamed][0]}, which the model has not"
-        raise InMemoryOnlyError(f"weights are read block by block under the model's own names, and {model} {what}")
-    return empty.eval(), Source(weights, dict(empty.named_parameters(remove_duplicate=False)))
+def refuse_joined(model: PreTrainedModel, part_of: PartOf) -> None:
+    """Raises `InMemoryOnlyError` where transformers joins tensors of several parts when it saves the model."""
+    tensors = model.state_dict()
+    apart = [name for own in _parts(tensors, part_of).values() for name in revert_weight_conversion(model, own)]
+    if joined := sorted(revert_weight_conversion(model, tensors).keys() ^ set(apart)):
+        raise InMemoryOnlyError(f"{type(model).__name__} stores tensors of several blocks in one ({joined[0]})")
 
 
 @contextmanager
-def saving_from(read: Read) -> Iterator[None]:
-    """While inside, `save_pretrained` of a model on the meta device writes, for each of its tensors, what `read(name)` gives."""
+def saving_from(part_of: PartOf, read: Callable[[Any], Tensors]) -> Iterator[None]:
+    """While inside, `save_pretrained` of a model on the meta device writes the values that `read` gives of the tensors of a
+    part, one part in memory at a time."""
+    convert = transformers.modeling_utils.revert_weight_conversion
+    home: dict[str, tuple[Hashable, Callable[[Tensors], Tensors]]] = {}  # name in the files -> its part, and the way there
+    kept: dict[Hashable, Tensors] = {}
 
-    def write(tensors: Mapping[str, Tensor], file: str, metadata: Mapping[str, str]) -> None:
-        write_safetensors(Path(file), tensors, metadata, read)
+    def converted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Tensors:
+        for part, own in _parts(tensors, part_of).items():
 
-    with mock.patch.object(transformers.modeling_utils, "safe_save_file", write):
+            def there(values: Tensors, own: Tensors = own) -> Tensors:
+                real = {name: values[name] if tensor.is_meta else tensor for name, tensor in own.items()}
+                return convert(model, real)
+
+            home.update(dict.fromkeys(convert(model, own), (part, there)))
+        return convert(model, tensors)
+
+    def value(name: str) -> Tensor:
+        part, there = home[name]
+        if part not in kept:
+            kept.clear()  # before the next is there
+            kept[part] = there(read(part))
+        return kept[part][name]
+
+    def write(tensors: Tensors, file: str, metadata: Mapping[str, str]) -> None:
+        write_safetensors(Path(file), tensors, metadata, value)
+
+    with mock.patch.multiple(transformers.modeling_utils, safe_save_file=write, revert_weight_conversion=converted):
         yield
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], read: Read) -> None:
+def _parts(tensors: Tensors, part_of: PartOf) -> dict[Hashable, dict[str, Tensor]]:
+    parts: dict[Hashable, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts.setdefault(part_of(name), {})[name] = tensor
+    return parts
+
+
+def write_safetensors(file: Path, tensors: Tensors, metadata: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
     """The very bytes that `safetensors.torch.save_file` writes, with one tensor in memory at a time.
 
     tensors: name -> tensor; of those on the meta device, `read(name)` gives the values in the same dtype and shape.

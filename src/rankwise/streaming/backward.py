@@ -55,12 +55,12 @@ def gradients_of(stream: Stream, last: Activations, batches: Sequence[Batch], lo
     rows: dict[int, list[Tensor]] = {}
     with blocks.loaded(blocks.outside()["head"]), torch.enable_grad():
         for window, number, i in windows_of(batches):
-            hidden = last[number][i : i + 1].to(blocks.device).requires_grad_()
+            hidden = blocks.sequence(last[number], i).to(blocks.device).requires_grad_()
             loss(window, blocks.leave(window, hidden)).backward()
             assert hidden.grad is not None
             rows.setdefault(number, []).append(hidden.grad.cpu())
-            if i + 1 == len(last[number]):
-                gradients[number] = torch.cat(rows.pop(number))
+            if i + 1 == last[number].shape[blocks.axis]:
+                gradients[number] = torch.cat(rows.pop(number), dim=blocks.axis)
     return gradients
 
 

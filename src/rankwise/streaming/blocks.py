@@ -1,8 +1,8 @@
 """A decoder run block by block, one block's weights in memory at a time.
 
-The model's own forward is kept: it makes masks and positions and calls its blocks in turn. Only the blocks are told what to do by
-a `forward` of their own: those before the wanted one hand on what they get, the wanted one notes how it is called and stops it
-all. So any decoder with one list of blocks works, and the numbers are those of the model in memory.
+The model's own forward is kept: it makes masks and positions and calls its blocks in turn. Only the blocks are told what to do
+by a `forward` of their own: those before the wanted one hand on what they get, the wanted one notes how it is called and stops
+it all. So any decoder with one list of blocks works, and the numbers are those of the model in memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from transformers import PreTrainedModel
 
 from rankwise.calibration.signal import Signal, few_tokens, frozen, inputs_of, signal_of
 from rankwise.calibration.tokens import Batch
-from rankwise.errors import InMemoryOnlyError
-from rankwise.integration.weights import Source
+from rankwise.errors import InMemoryOnlyError, RankwiseError, is_out_of_memory
+from rankwise.integration.files import reason
+from rankwise.integration.source import Source
 from rankwise.layers.blocks import block_lists, block_of
+
+UNKNOWN = object()  # what a block that does not run would answer beside its hidden states
 
 
 class _ReachedError(Exception):
@@ -35,41 +38,54 @@ class Call:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor in it, in order."""
-        return [leaf for leaf in tree_leaves((self.arguments, self.keywords)) if isinstance(leaf, Tensor)]
+    def leaves(self) -> list[Any]:
+        """Every value in it, in order."""
+        return tree_leaves((self.arguments, self.keywords))
+
+    def same(self, other: Call) -> bool:
+        """Whether the other has the same tensors in it."""
+        pair = [[leaf for leaf in call.leaves() if isinstance(leaf, Tensor)] for call in (self, other)]
+        return len(pair[0]) == len(pair[1]) and all(map(torch.equal, *pair))
 
 
 @dataclass
 class Blocks:
     """An empty model, the path of its list of blocks, and where its weights are.
 
-    gives_tuple: whether blocks return their hidden states in a tuple; known once one was run.
+    What `try_out` finds: width, the numbers that hidden states have for each token; axis, the one of sequences in them;
+    reads_embedding, whether blocks are handed more of the embeddings than their hidden states; head_by_rows, whether the
+    model's logits can be had a few rows at a time, or it has none.
     """
 
     model: PreTrainedModel
     path: str
     source: Source
     device: torch.device
-    gives_tuple: bool = False
+    width: int
+    axis: int = 0
+    reads_embedding: bool = False
+    head_by_rows: bool = True
+    _answer: Callable[[Tensor], Any] = lambda hidden: hidden  # of a block with these hidden states; known once one was run
 
     @classmethod
     def of(cls, model: PreTrainedModel, matrices: Collection[str], source: Source, device: torch.device) -> Blocks:
-        """Raises `InMemoryOnlyError` for a model that is no plain decoder with one list of blocks that holds all `matrices`."""
-        name = type(model).__name__
+        """The largest list of blocks that holds some of the `matrices`. Raises `InMemoryOnlyError` for a model that is no
+        plain decoder with such a list."""
+        name, config = type(model).__name__, model.config.get_text_config()
         if model.config.is_encoder_decoder:
             raise InMemoryOnlyError(f"only decoders go block by block, and {name} has an encoder too")
-        found = list(block_lists(model, matrices))
-        outside = [matrix for matrix in matrices if not any(block_of(matrix, path) is not None for path in found)]
-        if len(found) != 1 or outside:
-            what = f"{outside[0]} is in none" if outside else f"it has {', '.join(found) or 'none'}"
-            raise InMemoryOnlyError(
-                f"only a model whose matrices are all in one list of blocks goes block by block, and of {name} {what} "
-                "(--exclude leaves a matrix dense)"
-            )
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise InMemoryOnlyError(f"later blocks of {name} read the keys of earlier ones")
+        lists = block_lists(model, matrices)
+        if not lists:
+            raise InMemoryOnlyError(f"only a model with a list of blocks goes block by block, and {name} has none")
+        if hasattr(model.config, "rescale_every"):
+            model.config.rescale_every = 0  # RWKV would halve weights in place, which are not there
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        return cls(model, found.pop(), source, device)
+        path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+        embeddings: Any = model.get_input_embeddings()
+        return cls(model, path, source, device, embeddings.weight.shape[1])
 
     def __len__(self) -> int:
         return len(self._list)
@@ -80,15 +96,20 @@ class Blocks:
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a tensor is in; None outside of blocks."""
+        return block_of(name, self.path)
+
     def names(self, index: int) -> list[str]:
         """The parameters of a block."""
         prefix = f"{self.path}.{index}."
         return [prefix + name for name, _ in self._list[index].named_parameters()]
 
     def outside(self) -> dict[str, list[str]]:
-        """The parameters outside of blocks: those of the "embedding", of the "head", and "rest"."""
+        """The parameters outside of blocks: those of the "embedding", of the "head", and "rest", which is always needed."""
         groups: dict[str, list[str]] = {"embedding": [], "head": [], "rest": []}
-        ends = {id(self.model.get_input_embeddings()): "embedding", id(self.model.get_output_embeddings()): "head"}
+        embedding = "rest" if self.reads_embedding else "embedding"
+        ends = {id(self.model.get_input_embeddings()): embedding, id(self.model.get_output_embeddings()): "head"}
         for path, module in self.model.named_modules():
             if not path.startswith(f"{self.path}."):
                 own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
@@ -100,12 +121,11 @@ class Blocks:
         """These parameters with their values on the device while inside, empty again afterwards."""
         empty = {}
         try:
-            for name in names:
-                values = self.source.read(name).to(self.device)
+            for name, values in self.source.values(names):
                 path, _, leaf = name.rpartition(".")
                 module = self.model.get_submodule(path)
                 empty[name] = module._parameters[leaf]
-                module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(values.to(self.device), requires_grad=False)
                 del values
             yield
         finally:
@@ -114,19 +134,9 @@ class Blocks:
                 self.model.get_submodule(path)._parameters[leaf] = parameter
 
     def enter(self, batch: Batch) -> Tensor:
-        """The hidden states [sequences, length, hidden] that reach the first block. Needs what is outside of blocks loaded,
-        but for the head."""
+        """The hidden states that reach the first block. Needs what is outside of blocks loaded, but for the head."""
         hidden, _ = self._reach(0, batch)
         return hidden
-
-    def refuse_other_inputs(self, batch: Batch) -> None:
-        """Raises `InMemoryOnlyError` where blocks are handed more of the embeddings than their hidden states, which would be
-        lost. Needs what `enter` needs."""
-        _, real = self._reach(0, batch)
-        call = self.call_of(0, batch)
-        if not all(torch.equal(a, b) for a, b in zip(real.tensors(), call.tensors(), strict=True)):
-            name = type(self.model).__name__
-            raise InMemoryOnlyError(f"{name} hands its blocks more than the hidden states of the one before")
 
     def call_of(self, index: int, batch: Batch) -> Call:
         """How block `index` is called for `batch`. Needs the "rest" loaded."""
@@ -136,9 +146,16 @@ class Blocks:
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """What the loaded block makes of the hidden states."""
         output = self._list[index](hidden.to(self.device), *call.arguments, **call.keywords)
-        self.gives_tuple = isinstance(output, tuple)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor):
+            return output
+        result: Tensor = output[0]
+        kind, rest = type(output), [part if part is None else UNKNOWN for part in output[1:]]
+        self._answer = lambda hidden: kind([hidden, *rest])
         return result
+
+    def sequence(self, hidden: Tensor, index: int) -> Tensor:
+        """One sequence of hidden states, as a batch."""
+        return hidden.narrow(self.axis, index, 1)
 
     def leave(self, batch: Batch, hidden: Tensor) -> Signal:
         """As `signal_of`, from the last block's hidden states. Needs the "rest" and the head loaded."""
@@ -146,30 +163,69 @@ class Blocks:
         last = len(self) - 1
 
         def answer(index: int, given: Tensor) -> Tensor:
-            return hidden[: given.shape[0], : given.shape[1]] if index == last else given  # the head is tried on a few tokens
+            return hidden[tuple(map(slice, given.shape))] if index == last else given  # the head is tried on a few tokens
 
         with self._no_embedding(), self._told(answer):
             return signal_of(self.model, batch, self.device)
 
     @torch.no_grad()
-    def head_goes_by_rows(self, batch: Batch) -> bool:
-        """Whether the model's logits can be had a few rows at a time, or it has none."""
-        few = few_tokens(batch)
-        sequences, length = next(iter(few.values())).shape[:2]
-        outside = self.outside()
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(sequences, length, self.model.config.get_text_config().hidden_size, generator=generator)
-        with frozen(self.model), self.loaded(outside["rest"]):
-            with self.loaded(self.names(0)):
-                hidden = self.run(0, hidden.to(self.model.dtype), self.call_of(0, few))
-            with self.loaded(outside["head"]):
-                signal = self.leave(few, hidden)
-        return signal.head is not None or not signal.categorical
+    def try_out(self, batch: Batch) -> bool:
+        """Find out how the model calls its blocks, on a few tokens; whether that takes more memory than was to be expected.
+
+        Raises `InMemoryOnlyError` where it does more than handing hidden states from block to block.
+        """
+        try:
+            with frozen(self.model), self.loaded(self.outside()["rest"]):
+                return self._tried(few_tokens(batch))
+        except Exception as error:  # models read what is not there in as many ways as there are
+            if isinstance(error, RankwiseError) or is_out_of_memory(error):
+                raise
+            why = reason(error)
+            raise InMemoryOnlyError(f"{type(self.model).__name__} does not run block by block ({why})") from None
+
+    def _tried(self, few: Batch) -> bool:
+        ends = self.outside()
+        with self.loaded(ends["embedding"]):
+            hidden, call = self._reach(0, few)
+            two = self.enter({name: torch.cat([tensor, tensor]) for name, tensor in few.items()})
+        with self.loaded(self.names(0)):
+            answer = self.run(0, hidden, call)
+        (self.axis,) = (axis for axis, size in enumerate(hidden.shape) if two.shape[axis] != size)
+        width, self.width = self.width, hidden.numel() // next(iter(few.values())).numel()
+        with self.loaded([*ends["embedding"], *ends["head"]]):
+            without = self._outside_of_blocks(few, answer)
+            self.reads_embedding = True
+            calls, values = self._outside_of_blocks(few, answer)
+            self.reads_embedding = not (torch.equal(values, without[1]) and all(map(Call.same, calls, without[0])))
+            alike = [self._reach(index, few, lambda _: answer) for index in range(len(self))]
+            signal, order = self.leave(few, answer), self._order(few)
+        handed_on = all(torch.equal(got, answer) for got, _ in alike[1:]) and order == list(range(len(self)))
+        if not handed_on or not all(own.same(call) for call, (_, own) in zip(calls, alike, strict=True)):
+            raise InMemoryOnlyError(f"{type(self.model).__name__} does more with its blocks than handing on hidden states")
+        self.head_by_rows = signal.head is not None or not signal.categorical
+        return self.reads_embedding or not self.head_by_rows or self.width > width
+
+    def _outside_of_blocks(self, batch: Batch, answer: Tensor) -> tuple[list[Call], Tensor]:
+        """How every block is called, and what the model makes of the last one's answer."""
+        return [self.call_of(index, batch) for index in range(len(self))], self.leave(batch, answer).values
+
+    def _order(self, batch: Batch) -> list[int]:
+        """The numbers of the blocks, as they are called."""
+        order: list[int] = []
+
+        def note(index: int, given: Tensor) -> Tensor:
+            order.append(index)
+            return given
+
+        with self._no_embedding(), self._told(note):
+            self._forward(batch)
+        return order
 
     def _forward(self, batch: Batch) -> Any:
         return self.model(**inputs_of(batch, self.device))
 
-    def _reach(self, index: int, batch: Batch) -> tuple[Tensor, Call]:
+    def _reach(self, index: int, batch: Batch, answer: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> tuple[Tensor, Call]:
+        """The hidden states that reach a block where those before make `answer` of theirs, and how it is called."""
         reached: list[tuple[Tensor, Call]] = []
 
         def stop(*arguments: Any, **keywords: Any) -> None:
@@ -177,11 +233,15 @@ class Blocks:
             reached.append((hidden, Call(arguments[1:], keywords)))
             raise _ReachedError
 
-        with self._told(lambda i, given: given):
+        with self._told(lambda _, given: answer(given)):
             vars(self._list[index])["forward"] = stop
             try:
                 self._forward(batch)
             except _ReachedError:
+                if any(leaf is UNKNOWN for leaf in reached[0][1].leaves()):
+                    raise InMemoryOnlyError(
+                        f"{type(self.model).__name__} hands its blocks more than the hidden states of the one before"
+                    ) from None
                 return reached[0]
         raise InMemoryOnlyError(f"{type(self.model).__name__} does not call its blocks {self.path} in turn")
 
@@ -191,8 +251,8 @@ class Blocks:
 
         def forward_of(index: int) -> Callable[..., Any]:
             def forward(*arguments: Any, **keywords: Any) -> Any:
-                hidden = answer(index, keywords["hidden_states"] if "hidden_states" in keywords else arguments[0])
-                return (hidden,) if self.gives_tuple else hidden
+                given = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+                return self._answer(answer(index, given))
 
             return forward
 
@@ -206,10 +266,11 @@ class Blocks:
 
     @contextmanager
     def _no_embedding(self) -> Iterator[None]:
-        """While inside, every token's embedding is zero: where hidden states are replaced anyway it need not be loaded."""
+        """While inside, every token's embedding is zero where it need not be loaded: hidden states are replaced anyway."""
         embedding: Any = self.model.get_input_embeddings()
-        shape, dtype = embedding.weight.shape, embedding.weight.dtype
+        width, dtype = embedding.weight.shape[1], embedding.weight.dtype
         with ExitStack() as stack:
-            stack.callback(vars(embedding).pop, "forward", None)
-            vars(embedding)["forward"] = lambda ids: torch.zeros((), dtype=dtype, device=ids.device).expand(*ids.shape, shape[1])
+            if not self.reads_embedding:
+                stack.callback(vars(embedding).pop, "forward", None)
+                vars(embedding)["forward"] = lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=self.device)
             yield

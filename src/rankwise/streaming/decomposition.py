@@ -166,7 +166,7 @@ def _own_groups(
 ) -> list[dict[str, str]]:
     probe = {name: tensor[:1] for name, tensor in stream.training[0].items()}
     call = stream.blocks.call_of(index, probe)
-    site_of = find_sites(stream.run.model, wanted, lambda: stream.blocks.run(index, hidden[0][:1], call))
+    site_of = find_sites(stream.run.model, wanted, lambda: stream.blocks.run(index, stream.blocks.sequence(hidden[0], 0), call))
     groups: list[dict[str, str]] = []  # matrix -> the first matrix of its site in the group
     left = 0
     for name in sorted(wanted, key=lambda name: wanted.index(site_of[name])):

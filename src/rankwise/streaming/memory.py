@@ -5,10 +5,9 @@ Legend: m, n a matrix's outputs and inputs, T the tokens of a batch, d the hidde
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rankwise.calibration.signal import LOGITS_AT_ONCE
 from rankwise.calibration.tokens import Batch, vocabulary_of
@@ -41,17 +40,18 @@ def share_out(
     batches: Sequence[Batch],
     needs: Collection[str],
     gradients: bool,
-    logits_at_once: int = LOGITS_AT_ONCE,
 ) -> Share:
-    """Share `memory` bytes out, for a metric's `needs` and, with `gradients`, passes back; the head makes as many logits of a
-    window at once as told. Raises `RankwiseError` with the figure needed where they are not enough."""
+    """Share `memory` bytes out, for a metric's `needs` and, with `gradients`, passes back. Raises `RankwiseError` with the
+    figure needed where they are not enough."""
     tokens = max(next(iter(batch.values())).numel() for batch in batches)
     length = max(next(iter(batch.values())).shape[1] for batch in batches)
     outputs = "output" in needs
     largest_site = max(moments_of(shape, outputs) for shape in shapes.values())
     fixed = resident() + LIBRARIES
     vocabulary = vocabulary_of(blocks.model)
-    logits = min(length * vocabulary, max(logits_at_once, vocabulary))
+    logits = length * vocabulary
+    if blocks.head_by_rows:
+        logits = min(logits, max(LOGITS_AT_ONCE, vocabulary))
     phases = _phases(blocks, shapes, tokens, length, logits, outputs)
     if gradients:
         phases |= _gradient_phases(blocks, shapes, sequences_at_once(batches) * length, outputs)
@@ -63,8 +63,10 @@ def share_out(
             f"torch and what is read, {gigabytes(int(SLACK * phases[phase]))} for {phase}; give more, or shorter windows"
         )
     spare = memory - needed
-    sites = sum(moments_of(shape, outputs) for name, shape in shapes.items() if _block(name) == "0")
-    more = min(spare // 2, max(sites - largest_site, 0))
+    sites = Counter[int | None]()
+    for name, shape in shapes.items():
+        sites[blocks.block_of(name)] += moments_of(shape, outputs)
+    more = min(spare // 2, max(sites.values()) - largest_site)
     return Share(spare - more, largest_site + more)
 
 
@@ -79,18 +81,19 @@ def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, 
     sizes, outside = _sizes(blocks)
     block = max(sum(sizes[name] for name in blocks.names(i)) for i in range(len(blocks)))
     largest = max(sizes[name] for i in range(len(blocks)) for name in blocks.names(i))
-    config: Any = blocks.model.config
+    together = max(sum(sizes[name] for name in group) for group in blocks.source.together(sizes))
     e = max(p.element_size() for p in blocks.model.parameters())
-    d = config.get_text_config().hidden_size
+    d = blocks.width
     widest = max(max(shape.in_features, shape.out_features) for shape in shapes.values())
     working = tokens * ((8 * d + 4 * widest) * e + 8 * d)  # a block's own values, its norms in float32
     seen = max(8 * s.in_features**2 + 4 * tokens * s.in_features + 2048 * s.in_features for s in shapes.values())
     solved = max(moments_of(s, outputs) + workspace(s, outputs) for s in shapes.values())
     return {
         "the embedding": 2 * outside["embedding"] + outside["rest"] + 2 * tokens * d * e,
+        "a block as it is read": outside["rest"] + block + together,
         "a block's statistics": outside["rest"] + block + largest + working + seen,
         "a block's decomposition": outside["rest"] + block + solved,
-        "a block and its factors": outside["rest"] + 2 * block + 3 * largest + working,
+        "a block and its factors": outside["rest"] + 2 * block + max(3 * largest, together) + working,
         "the output head": 2 * outside["head"] + outside["rest"] + LOGITS * logits + 8 * length * d * e,
     }
 
@@ -99,7 +102,7 @@ def _gradient_phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, outp
     """As `_phases`, of the passes back on `tokens` at once: a block, its full-length factors, and what its gradient needs."""
     sizes, outside = _sizes(blocks)
     e = max(p.element_size() for p in blocks.model.parameters())
-    d = blocks.model.config.get_text_config().hidden_size
+    d = blocks.width
     most = 0
     for index in range(len(blocks)):
         names = blocks.names(index)
@@ -111,8 +114,3 @@ def _gradient_phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, outp
         held = sum(sizes[name] for name in names) + max(factors + max(sizes[name] for name in names), seen)
         most = max(most, held + tokens * (kept * e + 12 * widest + 8 * d))
     return {"a block's gradients": outside["rest"] + most}
-
-
-def _block(name: str) -> str:
-    match = re.search(r"\.(\d+)\.", name)
-    return match[1] if match else ""

@@ -1,56 +1,43 @@
-"""The compressed model to write, of which no more than a layer is in memory."""
+"""The compressed model to write, of which no more than a block is in memory."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable
 
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
 from rankwise.allocation.problem import Allocation
-from rankwise.integration.quantizer import RankwiseConfig, attach
-from rankwise.integration.weights import Read
-from rankwise.layers.linear import bias_of, weight_of
-from rankwise.layers.matrices import Shape
-from rankwise.masks.layers import factorised, is_whole, weighted
+from rankwise.integration.quantizer import RankwiseConfig, RankwiseQuantizer, attach
+from rankwise.layers.linear import swapped
+from rankwise.layers.matrices import stack_experts, unstack_experts
 from rankwise.streaming.stream import Stream
 from rankwise.streaming.student import StreamedStudent
 
-
-def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation, form: str) -> Read:
-    """Give the empty model, in the dtypes it is stored in, the low-rank layers of the result; returns where the values of its
-    tensors come from."""
-    model, source = stream.run.model, stream.blocks.source
-    given = {name: mask for name, mask in chosen.masks.items() if mask is not None}
-    masks = {name: mask for name, mask in given.items() if not is_whole(mask)}
-    for name, mask in masks.items():
-        dense = model.get_submodule(name)
-        options = {"bias": bias_of(dense) is not None, "dtype": weight_of(dense).dtype}
-        model.set_submodule(name, Shape.of(dense, form).empty(int(mask.count_nonzero()), **options))
-    attach(model, RankwiseConfig(ranks={name: rank for name, rank in chosen.ranks.items() if rank is not None}, form=form))
-
-    @functools.lru_cache(maxsize=1)
-    def layer(name: str) -> dict[str, Tensor]:
-        dtype = source.parameters[f"{name}.weight"].dtype
-        return factorised(student.decompositions[name], masks[name], None, form).to(dtype).state_dict()
-
-    def read(name: str) -> Tensor:
-        path = next((path for path in _above(name) if path in masks), None)
-        if path is not None:
-            tensor = layer(path).get(name.removeprefix(f"{path}."))
-            return source.read(f"{path}.bias") if tensor is None else tensor
-        matrix = name.removesuffix(".weight")
-        if matrix != name and matrix in given:
-            turned, own = isinstance(model.get_submodule(matrix), Conv1D), source.read(name)
-            new = weighted(own.T if turned else own, student.decompositions[matrix], given[matrix])
-            return new.T.contiguous() if turned else new
-        return source.read(name)
-
-    return read
+Values = Callable[[int | None], dict[str, Tensor]]
 
 
-def _above(name: str) -> Iterator[str]:
-    """The paths of the modules that a tensor is in, the innermost first."""
-    while name := name.rpartition(".")[0]:
-        yield name
+def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation, form: str) -> tuple[PreTrainedModel, Values]:
+    """The compressed model, empty, in the dtypes it is stored in; and what makes the values of one of its blocks, or (None) of
+    what is outside of them. Experts that are all left dense are stacked."""
+    model, blocks = stream.run.model, stream.blocks
+    ranks = {name: rank for name, rank in chosen.ranks.items() if rank is not None}
+    experts = [path for path in stream.run.experts if any(name.startswith(f"{path}.") for name in ranks)]
+    config = RankwiseConfig(ranks=ranks, form=form, experts=experts)
+    empty = copy.deepcopy(blocks.source.skeleton)
+    RankwiseQuantizer(config)._process_model_before_weight_loading(empty)
+    attach(empty, config)
+
+    def values(index: int | None) -> dict[str, Tensor]:
+        if index is None:
+            return dict(blocks.source.values(name for names in blocks.outside().values() for name in names))
+        block = f"{blocks.path}.{index}"
+        dense = [path for path in stream.run.experts if path.startswith(f"{block}.") and path not in experts]
+        with blocks.loaded(blocks.names(index)), swapped(model, student.low_rank(index, chosen.masks, form)):
+            stack_experts(model, dense)
+            tensors = model.get_submodule(block).state_dict(prefix=f"{block}.")
+            unstack_experts(model.get_submodule(block))
+        return tensors
+
+    return empty, values

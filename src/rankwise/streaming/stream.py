@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from rankwise.decomposition.metric import is_affine, metric_named
 from rankwise.errors import InMemoryOnlyError
 from rankwise.footprint import whole_run
 from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_compressed, refuse_foreign, resolve_device
-from rankwise.integration.weights import empty_model
-from rankwise.layers.experts import is_stacked
+from rankwise.integration.source import Source, empty_model
+from rankwise.integration.weights import refuse_joined
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.layers.precision import widen
 from rankwise.memory import bytes_of
@@ -64,8 +63,6 @@ class Stream:
         hidden = Activations(name, self.room)
         outside = self.blocks.outside()
         with self.blocks.loaded(outside["embedding"]):
-            for batch in batches[:1]:
-                self.blocks.refuse_other_inputs(batch)
             for index, batch in enumerate(batches):
                 hidden[index] = self.blocks.enter(batch)
         return hidden
@@ -105,14 +102,16 @@ def start(
     if os.path.isdir(model):
         refuse_foreign(Path(model), config)
     empty, source = empty_model(model, config, recipe.dtype)
-    if any(is_stacked(module) for module in empty.modules()):
-        raise InMemoryOnlyError(f"{type(empty).__name__} has stacked experts, which are not taken apart block by block")
     shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
+    device = resolve_device(recipe.device)
+    blocks = Blocks.of(empty, shapes, source, device)
+    refuse_joined(source.skeleton, blocks.block_of)
+    for name in [name for name in shapes if blocks.block_of(name) is None]:
+        left_dense[name] = "it is outside of the blocks, which alone are compressed block by block"
+        del shapes[name]
     assert recipe.rate is not None
     Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
     refuse_whole_runs(recipe, allocator, empty, shapes)
-    device = resolve_device(recipe.device)
-    blocks = Blocks.of(empty, shapes, source, device)
     tokenizer = tokenizer or load_tokenizer(model)
     data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
     narrow = widen(empty, device)
@@ -122,16 +121,20 @@ def start(
     needs = metric_named(str(recipe.decomposition)).NEEDS
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
     share = share_out(memory, blocks, shapes, everything, needs, gradients)
-    if not blocks.head_goes_by_rows(everything[0]):
-        share = share_out(memory, blocks, shapes, everything, needs, gradients, logits_at_once=sys.maxsize)
-    names = [name for name, _ in empty.named_parameters()]
-    own = [digest(name, source.read(name)) for name in progress(distributed.dealt(names), "reading the model")]
-    identity = digest(str(config), *distributed.collected(own), *data.tensors, recipe.seed)
+    if blocks.try_out(everything[0]):
+        share = share_out(memory, blocks, shapes, everything, needs, gradients)
+    groups = source.together(name for name, _ in empty.named_parameters())
+    own = [_digest(source, group) for group in progress(distributed.dealt(groups), "reading the model")]
+    identity = digest(str(config), *distributed.collected(own), *empty.buffers(), *data.tensors, recipe.seed)
     base = "the bundled model" if model == bundled.MODEL else str(model)
-    run = Run(empty, tokenizer, base, shapes, left_dense, [], data, folder, identity, recipe.seed)
+    run = Run(empty, tokenizer, base, shapes, left_dense, source.experts, data, folder, identity, recipe.seed)
     assert folder.path is not None
     room = Room(folder.path / f"activations-{distributed.rank()}", share.activations)
     return Stream(run, blocks, share, room, narrow)
+
+
+def _digest(source: Source, names: Iterable[str]) -> str:
+    return digest(*(digest(name, tensor) for name, tensor in source.values(names)))
 
 
 def refuse_whole_runs(recipe: Recipe, allocator: Allocator, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rankwise import distributed
 from rankwise.allocation.problem import Allocation
@@ -17,6 +18,7 @@ from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.evaluation.compare import Comparison, compare
 from rankwise.layers.linear import swapped
+from rankwise.layers.lowrank import PairLinear
 from rankwise.masks.layers import Masks, folded
 from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
@@ -38,11 +40,16 @@ class StreamedStudent(Student):
     stream: Stream = field(kw_only=True)
     _dense: dict[tuple[int, ...], tuple[Sequence[Batch], list[Activations]]] = field(default_factory=dict)
     _last: dict[tuple[int, ...], tuple[Sequence[Batch], list[Batch], Activations]] = field(default_factory=dict)
+    _read: dict[str, Tensor] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
-        """The weight [m, n] of a matrix, read from disk."""
-        with self.stream.blocks.loaded([f"{name}.weight"]):
-            return super().weight(name)
+        """The weight [m, n] of a matrix, read from disk with those that are made together with it, and kept until the next."""
+        source, stored = self.stream.blocks.source, f"{name}.weight"
+        if stored not in self._read:
+            self._read.clear()  # before the next is there
+            self._read |= dict(source.values(source.beside(stored)))
+        weight = self._read[stored].to(self.device)
+        return weight.T if isinstance(self.model.get_submodule(name), Conv1D) else weight
 
     @property
     def device(self) -> torch.device:
@@ -52,10 +59,10 @@ class StreamedStudent(Student):
         """The layers, each made anew when it is asked for: its block is loaded then."""
         return _Made(list(names), make)
 
-    def low_rank(self, index: int, masks: Masks) -> dict[str, nn.Module]:
-        """The layers of a loaded block to ship under `masks`."""
+    def low_rank(self, index: int, masks: Masks, form: str = PairLinear.form) -> dict[str, nn.Module]:
+        """The layers of a loaded block under `masks`."""
         return {
-            name: folded(self.model.get_submodule(name), self.decompositions[name], mask).to(self.device)
+            name: folded(self.model.get_submodule(name), self.decompositions[name], mask, form).to(self.device)
             for name in self.stream.matrices_of(index)
             if (mask := masks.get(name)) is not None
         }
@@ -85,7 +92,7 @@ class StreamedStudent(Student):
         @torch.no_grad()
         def original(window: Batch) -> Signal:
             _, number, i = next(places)
-            return self.stream.blocks.leave(window, last[number][i : i + 1])
+            return self.stream.blocks.leave(window, self.stream.blocks.sequence(last[number], i))
 
         return self._add_gradients(layers, pieces, original)
 
@@ -106,7 +113,7 @@ class StreamedStudent(Student):
             parts = [[0.0, 0] for _ in batches]
             with blocks.loaded(blocks.outside()["head"]):
                 for piece, number, i in windows_of(batches):
-                    reference, other = (blocks.leave(piece, hidden[number][i : i + 1]) for hidden in (dense[-1], small))
+                    reference, other = (blocks.leave(piece, blocks.sequence(hidden[number], i)) for hidden in (dense[-1], small))
                     parts[number][0] += divergence(reference, other).item()
                     parts[number][1] += len(reference)
                     self.count(other)
@@ -115,11 +122,12 @@ class StreamedStudent(Student):
         return sum(totals) / sum(tokens)
 
     def forget(self) -> None:
-        """Give back what the hidden states take."""
+        """Give back what hidden states and weights take."""
         for hidden in (*(h for _, states in self._dense.values() for h in states), *(last for *_, last in self._last.values())):
             hidden.clear()
         self._dense.clear()
         self._last.clear()
+        self._read.clear()
 
     def _dense_states(self, batches: Sequence[Batch]) -> list[Activations]:
         """The original's hidden states before every block and after the last. Needs `stream.opened`."""
@@ -185,7 +193,7 @@ def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Com
 
         def values(hidden: Activations, piece: Batch) -> Signal:
             number, i = place[id(piece)]
-            return blocks.leave(piece, hidden[number][i : i + 1])
+            return blocks.leave(piece, blocks.sequence(hidden[number], i))
 
         with blocks.loaded(blocks.outside()["head"]):
             original, compressed = (functools.partial(values, hidden) for hidden in (dense, small))
