@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rankwise.calibration.moments import Moments
-from rankwise.decomposition.kronecker import INPUT_DAMPING, OUTPUT_DAMPING
+from rankwise.decomposition.kronecker import INPUT_DAMPING, damping, output_root
 from rankwise.decomposition.solver import Root
 
 NEEDS = frozenset({"first", "second", "output"})
@@ -11,5 +11,5 @@ NEEDS = frozenset({"first", "second", "output"})
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
     """The roots of the mean of g g^T over tokens [m, m] and of the inputs' covariance [n, n], damped as there."""
-    assert moments.output is not None
-    return Root.of(moments.output.double(), OUTPUT_DAMPING, moments.count), Root.of(moments.covariance, INPUT_DAMPING)
+    covariance = moments.covariance
+    return output_root(moments), Root.of(covariance, damping(INPUT_DAMPING, covariance, moments.count))

@@ -3,16 +3,31 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition.solver import Root
 
 NEEDS = frozenset({"second", "output"})
 INPUT_DAMPING = 1e-4
 OUTPUT_DAMPING = 1e-2
+SAMPLING = 3.0  # times features over tokens: how far a moment of few tokens is from that of all text (Ledoit and Wolf 2004)
 
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
-    """The roots of the mean of g g^T over tokens [m, m] and of H [n, n], damped relative to their mean diagonals."""
+    """The roots of the mean of g g^T over tokens [m, m] and of H [n, n], damped relative to their mean diagonals: the less text,
+    the more."""
     assert moments.second is not None
+    return output_root(moments), Root.of(moments.second, damping(INPUT_DAMPING, moments.second, moments.count))
+
+
+def output_root(moments: Moments) -> Root:
+    """The root of the mean of g g^T over tokens [m, m]."""
     assert moments.output is not None
-    return Root.of(moments.output.double(), OUTPUT_DAMPING, moments.count), Root.of(moments.second, INPUT_DAMPING)
+    G = moments.output.double()
+    return Root.of(G, damping(OUTPUT_DAMPING, G, moments.count), moments.count)
+
+
+def damping(least: float, moment: Tensor, tokens: int) -> float:
+    """What is added to the diagonal of a moment [d, d] of so many tokens, relative to its mean."""
+    return least + SAMPLING * len(moment) / tokens
