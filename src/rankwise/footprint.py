@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise import memory
-from rankwise.calibration.batches import numbers_of_a_token, room_for_a_batch
+from rankwise.calibration.batches import numbers_of_a_token, room_for_a_batch, sides
 from rankwise.calibration.moments import GRADIENTS, find_sites
 from rankwise.calibration.signal import LOGITS_AT_ONCE, PROBE, device_of
-from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of, windows_asked, written_at_once
+from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of, windows_asked, written, written_at_once
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_config, resolve_device, skeleton
@@ -159,9 +159,9 @@ def _text(empty: Any, calibration: Any, recipe: Recipe, device: torch.device) ->
     """Tokens of a batch, and of all of the text."""
     if isinstance(calibration, Tensor) and calibration.ndim == 2:
         samples, length = calibration.shape
-    elif not isinstance(calibration, str | Path | Tensor) and calibration and isinstance(calibration[0], dict):
-        firsts = (value for batch in calibration if isinstance(batch, dict) for value in list(batch.values())[:1])
-        sizes = [value.shape[:2].numel() for value in firsts if isinstance(value, Tensor)]
+    elif not isinstance(calibration, str | Path | Tensor) and calibration and isinstance(calibration[0], Mapping):
+        read = (written(batch) for batch in calibration if isinstance(batch, Mapping) and batch)
+        sizes = [value.shape[:2].numel() for value in read if isinstance(value, Tensor)]
         return max(sizes, default=1), sum(sizes)
     else:
         length, samples = windows_asked(empty, recipe.effort, device.type, recipe.length, recipe.samples)
@@ -174,11 +174,10 @@ def _sites(empty: Any, shapes: Mapping[str, Shape]) -> set[str]:
     for module in empty.modules():
         if isinstance(module, UnstackedExperts):  # which ones a token goes to is in no empty tensor; each is its own site anyway
             vars(module)["forward"] = lambda hidden, *_: hidden
-    names = ["input_ids", "decoder_input_ids"] if empty.config.is_encoder_decoder else ["input_ids"]
 
     def run() -> None:
         try:
-            empty(**dict.fromkeys(names, torch.zeros(1, PROBE, dtype=torch.int64, device="meta")))
+            empty(**dict.fromkeys(sides(empty), torch.zeros(1, PROBE, dtype=torch.int64, device="meta")))
         except Exception:  # models ask for values in as many ways as there are
             return
 

@@ -84,8 +84,8 @@ def inputs_of(batch: Batch, device: torch.device) -> Batch:
 def unpadded(model: Any, batch: Batch) -> Iterator[None]:
     """While inside, a classifier without a padding token reads `batch` as it is, if nothing in it is padded: transformers lets it
     read one sequence at a time only, as it looks for each one's last token."""
-    config: Any = None if model.can_generate() or token_mask(batch) is not None else model.config.get_text_config()
-    if getattr(config, "pad_token_id", 0) is not None:
+    config: Any = getattr(model.config, "text_config", None) or model.config
+    if model.can_generate() or token_mask(batch) is not None or getattr(config, "pad_token_id", 0) is not None:
         yield
         return
     config.pad_token_id = -1  # no token is it
