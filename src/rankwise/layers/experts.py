@@ -127,6 +127,7 @@ def _unstacked_class(kind: Any, original: Any) -> Any:
 def unstack(module: nn.Module) -> None:
     """Replace the stacked parameters of an experts module by lists of `nn.Linear`, in place, values or none."""
     kind: Any = _kind(module)
+    original: Any = type(module)
     lists = {name: _linears(module, kind, name) for name in kind.lists(module)}
     for name, new in kind.lists(module).items():
         owner, leaf = _owner(module, name)
@@ -134,7 +135,7 @@ def unstack(module: nn.Module) -> None:
         if lists[name][0].bias is not None:
             delattr(owner, f"{leaf}_bias")
         module.add_module(new, lists[name])
-    module.__class__ = _unstacked_class(kind, type(module))
+    module.__class__ = _unstacked_class(kind, original)
 
 
 def _linears(module: Any, kind: Any, name: str) -> nn.ModuleList:
@@ -158,7 +159,7 @@ def _linears(module: Any, kind: Any, name: str) -> nn.ModuleList:
 def stacked_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of the stacked parameters that `unstack` took apart: name -> [experts, ...], or flat."""
     experts: Any = module
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, new in experts.lists().items():
         layers = getattr(experts, new)
         rows, columns = layers[0].out_features, layers[0].in_features
