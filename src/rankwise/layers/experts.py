@@ -127,6 +127,7 @@ def _unstacked_class(kind: Any, original: Any) -> Any:
 def unstack(module: nn.Module) -> None:
     """Replace the stacked parameters of an experts module by lists of `nn.Linear`, in place, values or none."""
     kind: Any = _kind(module)
+    original: Any = type(module)
     lists = {name: _linears(module, kind, name) for name in kind.lists(module)}
     for name, new in kind.lists(module).items():
         owner, leaf = _owner(module, name)
@@ -134,7 +135,6 @@ def unstack(module: nn.Module) -> None:
         if lists[name][0].bias is not None:
             delattr(owner, f"{leaf}_bias")
         module.add_module(new, lists[name])
-    original: Any = type(module)
     module.__class__ = _unstacked_class(kind, original)
 
 

@@ -182,8 +182,8 @@ def find_matrices(
     return matrices, dense
 
 
-# last two parts of the names of what is no matrix that anything is multiplied with
-TABLES = re.compile(r"(embed|position|pos_emb|norm|bias)[^.]*(\.[^.]*)?$")
+# how the names of parameters end that no activation is multiplied with
+TABLES = re.compile(r"(embed|position|pos_emb|norm|bias)[^.]*(\.(weight|scale))?$")
 
 
 def _of_no_linear_layer(model: nn.Module) -> dict[str, str]:
