@@ -32,8 +32,10 @@ PER_LAYER = GQA | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input
 PER_LAYER |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 
 POPULAR: dict[str, dict[str, Any]] = {
-    **dict.fromkeys("cohere2 gemma2 gemma3_text glm4 granite llama mistral nemotron olmo2 phi3".split(), GQA),
-    **dict.fromkeys("qwen2 qwen3 smollm3 starcoder2".split(), GQA),
+    **dict.fromkeys(
+        ["cohere2", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "nemotron", "olmo2", "phi3"], GQA
+    ),
+    **dict.fromkeys(["qwen2", "qwen3", "smollm3", "starcoder2"], GQA),
     **dict.fromkeys(["gpt_oss", "mixtral", "qwen3_moe"], SPARSE),
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     "deepseek_v2": DEEPSEEK,
@@ -56,13 +58,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cpmant": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_attention_heads": 4, "dim_head": 12, "dim_ff": 64}
     | {"num_hidden_layers": 2, "prompt_length": 4},
     "ctrl": OWN_NAMES | {"dff": 64},
-    "deepseek_v4": DEEPSEEK | {"num_key_value_heads": 1, "head_dim": 12, "index_topk": 8, "index_head_dim": 8},
+    "minimax_m2": SPARSE,
     "gemma3n_text": PER_LAYER | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
     "gemma4_text": PER_LAYER | {"global_head_dim": 12, "num_global_key_value_heads": 2},
     "openai-gpt": OWN_NAMES,
     "xlnet": {"vocab_size": VOCABULARY, "d_model": 48, "n_layer": 2, "n_head": 4, "d_inner": 64},
     "xlstm": STATE | {"num_heads": 4, "qk_dim_factor": 1.0},
-    "zamba2": SMALL | {"num_key_value_heads": 4, "layers_block_type": ["linear_attention", "hybrid"], "chunk_size": 8}
+    "zamba2": SMALL
+    | {"num_key_value_heads": 4, "layers_block_type": ["linear_attention", "hybrid"], "chunk_size": 8}
     | {"mamba_d_state": 8, "n_mamba_heads": 4},
 }
 REFUSED: dict[str, dict[str, Any]] = {

@@ -112,9 +112,7 @@ class StreamedStudent(Student):
             parts = [[0.0, 0] for _ in batches]
             with blocks.loaded(blocks.outside()["head"]):
                 for piece, number, i in windows_of(batches):
-                    reference, other = (
-                        blocks.leave(piece, blocks.sequence(hidden[number], i)) for hidden in (dense[-1], small)
-                    )
+                    reference, other = (blocks.leave(piece, blocks.sequence(hidden[number], i)) for hidden in (dense[-1], small))
                     parts[number][0] += divergence(reference, other).item()
                     parts[number][1] += len(reference)
                     self.count(other)
