@@ -69,7 +69,7 @@ BREAKING_METRICS: dict[Any, Roots] = {  # law -> roots that break it
     metric_laws.components_are_orthogonal: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64), skewed(m))),
     metric_laws.affine_keeps_the_mean: lambda m: (Root(torch.zeros(len(of(m.output)), dtype=torch.float64)), None),
     metric_laws.same_twice: lambda m: (None, Root(torch.rand(len(of(m.second)), dtype=torch.float64))),
-    metric_laws.scale_is_free: lambda m: (None, Root(of(m.absolute) + 100)),
+    metric_laws.scale_is_free: lambda m: (Root(of(m.output).diagonal() + 100), None),
 }
 
 

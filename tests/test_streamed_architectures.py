@@ -57,7 +57,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cpmant": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_attention_heads": 4, "dim_head": 12, "dim_ff": 64}
     | {"num_hidden_layers": 2, "prompt_length": 4},
     "ctrl": OWN_NAMES | {"dff": 64},
-    "deepseek_v4": DEEPSEEK | {"num_key_value_heads": 1, "head_dim": 12, "index_topk": 8, "index_head_dim": 8},
+    "minimax_m2": SPARSE,
     "gemma3n_text": PER_LAYER | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
     "gemma4_text": PER_LAYER | {"global_head_dim": 12, "num_global_key_value_heads": 2},
     "openai-gpt": OWN_NAMES,

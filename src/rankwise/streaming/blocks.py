@@ -7,8 +7,9 @@ it all. So any decoder with one list of blocks works, and the numbers are those 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +72,10 @@ class Blocks:
     def of(cls, model: PreTrainedModel, matrices: Collection[str], source: Source, device: torch.device) -> Blocks:
         """The largest list of blocks that holds some of the `matrices`. Raises `InMemoryOnlyError` for a model that is no
         plain decoder with such a list."""
-        name, config = type(model).__name__, model.config.get_text_config()
+        name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise InMemoryOnlyError(f"only decoders go block by block, and {name} has an encoder too")
-        if getattr(config, "num_kv_shared_layers", 0):
+        if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
             raise InMemoryOnlyError(f"later blocks of {name} read the keys of earlier ones")
         lists = block_lists(model, matrices)
         if not lists:
@@ -184,30 +185,31 @@ class Blocks:
             raise InMemoryOnlyError(f"{type(self.model).__name__} does not run block by block ({why})") from None
 
     def _tried(self, few: Batch) -> bool:
-        ends = self.outside()
-        with self.loaded(ends["embedding"]):
+        random = functools.partial(torch.randn, generator=torch.Generator(self.device).manual_seed(0))
+        with self._no_embedding(random):
             hidden, call = self._reach(0, few)
             two = self.enter({name: torch.cat([tensor, tensor]) for name, tensor in few.items()})
         with self.loaded(self.names(0)):
             answer = self.run(0, hidden, call)
         (self.axis,) = (axis for axis, size in enumerate(hidden.shape) if two.shape[axis] != size)
         width, self.width = self.width, hidden.numel() // next(iter(few.values())).numel()
-        with self.loaded([*ends["embedding"], *ends["head"]]):
-            without = self._outside_of_blocks(few, answer)
-            self.reads_embedding = True
-            calls, values = self._outside_of_blocks(few, answer)
-            self.reads_embedding = not (torch.equal(values, without[1]) and all(map(Call.same, calls, without[0])))
-            alike = [self._reach(index, few, lambda _: answer) for index in range(len(self))]
-            signal, order = self.leave(few, answer), self._order(few)
+        with self.loaded(self.outside()["head"]):
+            with self._no_embedding(random):
+                others, other = self._outside_of_blocks(few, answer)
+            with self._no_embedding():
+                calls, signal = self._outside_of_blocks(few, answer)
+                alike = [self._reach(index, few, lambda _: answer) for index in range(len(self))]
+                order = self._order(few)
         handed_on = all(torch.equal(got, answer) for got, _ in alike[1:]) and order == list(range(len(self)))
         if not handed_on or not all(own.same(call) for call, (_, own) in zip(calls, alike, strict=True)):
             raise InMemoryOnlyError(f"{type(self.model).__name__} does more with its blocks than handing on hidden states")
+        self.reads_embedding = not (torch.equal(signal.values, other.values) and all(map(Call.same, calls, others)))
         self.head_by_rows = signal.head is not None or not signal.categorical
         return self.reads_embedding or not self.head_by_rows or self.width > width
 
-    def _outside_of_blocks(self, batch: Batch, answer: Tensor) -> tuple[list[Call], Tensor]:
+    def _outside_of_blocks(self, batch: Batch, answer: Tensor) -> tuple[list[Call], Signal]:
         """How every block is called, and what the model makes of the last one's answer."""
-        return [self.call_of(index, batch) for index in range(len(self))], self.leave(batch, answer).values
+        return [self.call_of(index, batch) for index in range(len(self))], self.leave(batch, answer)
 
     def _order(self, batch: Batch) -> list[int]:
         """The numbers of the blocks, as they are called."""
@@ -217,7 +219,7 @@ class Blocks:
             order.append(index)
             return given
 
-        with self._no_embedding(), self._told(note):
+        with self._told(note):
             self._forward(batch)
         return order
 
@@ -265,12 +267,16 @@ class Blocks:
                 vars(block).pop("forward", None)
 
     @contextmanager
-    def _no_embedding(self) -> Iterator[None]:
-        """While inside, every token's embedding is zero where it need not be loaded: hidden states are replaced anyway."""
+    def _no_embedding(self, values: Callable[..., Tensor] = torch.zeros) -> Iterator[None]:
+        """While inside, every token has such an embedding where the real one need not be loaded: hidden states are replaced
+        anyway."""
         embedding: Any = self.model.get_input_embeddings()
-        width, dtype = embedding.weight.shape[1], embedding.weight.dtype
-        with ExitStack() as stack:
-            if not self.reads_embedding:
-                stack.callback(vars(embedding).pop, "forward", None)
-                vars(embedding)["forward"] = lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=self.device)
+        if self.reads_embedding or "forward" in vars(embedding):
             yield
+            return
+        width, dtype = embedding.weight.shape[1], embedding.weight.dtype
+        vars(embedding)["forward"] = lambda ids: values(*ids.shape, width, dtype=dtype, device=self.device)
+        try:
+            yield
+        finally:
+            del vars(embedding)["forward"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.calibration.signal import LOGITS_AT_ONCE
 from rankwise.calibration.tokens import Batch, vocabulary_of
@@ -106,11 +107,21 @@ def _gradient_phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, outp
     most = 0
     for index in range(len(blocks)):
         names = blocks.names(index)
-        own = [shape for name, shape in shapes.items() if f"{name}.weight" in names]
+        of_block = {name: shape for name, shape in shapes.items() if blocks.block_of(name) == index}
+        own = of_block.values()
         factors = sum(e * shape.full_rank * shape.per_rank for shape in own)
-        kept = sum(shape.in_features + shape.out_features + 3 * shape.full_rank for shape in own) + 16 * d
+        kept = 16 * d + int(sum(_share_of_tokens(blocks, name) * (s.per_rank + 3 * s.full_rank) for name, s in of_block.items()))
         widest = max((max(shape.in_features, shape.out_features) for shape in own), default=0)
         seen = max((moments_of(shape, outputs) + 4 * tokens * widest for shape in own), default=0)
         held = sum(sizes[name] for name in names) + max(factors + max(sizes[name] for name in names), seen)
         most = max(most, held + tokens * (kept * e + 12 * widest + 8 * d))
     return {"a block's gradients": outside["rest"] + most}
+
+
+def _share_of_tokens(blocks: Blocks, name: str) -> float:
+    """How many of all tokens a matrix sees: those of a mixture share each token's few experts."""
+    chosen = getattr(blocks.model.config.get_text_config(), "num_experts_per_tok", None)
+    if not chosen or not name.startswith(tuple(f"{path}." for path in blocks.source.experts)):
+        return 1.0
+    experts: Any = blocks.model.get_submodule(name.rpartition(".")[0])
+    return min(1.0, chosen / len(experts))

@@ -112,11 +112,11 @@ def same_twice(metric: Metric, W: Tensor, moments: Moments) -> None:
 
 
 def scale_is_free(metric: Metric, W: Tensor, moments: Moments) -> None:
-    """Inputs in another unit, twice as large, change no rank-r model, and c W has c times the rank-r models of W."""
+    """A loss in another unit, twice as large, changes no rank-r model, and c W has c times the rank-r models of W."""
     d = _decomposed(metric, W, moments)
     sums = {name: value for name, value in vars(moments).items() if isinstance(value, Tensor)}
-    powers = {"absolute": 1, "first": 1, "second": 2, "fisher": 2, "output": 0}
-    doubled = Moments(moments.count, **{name: 2.0 ** powers[name] * value for name, value in sums.items()})
+    gradients = {"fisher": 4.0, "output": 4.0}
+    doubled = Moments(moments.count, **{name: gradients.get(name, 1.0) * value for name, value in sums.items()})
     gaps = (d.spectrum[:-1] - d.spectrum[1:]) / d.spectrum[0]
     for r in [r for r, gap in enumerate(gaps.tolist(), start=1) if gap > 1e-3]:  # else the rank-r model is not unique
         model = d.second[:, :r] @ d.first[:r]
