@@ -312,7 +312,8 @@ def _safetensors() -> Iterator[Case]:
     yield Case("weights: bool", COMPRESS, weights("llama", _set(name, lambda w: w > 0)))
     yield Case("weights: complex", COMPRESS, weights("llama", _set(name, lambda w: w.to(torch.complex64))))
     yield Case("weights: one missing", COMPRESS, weights("llama", lambda w: w.pop(name)))
-    yield Case("weights: one too many", COMPRESS, weights("llama", lambda w: w.update(nonsense=torch.zeros(1))))
+    one_more = {"model.layers.0.mlp.up_proj.bias": torch.zeros(64)}
+    yield Case("weights: one too many", COMPRESS, weights("llama", lambda w: w.update(one_more)))
 
 
 SHARDS: dict[str, Callable[[dict[str, Any]], Any]] = {

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rankwise import RankwiseError, distributed
 from rankwise.testing.folders import content_of
 
 OPTIONS = ["--rate", "0.3", "--samples", "1200", "--length", "32", "--option", "rounds=1", "--option", "value_steps=3"]
@@ -27,6 +31,42 @@ def start(folder: Path, output: str, processes: int, *more: str) -> subprocess.P
     return subprocess.Popen(
         [*command, *OPTIONS, *more], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "one", "WORLD_SIZE": "two"}, (0, 1)),
+        ({"WORLD_SIZE": "2"}, (0, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+    ],
+)
+def test_a_launchers_variables(variables: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (distributed.rank(), distributed.size()) == expected
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0"}, {"RANK": "1"}, {"RANK": "0", "MASTER_ADDR": ""}])
+def test_nobody_waits_for_ever(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | variables).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "TO_JOIN", timedelta(seconds=1))
+    waits = f"process {variables['RANK']} of 2 waits for the others at .*:{port}; not under torchrun\\? unset WORLD_SIZE"
+    with pytest.raises(RankwiseError, match=waits):
+        distributed.wait()
+    assert [re.fullmatch(waits, record.message) is not None for record in caplog.records] == [True]
 
 
 @pytest.fixture(scope="module")

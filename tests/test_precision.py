@@ -28,6 +28,12 @@ def bfloat16() -> Any:
     return build("llama").bfloat16().eval()
 
 
+def test_float64_is_computed_where_there_is_any() -> None:
+    assert precision.exact_device(torch.device("mps")) == CPU
+    assert precision.exact_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert precision.exact(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64
+
+
 def test_units() -> None:
     assert precision.has_units_for(torch.float32, CPU)
     assert precision.has_units_for(torch.float64, CPU)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +146,56 @@ def test_another_process_is_kept_out_until_it_dies(folder: RunFolder) -> None:
     folder.cached(STAGE, KEY, Counted())
     folder.remove()
     folder.hold()
+
+
+def test_a_file_system_that_locks_nothing_and_flushes_no_folder(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl, fsync = pytest.importorskip("fcntl"), os.fsync
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def no_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "fsync", no_folders)
+    compute = Counted()
+    for _ in range(2):
+        folder.cached(STAGE, KEY, compute)
+    assert compute.runs == 1
+    assert ["no locks" in record.message for record in caplog.records] == [True]
+    folder.remove()
+
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(RankwiseError, match="Input/output error"):
+        folder.hold()
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(RankwiseError, match="Input/output error"):
+        folder.cached(STAGE, KEY, compute)
+
+
+@pytest.mark.parametrize("home", ["/dev/null", ""])
+def test_a_cache_that_cannot_be_written_is_done_without(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("RANKWISE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", home)
+    if not home:
+        monkeypatch.setattr(Path, "home", lambda: Path("~no one").expanduser())  # as where there is no home
+    assert not RunFolder.cache(None).keeps
+    assert not RunFolder.cache(Path(__file__) / "cache").keeps
+    assert ["results are not kept" in record.message for record in caplog.records] == [True, True]
+    assert RunFolder.cache(tmp_path / "new").keeps
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_failing_computation_leaves_nothing_behind(folder: RunFolder) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.errors import RankwiseError, is_out_of_memory
+from rankwise.launcher import rank
 from rankwise.plain import to_json
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
@@ -481,7 +482,7 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # heeded by transformers too, for loading and writing
-    others = os.environ.get("RANK", "0") != "0"  # of several processes, the first alone shows how far it is
+    others = rank() > 0  # of several processes, the first alone shows how far it is
     if others:
         os.environ["TQDM_DISABLE"] = "1"
     try:
@@ -491,7 +492,7 @@ def main() -> None:
     except RankwiseError as error:
         if others:
             time.sleep(PATIENCE)
-            print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
+            print(f"error in process {rank()}: {error}", file=sys.stderr)
         else:
             print(f"error: {error}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:

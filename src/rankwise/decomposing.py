@@ -17,7 +17,7 @@ from rankwise.errors import RankwiseError
 from rankwise.footprint import shortage
 from rankwise.integration.artifact import PRICES, RESULTS, WINDOWS, Artifact
 from rankwise.integration.checkpoint import refuse_elsewhere, refuse_output, written_whole
-from rankwise.integration.result import MAX_SHARD_SIZE
+from rankwise.integration.result import save_model
 from rankwise.layers.matrices import stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.recipe import IN_MEMORY, Recipe
@@ -71,9 +71,7 @@ def decompose(
         parameters = run.model.num_parameters()
     stack_experts(run.model, run.experts)
     with written_whole(Path(output), overwrite) as whole:
-        run.model.save_pretrained(whole, max_shard_size=MAX_SHARD_SIZE)
-        if run.tokenizer is not None:
-            run.tokenizer.save_pretrained(whole)
+        save_model(whole, run.model, run.tokenizer, run.base)
         artifact = Artifact(whole, recipe, run.identity, run.shapes, parameters, run.data.conversations)
         artifact.write()
         folder.hand_over(whole / RESULTS)

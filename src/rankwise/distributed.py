@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,21 +18,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from rankwise.errors import RankwiseError, is_out_of_memory
+from rankwise.launcher import rank as rank
+from rankwise.launcher import size as size
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # with the slowest: one may decompose for long; of one that dies torchrun tells at once
-
-
-def rank() -> int:
-    """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+TO_JOIN = timedelta(minutes=10)  # where no launcher sees to it that all of them come
 
 
 def _together(work: Callable[..., T]) -> Callable[..., T]:
@@ -41,8 +37,7 @@ def _together(work: Callable[..., T]) -> Callable[..., T]:
     def act(*arguments: Any) -> T:
         try:
             if not dist.is_initialized():
-                dist.init_process_group(timeout=PATIENCE)
-                atexit.register(dist.destroy_process_group)
+                _join()
             return work(*arguments)
         except RuntimeError as error:  # torch's own errors of a lost connection are of this class
             if is_out_of_memory(error):
@@ -53,6 +48,22 @@ def _together(work: Callable[..., T]) -> Callable[..., T]:
             ) from None
 
     return act
+
+
+def _join() -> None:
+    """Meet the other processes. Raises `RankwiseError` where they do not come."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    waits = f"process {rank()} of {size()} waits for the others at {place}; not under torchrun? unset WORLD_SIZE"
+    if not dist.is_torchelastic_launched():
+        logger.warning(waits)
+    try:
+        store, *_ = next(rendezvous("env://", rank(), size(), timeout=TO_JOIN))
+    except (RuntimeError, ValueError) as error:
+        raise RankwiseError(f"{waits} ({str(error).splitlines()[0]})") from None
+    store.set_timeout(PATIENCE)
+    store = dist.PrefixStore("default_pg", store)
+    dist.init_process_group(store=store, rank=rank(), world_size=size(), timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)
 
 
 @_together

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from rankwise import distributed
+from rankwise import distributed, launcher
 from rankwise.errors import RankwiseError
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -48,7 +48,7 @@ def there(device: torch.device) -> dict[str, int]:
     """
     said = os.environ.get(SETTING)
     own = {"gpu": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
-    own["host"] = resident() + _free() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own["host"] = resident() + _free() // launcher.local_size()
     if said:
         own = dict.fromkeys(own, bytes_of(said, SETTING))
     every = distributed.everyones(own)

@@ -8,11 +8,13 @@ computed again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from rankwise.errors import RankwiseError
 logger = logging.getLogger(__name__)
 LOCK, FINISHED = "lock", "finished"
 NOTES = "__notes__"  # plain values, beside tensors that are named after matrices
+UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems say that have no such thing
 _locks: dict[Path, IO[str]] = {}  # run folders that this process holds; the system lets go of them when it ends, however it ends
 
 
@@ -79,6 +82,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        set_rights(temporary)
         flush(temporary)
         os.replace(temporary, file)
         flush(file.parent)
@@ -95,8 +99,29 @@ def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(handle)
+
+
+def set_rights(file: Path) -> None:
+    """Give a file the rights of any new one: safetensors leaves its own to their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    with contextlib.suppress(OSError):  # some file systems have no rights
+        file.chmod(0o666 & ~mask)
+
+
+def _lock(file: IO[str]) -> None:
+    """Keep others out of an open file. Where the file system has no locks, a line says so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        logger.warning("%s: this file system has no locks, so start no second run on it", file.name)
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,19 @@ class RunFolder:
     path: Path | None = None
     shared: bool = False
     known: Path | None = None
+
+    @classmethod
+    def cache(cls, path: Path | None) -> RunFolder:
+        """Results that belong to no run, in `path`, by default `user_cache()`. Where it cannot be written, a line says so, and
+        nothing is kept."""
+        try:
+            path = path or user_cache()
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except (OSError, RuntimeError) as error:  # the latter where there is no home
+            logger.warning("results are not kept, the cache cannot be written: %s", error)
+            return cls()
+        return cls(path, shared=True)
 
     @classmethod
     def beside(cls, output: Path, resume: bool, overwrite: bool) -> RunFolder:
@@ -131,7 +169,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / LOCK, "a")  # noqa: SIM115  open for as long as it is held
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except BlockingIOError:
             raise RankwiseError(f"another run is at work in {self.path}: wait for it, or name another output") from None
         except OSError as error:
@@ -220,10 +258,10 @@ class RunFolder:
     def remove(self) -> None:
         """Forget the run, and let others in."""
         if self.path is not None and self.path.exists() and distributed.rank() == 0:
+            if self.path in _locks:
+                _locks.pop(self.path).close()  # first: NFS removes no folder that has an open file in it
             shutil.rmtree(self.path)
             flush(self.path.parent)
-            if self.path in _locks:
-                _locks.pop(self.path).close()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from rankwise.integration.checkpoint import (
     load_tokenizer,
     refuse_compressed,
     refuse_not_finite,
+    refuse_other_than_its_config,
     resolve_device,
 )
 from rankwise.layers.linear import weight_of
@@ -110,6 +111,7 @@ def _open(
     if isinstance(model, PreTrainedModel):
         base = getattr(model.config, "_name_or_path", "") or type(model).__name__
         refuse_compressed(base, model.config)
+        refuse_other_than_its_config(model)
         refuse_not_finite(model)
         return model, tokenizer, base
     config = load_config(model)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.threshold import by_threshold
+from rankwise.layers.precision import exact
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -32,5 +33,5 @@ class HeavyTail:
 @torch.no_grad()
 def normalised(W: Tensor) -> Tensor:
     """The singular values of W [m, n], from 1 down to 0: [min(m, n)] float64; all zero where they are all the same."""
-    values = torch.linalg.svdvals(W.double())
+    values = torch.linalg.svdvals(exact(W))
     return (values - values[-1]) / (values[0] - values[-1]).clamp_min(torch.finfo(torch.float64).tiny)

@@ -23,6 +23,7 @@ from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.plan import Ranks, options, parameters
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.uniform import Uniform
+from rankwise.layers.precision import exact
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -69,7 +70,7 @@ def weight_errors(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
 
     ||W - B_r A_r||^2 = ||W||^2 - 2 sum_{i<r} b_i^T W a_i + sum_{i,j<r} (B^T B)_ij (A A^T)_ij
     """
-    W, B, A = W.double(), B.double(), A.double()
+    W, B, A = exact(W), exact(B), exact(A)
     mixed = (B * (W @ A.T)).sum(0).cumsum(0)
     square = ((B.T @ B) * (A @ A.T)).cumsum(0).cumsum(1).diagonal()
     energy = W.square().sum().clamp_min(torch.finfo(W.dtype).tiny)

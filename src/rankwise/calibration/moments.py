@@ -18,6 +18,7 @@ from rankwise import distributed
 from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, token_mask, with_draws
 from rankwise.calibration.tokens import Batch, cut
 from rankwise.errors import RankwiseError
+from rankwise.layers.precision import exact, exact_device
 from rankwise.progress import progress
 
 GRADIENTS = frozenset({"output", "fisher"})  # the moments that take a backward pass
@@ -97,7 +98,7 @@ class Statistics:
             if kind in groups:
                 path, _, name = rest.rpartition("/")
                 moments = groups[kind].setdefault(path, Moments())
-                setattr(moments, name, int(tensor) if name == "count" else tensor.to(device))
+                setattr(moments, name, int(tensor) if name == "count" else tensor.to(exact_device(device)))
         return cls(site_of, groups["site"], groups["matrix"])
 
 
@@ -209,10 +210,10 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 def add_gram(total: Tensor | None, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """total [n, n] (a new one in `dtype`) plus the blocks of x^T x, for x [T, n], on the diagonal and below; see `mirrored`."""
     if total is None:
-        total = x.new_zeros(x.shape[1], x.shape[1], dtype=dtype)
+        total = torch.zeros(x.shape[1], x.shape[1], dtype=dtype, device=exact_device(x.device))
     for i in range(0, len(total), GRAM_BLOCK):
         j = i + GRAM_BLOCK
-        total[i:j, :j] += x[:, i:j].T @ x[:, :j]
+        total[i:j, :j] += (x[:, i:j].T @ x[:, :j]).to(total.device)
     return total
 
 
@@ -224,7 +225,7 @@ def mirrored(total: Tensor) -> Tensor:
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.double() if total is None else total.add_(part)
+    return exact(part) if total is None else total.add_(part.to(total.device))
 
 
 def _add_up(moments: Moments, device: torch.device) -> None:
@@ -236,7 +237,7 @@ def _add_up(moments: Moments, device: torch.device) -> None:
         if shape is not None and len(parts) > 1:
             own = getattr(moments, name)
             dtype = torch.float32 if name == "output" else torch.float64
-            own = torch.zeros(shape, dtype=dtype, device=device) if own is None else own
+            own = torch.zeros(shape, dtype=dtype, device=exact_device(device)) if own is None else own
             setattr(moments, name, distributed.add_up(own))
 
 

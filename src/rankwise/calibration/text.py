@@ -72,7 +72,7 @@ def refuse_unused(sources: Iterable[str], column: str = COLUMN, dataset_options:
 
 def _is_dataset(source: str) -> bool:
     """Whether it is none of the others: a data set's name."""
-    looks_like_a_path = source.startswith((".", "/", "~")) or source.endswith((*ROWS, ".txt", ".md", ".raw"))
+    looks_like_a_path = source.startswith((".", "/", "~")) or source.lower().endswith((*ROWS, ".txt", ".md", ".raw"))
     return source not in STANDARD_LIBRARY and not looks_like_a_path and not _is_there(source)
 
 
@@ -82,7 +82,7 @@ def _is_there(source: str) -> bool:
 
 
 def _has_fields(source: str) -> bool:
-    return _is_dataset(source) or any(path.name.endswith(ROWS) for path in _files(source))
+    return _is_dataset(source) or any(path.name.lower().endswith(ROWS) for path in _files(source))
 
 
 def _files(source: str) -> list[Path]:
@@ -93,7 +93,8 @@ def _files(source: str) -> list[Path]:
 
 
 def _read_file(path: Path, column: str) -> list[Document]:
-    how = next((how for ending, how in TABLES.items() if path.name.endswith(ending)), None)
+    name = path.name.lower()
+    how = next((how for ending, how in TABLES.items() if name.endswith(ending)), None)
     if how is not None:
         return [_document(row, column, f"{path}, row {number}") for number, row in enumerate(_read_table(path, how), start=1)]
     try:
@@ -102,9 +103,9 @@ def _read_file(path: Path, column: str) -> list[Document]:
         raise RankwiseError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise RankwiseError(f"cannot read {path}: {error.strerror}") from None
-    if not path.name.endswith(JSON_LINES):
+    if not name.endswith(JSON_LINES):
         return [_whole(text)]
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if name.endswith(".json") and text.lstrip().startswith("["):
         rows = _parsed(text, f"{path}: not a JSON array")
         return [_document(row, column, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
     lines = ((f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition.solver import Root
+from rankwise.layers.precision import exact
 
 NEEDS = frozenset({"second", "output"})
 INPUT_DAMPING = 1e-4
@@ -24,7 +25,7 @@ def roots(moments: Moments) -> tuple[Root | None, Root | None]:
 def output_root(moments: Moments) -> Root:
     """The root of the mean of g g^T over tokens [m, m]."""
     assert moments.output is not None
-    G = moments.output.double()
+    G = exact(moments.output)
     return Root.of(G, damping(OUTPUT_DAMPING, G, moments.count), moments.count)
 
 

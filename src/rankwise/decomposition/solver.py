@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import RankwiseError
+from rankwise.layers.precision import exact_device
 
 LEAST = 1e-290  # a smaller mean is no metric, but what is left of one below the range of float64
 
@@ -93,7 +94,8 @@ class Decomposition:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Decomposition:
         """The same factors elsewhere; the spectrum keeps its dtype."""
         centre = None if self.centre is None else self.centre.to(device, dtype)
-        return Decomposition(self.second.to(device, dtype), self.first.to(device, dtype), self.spectrum.to(device), centre)
+        spectrum = self.spectrum if device is None else self.spectrum.to(exact_device(torch.device(device)))
+        return Decomposition(self.second.to(device, dtype), self.first.to(device, dtype), spectrum, centre)
 
     def dropped(self, mask: Tensor) -> Tensor | None:
         """The mean output [m] of what `mask` [k] drops, for the bias; None where the factors are not affine."""
@@ -106,7 +108,8 @@ def decompose(W: Tensor, left: Root | None, right: Root | None, mean: Tensor | N
     The factors are float64 where W is or `left` is there, else float32; the spectrum is float64. Raises `RankwiseError`
     where W is not finite.
     """
-    W = W.detach().to(torch.float64 if left is not None else torch.promote_types(W.dtype, torch.float32))
+    dtype = torch.float64 if left is not None else torch.promote_types(W.dtype, torch.float32)
+    W = W.detach().to(exact_device(W.device), dtype)
     if not torch.isfinite(W).all():
         raise RankwiseError("the weight has values that are not finite")
     T = W if left is None else left.apply(W)

@@ -91,7 +91,7 @@ def _costs(p: Signal, q: Signal, rows: Tensor, labels: Tensor | None) -> Tensor:
     columns = [torch.ones(len(at)), kl_of(*both), both[0].argmax(-1) == both[1].argmax(-1)]
     if labels is not None:
         columns += [-values.gather(1, labels.to(at)[:, None]).squeeze(1) for values in both]
-    return torch.stack([column.double().cpu() for column in columns], dim=1)
+    return torch.stack([column.cpu().double() for column in columns], dim=1)
 
 
 def _summary(rows: Tensor, windows: int, has_head: bool, has_loss: bool) -> Comparison:

@@ -19,10 +19,11 @@ from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.evaluation.size import Size
 from rankwise.evaluation.tasks import load_tasks
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
+from rankwise.integration.files import weight_files
 from rankwise.integration.result import read_ranks, read_recipe, read_shapes
 from rankwise.layers.matrices import unstack_experts
 from rankwise.layers.precision import widened
-from rankwise.run_folder import RunFolder, user_cache
+from rankwise.run_folder import RunFolder
 
 
 def evaluate(
@@ -50,7 +51,8 @@ def evaluate(
         stand at the top; every text's are under "texts", with the gap to the first (see `gaps`).
     tasks: of lm-evaluation-harness, by name or as YAML files; `limit` and `shots` as in `load_tasks`.
     prompts: to be continued by both models; by default beginnings of the first text's windows.
-    cache: the folder in which results are kept by content (default: `user_cache()`), so that an interrupted evaluation goes on.
+    cache: the folder in which results are kept by content (default: `user_cache()`), so that an interrupted evaluation goes on;
+        where it cannot be written, nothing is kept.
     Returns plain values for JSON. Raises `RankwiseError`.
     """
     texts = [text] if isinstance(text, str) else list(text)
@@ -68,6 +70,7 @@ def evaluate(
     if tokenizer is None:
         raise RankwiseError(f"{reference} has no tokenizer")
     asked = load_tasks(tasks, limit, shots) if tasks else None
+    folder = RunFolder.cache(Path(cache) if cache else None)
     compressed, dense = load_compressed(path, dtype, device), load_model(reference, config, dtype, device)
     if not _made_from(compressed, dense):
         raise RankwiseError(f"{reference} is not the model that {path} was made from")
@@ -80,7 +83,7 @@ def evaluate(
     for part in windows.values():
         refuse_foreign(dense, part)
     given = tokenised(dense, tokenizer, prompts)
-    pair = Pair(dense, compressed, tokenizer, RunFolder(Path(cache) if cache else user_cache(), shared=True))
+    pair = Pair(dense, compressed, tokenizer, folder)
     with widened(dense, compressed):
         measured = {name: pair.compare(part) for name, part in windows.items()}
         first = windows[texts[0]]
@@ -119,5 +122,5 @@ def _made_from(compressed: Any, dense: Any) -> bool:
 
 
 def weights_on_disk(folder: Path) -> int | None:
-    """Bytes of the folder's safetensors files; None for a model that is not a local folder."""
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else None
+    """Bytes of the files that hold the folder's weights; None for a model that is not a local folder."""
+    return sum(file.stat().st_size for file in weight_files(folder)) if folder.is_dir() else None

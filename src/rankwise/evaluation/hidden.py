@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rankwise.calibration.signal import call, frozen, signal_of, token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.evaluation.intervals import of_ratio
+from rankwise.layers.precision import exact
 from rankwise.progress import progress
 
 WINDOWS = 16  # the first ones: a decomposition each, and the spread over windows is small
@@ -41,7 +42,7 @@ def effective_rank(Z: Tensor) -> float:
     covariance Z^T Z / L, as Diff-eRank takes it of hidden states (Wei et al. 2024, arXiv 2401.17139). From 1 to min(L, d).
     """
     Z = Z if Z.shape[0] >= Z.shape[1] else Z.T
-    p = torch.linalg.eigvalsh(Z.T.double() @ Z.double()).clamp_min(0)
+    p = torch.linalg.eigvalsh(exact(Z.T) @ exact(Z)).clamp_min(0)
     p = p[p > 0] / p.sum()
     return (-(p * p.log()).sum()).exp().item()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import inspect
+import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,16 +29,26 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from rankwise import distributed
+from rankwise import launcher
 from rankwise.errors import RankwiseError, is_out_of_memory
-from rankwise.integration.files import judge_config, read_json, reason, refuse_foreign_weights, refuse_odd_files
+from rankwise.integration.files import (
+    judge_config,
+    no_safetensors,
+    read_json,
+    reason,
+    refuse_foreign_weights,
+    refuse_odd_files,
+)
 from rankwise.integration.quantizer import METHOD, RankwiseConfig, RankwiseQuantizer
-from rankwise.run_folder import flush
+from rankwise.run_folder import flush, set_rights
 
+logger = logging.getLogger(__name__)
 TOKENIZERS = ("token*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = (None, "eager", "sdpa", "flex_attention")  # what torch itself brings
 
 
 def load_config(path: str | Path) -> Any:
@@ -62,13 +75,15 @@ def load_config(path: str | Path) -> Any:
     dtype = getattr(config, "dtype", None)
     if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise RankwiseError(f"{path}: in its config.json, dtype={dtype!r} is none that weights have")
-    cls = class_of(config)
-    if getattr(config, "architectures", None) and cls is None:
+    if getattr(config, "architectures", None) and class_of(config) is None:
         if "auto_map" in settings:
             raise _own_code(path)
-        raise RankwiseError(f"{path} is a {config.architectures[0]}, no model that transformers {transformers.__version__} has")
-    if cls is not None and not isinstance(config, cls.config_class):
-        raise RankwiseError(f"{path}: in its config.json, a {cls.__name__} is not of the model_type {config.model_type!r}")
+        raise RankwiseError(
+            f"{path} is a {config.architectures[0]}, which transformers {transformers.__version__} does not have for the "
+            f"model_type {config.model_type!r}"
+        )
+    if not all(part._attn_implementation in ATTENTION for part in _parts(config)):
+        config._attn_implementation = None  # one that is not here, or code from the hub
     if hasattr(config, "auto_map"):
         del config.auto_map  # transformers' own class serves, and the result has no other
     return config
@@ -128,23 +143,61 @@ def refuse_compressed(path: str | Path, config: Any) -> None:
 
 
 def class_of(config: Any) -> Any:
-    """The class that the config names, or None where transformers has no such model."""
-    names = getattr(config, "architectures", None) or [""]
-    cls = getattr(transformers, names[0], None)
-    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
+    """The class that the config names. Where transformers has none of that name for the config's type, it is the one that it has
+    for that type with the same head; None where there is none either."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if not name:
+        return None
+    cls = getattr(transformers, name, None)
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and isinstance(config, cls.config_class or ()):
+        return cls
+    head = name[max(name.rfind("For"), 0) :]
+    mappings = (getattr(auto, "_model_mapping", None) for auto in vars(modeling_auto).values() if isinstance(auto, type))
+    found = (mapping.get(type(config), None) for mapping in mappings if mapping is not None)
+    return next((cls for cls in found if isinstance(cls, type) and cls.__name__.endswith(head)), None)
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """The dense model of `config` without its weights. Raises `RankwiseError` where it makes no model."""
+def _parts(config: Any) -> Iterator[Any]:
+    """The config and those within it."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            yield from _parts(part)
+
+
+def skeleton(config: Any, cls: Any = None) -> PreTrainedModel:
+    """The dense model of `config` without its weights, by default of the class that it names.
+
+    Raises `RankwiseError` where it makes no model.
+    """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    cls = class_of(config)
+    cls = cls or class_of(config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
     except Exception as error:  # as many ways as there are models
         raise RankwiseError(f"the config.json makes no model: {reason(error)}") from None
+
+
+def refuse_other_than_its_config(model: PreTrainedModel) -> None:
+    """Raises `RankwiseError` where a model in memory is not what its config makes: its folder would load as
+    something else."""
+    made, own = (
+        {name: list(parameter.shape) for name, parameter in m.named_parameters(remove_duplicate=False)}
+        for m in (skeleton(model.config, type(model)), model)
+    )
+    name = next((name for name in (*made, *own) if made.get(name) != own.get(name)), None)
+    if name is None:
+        return
+    found, said = (shapes.get(name, "not there") for shapes in (own, made))
+    way = "give its config the sizes that it has"
+    if any(".base_layer." in name for name in own):
+        way = "merge the adapter first (merge_and_unload)"
+    elif "not there" in (found, said) and re.search(r"\.\d+\.", name):
+        way += f" (config.num_hidden_layers says {model.config.get_text_config().num_hidden_layers})"
+    raise RankwiseError(f"the model is not what its config makes: {name} is {found}, by the config {said}: {way}")
 
 
 def refuse_foreign(folder: Path, config: Any) -> None:
@@ -174,17 +227,35 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
     safely = {"use_safetensors": True, "trust_remote_code": False}
     try:
         with _quiet():
-            model, info = cls.from_pretrained(path, dtype=torch_dtype, output_loading_info=True, **safely)
+            model, info = cls.from_pretrained(path, config=config, dtype=torch_dtype, output_loading_info=True, **safely)
     except Exception as error:  # a broken file fails in as many ways as there are readers
         if is_out_of_memory(error):
             raise
+        if "use_safetensors" in str(error):  # a name on the hub, of which the other files are not here to be seen
+            raise no_safetensors(path) from None
         raise RankwiseError(f"cannot load {path}: {reason(error)}") from None
+    info["unexpected_keys"] = left_over_of(path, model, info["unexpected_keys"])
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             keys = sorted(map(str, info[kind]))
             raise RankwiseError(f"{path} is not a whole {cls.__name__}: {kind.replace('_', ' ')}: {', '.join(keys[:3])}")
     refuse_not_finite(model)
     return model.to(target).eval()
+
+
+def left_over_of(path: str | Path, model: nn.Module, names: Collection[str]) -> list[str]:
+    """Of tensors that the model has no place for, those that look like its own: in a module that has others, or in one too many
+    of its blocks. The other ones are left out, and a line says so."""
+
+    def module_of(name: str) -> str:
+        return re.sub(r"\d+", "#", name.rpartition(".")[0])
+
+    own = {module_of(name) for name, _ in model.named_parameters()}
+    out = sorted(name for name in names if module_of(name) not in own)
+    if out:
+        some = ", ".join(out[:3]) + (f" and {len(out) - 3:,} more" if len(out) > 3 else "")
+        logger.warning("%s: left out, as a %s does not have it: %s", path, type(model).__name__, some)
+    return sorted(set(names) - set(out))
 
 
 @contextmanager
@@ -224,7 +295,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if device == "auto":
-        device = "cuda" if distributed.size() == 1 else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # as torchrun numbers them
+        device = f"cuda:{launcher.local_rank()}" if launcher.size() > 1 else "cuda"
     try:
         torch.empty(0, device=device)
         return torch.device(device)
@@ -243,7 +314,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # the tokenizers library raises plain exceptions
         if not local and isinstance(error, OSError | ValueError | KeyError | TypeError):
             return None
-        raise RankwiseError(f"the tokenizer of {path} cannot be read: {reason(error)}") from None
+        why = reason(error)
+        if re.search("sentencepiece|tiktoken", why, re.IGNORECASE) and importlib.util.find_spec("sentencepiece") is None:
+            why = "it is one of SentencePiece: pip install sentencepiece protobuf"
+        raise RankwiseError(f"the tokenizer of {path} cannot be read: {why}") from None
 
 
 def refuse_taken(folder: Path, overwrite: bool) -> None:
@@ -272,6 +346,8 @@ def refuse_output(folder: Path, overwrite: bool, source: object = None) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=f".{folder.resolve().name}.", dir=above))  # the result is made beside its place
     except OSError as error:
         raise RankwiseError(f"the output folder {folder} cannot be written: {above}: {error.strerror}") from None
+    if os.path.ismount(folder.resolve()):
+        raise RankwiseError(f"the output folder {folder} is a mount point, which nothing can replace: name one within it")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise RankwiseError(f"the output folder {folder} holds something else than a model: name another, or empty it yourself")
     if isinstance(source, str | Path) and os.path.isdir(source):
@@ -294,13 +370,28 @@ def written_whole(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
+            if path.is_file():
+                set_rights(path)
             flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        flush(folder.parent)
+        _replace(folder, temporary)
     except (OSError, SafetensorError) as error:
         raise RankwiseError(f"cannot write {folder}: {getattr(error, 'strerror', None) or reason(error)}") from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(temporary)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `folder`, whose content is deleted only once it is there."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(old, folder)
+        raise
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

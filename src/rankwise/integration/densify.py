@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_compressed, load_tokenizer, refuse_output, written_whole
 from rankwise.integration.quantizer import RankwiseConfig
+from rankwise.integration.result import save_model
 from rankwise.layers.linear import bias_of, dense_linear
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import stack_experts
@@ -47,6 +48,4 @@ def densify(path: str | Path, output: str | Path, overwrite: bool = False) -> No
     refuse_output(Path(output), overwrite, path)
     model, tokenizer = load_compressed(path), load_tokenizer(path)
     with written_whole(Path(output), overwrite) as folder:
-        model.dequantize().save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        save_model(folder, model.dequantize(), tokenizer, path)

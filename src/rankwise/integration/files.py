@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from rankwise.errors import RankwiseError
 
 LARGEST_JSON = 2**28  # bytes: tokenizers come to tens of millions
-MOST_LAYERS = 10_000  # layers, or experts: more can only be a mistake, and would be built one by one
+MOST_LAYERS = 100_000  # or experts: more can only be a mistake
+BUILT_ONE_BY_ONE = re.compile(r"(layers?|experts|depth)$")  # what such settings count
 FLOATS = {"F64", "F32", "F16", "BF16"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 
@@ -31,10 +33,13 @@ def reason(error: BaseException) -> str:
 
 
 def refuse_odd_files(path: str | Path) -> None:
-    """Raises `RankwiseError` where a local folder holds what no model's folder does: pipes, dangling links, an adapter."""
+    """Raises `RankwiseError` where a local folder holds what no model's folder does: pipes, settings that link to nothing, an
+    adapter."""
     if not os.path.isdir(path):
         return
     for file in sorted(Path(path).iterdir()):
+        if not os.path.exists(file) and file.suffix not in (".json", ".yaml"):
+            continue  # a link to nothing is missed where it is needed
         if not os.path.isfile(file) and not os.path.isdir(file):
             raise RankwiseError(f"{file} is neither a file nor a folder: a link to nothing, a pipe or a device")
         if file.suffix == ".json" and file.stat().st_size > LARGEST_JSON:
@@ -42,7 +47,9 @@ def refuse_odd_files(path: str | Path) -> None:
                 f"{file} has {file.stat().st_size:,} bytes: no such file of a model has more than {LARGEST_JSON:,}"
             )
         if file.name == "adapter_config.json":
-            raise RankwiseError(f"{path} holds an adapter ({file.name}): merge it into its model first")
+            raise RankwiseError(
+                f"{path} holds an adapter: merge it into its model first, or remove {file.name} where it is merged already"
+            )
 
 
 def read_json(file: Path) -> Any:
@@ -75,7 +82,7 @@ def judge_config(path: str | Path, settings: Any) -> None:
     if not isinstance(settings.get("quantization_config") or {}, dict):
         raise RankwiseError(f"{path}: in its config.json, quantization_config is not an object")
     for name, value in _numbers(settings):
-        if ("layer" in name or "expert" in name) and abs(value) > MOST_LAYERS:
+        if BUILT_ONE_BY_ONE.search(name) and abs(value) > MOST_LAYERS:
             raise RankwiseError(f"{path}: in its config.json, {name}={value:.3g} is more than any model has")
 
 
@@ -87,6 +94,14 @@ def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
+def no_safetensors(model: str | Path, other: str = "another format") -> RankwiseError:
+    """The error of a model whose weights, if any, are in something else than safetensors."""
+    return RankwiseError(
+        f"cannot load {model}: it has no weights in safetensors ({SAFE_WEIGHTS_NAME}); {other} is never read, as it "
+        "may run code: convert it"
+    )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a local folder, as transformers chooses them. Raises `RankwiseError` where there are none, and
     for an index that names other files than the folder's own."""
@@ -95,8 +110,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         others = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-        hint = f"; {others[0]} is never read, as it may run code: convert it" if others else ""
-        raise RankwiseError(f"cannot load {folder}: it has no weights in safetensors ({single.name}){hint}")
+        raise no_safetensors(folder, *others[:1])
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):

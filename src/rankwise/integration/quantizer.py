@@ -7,6 +7,7 @@ otherwise warn and run with random weights.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,17 +99,22 @@ class RankwiseQuantizer(HfQuantizer):
         """A dense model is not compressed by loading it with our config, unless its decomposition lies beside it."""
         return self.quantization_config.rate is None
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         self.files = kwargs.get("checkpoint_files") or []
+        config.experts = [path for expert in config.experts if (path := _path_in(model, expert)) is not None]
         for path in config.experts:
-            module = _submodule(model, path)
+            module = model.get_submodule(path)
             if not is_stacked(module):
                 raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
             unstack(module)
-            _initialised(_submodule(model, path.rpartition(".")[0]), *module.modules())  # some blocks fill their experts
+            _initialised(model.get_submodule(path.rpartition(".")[0]), *module.modules())  # some blocks fill their experts
+        of_the_folder = config.ranks
+        config.ranks = {path: rank for matrix, rank in of_the_folder.items() if (path := _path_in(model, matrix)) is not None}
+        if of_the_folder and not config.ranks:
+            raise ValueError(f"a {type(model).__name__} has none of the matrices that the folder is made of")
         for path, rank in config.ranks.items():
-            linear = _submodule(model, path)
+            linear = model.get_submodule(path)
             if not is_linear(linear):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
             (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
@@ -117,10 +123,13 @@ class RankwiseQuantizer(HfQuantizer):
             layer = Shape(out_features, in_features, form=config.form).empty(rank, bias=bias, dtype=weight_of(linear).dtype)
             _initialised(*layer.modules())
             model.set_submodule(path, layer)
-        ignored: Any = model._keys_to_ignore_on_load_unexpected
-        expected = (f"^{re.escape(name)}$" for name in guards(model, config))
-        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}  # type: ignore[assignment]
-        return model
+            model.all_tied_weights_keys.pop(f"{path}.weight", None)  # by the config, though not by the files
+        ignored = model._keys_to_ignore_on_load_unexpected
+        base = f"{model.base_model_prefix}."
+        names = (name.removeprefix(base) for name in guards(model, config))
+        expected = (f"^({re.escape(base)})?{re.escape(name)}$" for name in names)
+        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}
+        return model  # type: ignore[no-any-return]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for path in self.quantization_config.ranks:
@@ -211,11 +220,19 @@ def _initialised(*modules: nn.Module) -> None:
         vars(module)["_is_hf_initialized"] = True
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise ValueError(f"the folder has a rank for {path!r}, which {type(model).__name__} does not have") from None
+def _path_in(model: Any, path: str) -> str | None:
+    """Where in the model a module of the folder is: without its head the model may be another one's part, or have it as a part.
+
+    None for a module that the class does not have. Raises ValueError where that is the class which the folder is of.
+    """
+    base = f"{model.base_model_prefix}."
+    for place in (path, path.removeprefix(base), base + path):
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(place)
+            return place
+    if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+        raise ValueError(f"the folder has a rank for {path!r}, which {type(model).__name__} does not have")
+    return None
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.allocation.plan import write_ranks
 from rankwise.errors import RankwiseError
+from rankwise.integration.artifact import FILE as ARTIFACT
+from rankwise.integration.beside import copy_beside
 from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
 from rankwise.integration.files import read_json, reason, refuse_odd_files
 from rankwise.layers.linear import is_linear
@@ -24,6 +26,26 @@ from rankwise.recipe import Recipe
 MAX_SHARD_SIZE = "5GB"
 RANKS, RECIPE, REPORT, SPECTRA, PAGE = "ranks.json", "recipe.yaml", "report.json", "spectra.json", "report.html"
 EVALUATION, SPEED = "evaluation.json", "speed.json"  # where they were added
+OWN = (RANKS, RECIPE, REPORT, SPECTRA, PAGE, EVALUATION, SPEED, ARTIFACT, "README.md")  # of the very folder they are in
+
+
+def save_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None, original: str | Path) -> None:
+    """Write a model, its tokenizer, and what lies beside the weights of its `original`, a folder or a name on the hub."""
+    _untie(model)
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    copy_beside(original, folder, OWN)
+
+
+def _untie(model: Any) -> None:
+    """Have the config say that weights are not tied, where it says they are and the files held each with values of its own."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            own = dict(part.named_parameters(remove_duplicate=False))
+            pairs = part.get_expanded_tied_weights_keys().items()
+            if pairs and all(own.get(one) is not own.get(other) for one, other in pairs):
+                part.config.tie_word_embeddings = False
 
 
 def write_result(
@@ -41,9 +63,7 @@ def write_result(
     Raises `RankwiseError` where it is taken or cannot be written.
     """
     with written_whole(output, overwrite) as folder:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        save_model(folder, model, tokenizer, report["base_model"])
         write_ranks(folder / RANKS, ranks)
         (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / REPORT).write_text(to_json(report, indent=1) + "\n")

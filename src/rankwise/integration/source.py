@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from rankwise.errors import InMemoryOnlyError, RankwiseError
-from rankwise.integration.checkpoint import class_of
+from rankwise.integration.checkpoint import class_of, left_over_of
 from rankwise.integration.files import reason
 from rankwise.integration.weights import Weights
 from rankwise.layers.experts import unstack
@@ -218,10 +218,11 @@ def _tied_by_the_files(model: PreTrainedModel, parts: Mapping[str, Part], weight
 
 
 def _refuse_partial(path: str | Path, model: PreTrainedModel, missing: set[str], left_over: set[str]) -> None:
-    """Raises `RankwiseError` where tensors are missing or left over that the model's class does not ignore."""
+    """Raises `RankwiseError` where tensors are missing, or left over and the model's own, that its class does not ignore."""
     found: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=left_over)
     model._adjust_missing_and_unexpected_keys(found)
-    for kind, names in (("missing", found.missing_keys), ("unexpected", found.unexpected_keys)):
+    kinds = {"missing": found.missing_keys, "unexpected": left_over_of(path, model, found.unexpected_keys)}
+    for kind, names in kinds.items():
         if names:
             keys = ", ".join(sorted(names)[:3])
             raise RankwiseError(f"{path} is not a whole {type(model).__name__}: {kind} keys: {keys}")

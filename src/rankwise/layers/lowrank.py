@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from rankwise.layers.precision import exact
+
 LARGEST = 2.0  # of the coefficients that combine pivots
 
 
@@ -133,9 +135,9 @@ class PivotedLinear(LowRankLinear):
         """Pivots and coefficients are computed in float64 and rounded once."""
         (out_features, rank), in_features = second.shape, first.shape[1]
         layer = cls(in_features, out_features, rank, bias=bias is not None, device="meta", dtype=second.dtype)
-        *weights, order = cls._written(second.double(), first.double())
-        layer.first.weight, layer.second.weight = (_fixed(weight.to(second.dtype)) for weight in weights)
-        layer.order = order.int()
+        *weights, order = cls._written(exact(second), exact(first))
+        layer.first.weight, layer.second.weight = (_fixed(weight.to(second)) for weight in weights)
+        layer.order = order.to(second.device, torch.int32)
         if bias is not None:
             layer.bias = _fixed(bias.detach().clone())
         return layer

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for a model on `device`: Apple's GPU has none, so beside it on the host."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The tensor in float64, where that is computed."""
+    return tensor.to(exact_device(tensor.device), torch.float64)
 
 
 def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:

@@ -28,6 +28,7 @@ from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, swapped, weight_of
+from rankwise.layers.precision import exact
 from rankwise.masks.layers import MaskedLinear, Masks, folded
 from rankwise.masks.trunk import Trunk
 from rankwise.progress import progress
@@ -40,7 +41,7 @@ TEACHER_BYTES = 2**30  # the teacher's signals are kept below this size, and rec
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:
     """Add the squares of the gradients [sequences, ..., k] to the total [k]."""
-    total += gradients.double().flatten(0, -2).square().sum(0).cpu()
+    total += exact(gradients).flatten(0, -2).square().sum(0).cpu()
 
 
 def mean_gradients(masks: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
