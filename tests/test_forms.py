@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from rankwise import compress
 from rankwise.layers.lowrank import (
     FORMS,
     LARGEST,
@@ -23,6 +30,7 @@ from rankwise.layers.lowrank import (
     pivots_of,
 )
 from rankwise.layers.matrices import Shape
+from rankwise.report.inspect import inspect
 from rankwise.testing.forms import (
     FORM_CASES,
     FORM_LAWS,
@@ -32,6 +40,8 @@ from rankwise.testing.forms import (
     numbers_are_those_it_holds,
     product_is_that_of_the_factors,
 )
+
+WINDOWS = torch.randint(3, 90, (12, 32), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("case", FORM_CASES, ids=str)
@@ -123,3 +133,60 @@ def test_a_pivoted_matrix_is_smaller_than_dense_at_every_rank_below_full() -> No
     assert Shape(48, 32, form=PairLinear.form).largest_rank() == 19
     assert all(shape.parameters(rank) < shape.dense for rank in range(32))
     assert shape.parameters(32) == shape.dense
+
+
+@pytest.fixture(params=FORMS)
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+    """A compressed model in memory, and its folder."""
+    result = compress(build("qwen2"), 0.3, allocation="uniform", decomposition="svd", calibration=WINDOWS, form=request.param)
+    result.save(tmp_path / "small")
+    return result.model, tmp_path / "small"
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(WINDOWS[:2]).logits
+    return logits
+
+
+def test_saved_equals_loaded_bit_for_bit_and_states_its_form(small: tuple[Any, Path]) -> None:
+    model, folder = small
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["form"] in FORMS
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    classes = {type(module) for module in loaded.modules() if isinstance(module, LowRankLinear)}
+    assert classes == {type(module) for module in model.modules() if isinstance(module, LowRankLinear)}
+    assert classes <= set(FORMS[config["form"]])
+    rows = inspect(folder)
+    held = sum(p.numel() for m in loaded.modules() if isinstance(m, LowRankLinear) for p in (m.first.weight, m.second.weight))
+    assert sum(row["parameters"] for row in rows if row["rank"] is not None) == held
+
+
+def test_a_folder_of_the_first_format_is_one_of_pairs(small: tuple[Any, Path]) -> None:
+    model, folder = small
+    config = json.loads((folder / "config.json").read_text())
+    form = config["quantization_config"].pop("form")
+    config["quantization_config"].pop("own_names")
+    config["quantization_config"]["format_version"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    if form == PairLinear.form:
+        assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(model))
+    else:
+        with pytest.raises((ValueError, RuntimeError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage", ["lost", "twice the same"])
+def test_damaged_order_is_refused(damage: str, tmp_path: Path) -> None:
+    compress(build("llama"), 0.3, allocation="uniform", decomposition="svd", calibration=WINDOWS, output=tmp_path / "small")
+    file = tmp_path / "small" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".order"))
+    if damage == "lost":
+        del tensors[name]
+    else:
+        tensors[name][0] = tensors[name][1]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(name)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small")

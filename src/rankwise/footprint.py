@@ -160,7 +160,7 @@ def _text(empty: Any, calibration: Any, recipe: Recipe, device: torch.device) ->
     if isinstance(calibration, Tensor) and calibration.ndim == 2:
         samples, length = calibration.shape
     elif not isinstance(calibration, str | Path | Tensor) and calibration and isinstance(calibration[0], Mapping):
-        read = (written(batch) for batch in calibration if isinstance(batch, Mapping) and batch)
+        read = (written(dict(batch)) for batch in calibration if isinstance(batch, Mapping) and batch)
         sizes = [value.shape[:2].numel() for value in read if isinstance(value, Tensor)]
         return max(sizes, default=1), sum(sizes)
     else:

@@ -129,14 +129,21 @@ class RankwiseQuantizer(HfQuantizer):
         names = (name.removeprefix(base) for name in guards(model, config))
         expected = (f"^({re.escape(base)})?{re.escape(name)}$" for name in names)
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *expected}
-        return model  # type: ignore[no-any-return]
+        return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for path in self.quantization_config.ranks:
-            for name, parameter in model.get_submodule(path).named_parameters():
+            layer = model.get_submodule(path)
+            for name, parameter in (*layer.named_parameters(), *layer.named_buffers()):
                 absent = not getattr(parameter, "_is_hf_initialized", False)  # transformers warns, and goes on with random values
                 if absent and not parameter.is_meta:  # what is offloaded is still on its way
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
+                if (
+                    name == "order"
+                    and not parameter.is_meta
+                    and parameter.sort().values.ne(torch.arange(len(parameter), device=parameter.device)).any()
+                ):
+                    raise ValueError(f"{path}.{name} in the folder's weights is no order: a place is missing")
         if self.quantization_config.rate is not None:
             self._compress(model, self.quantization_config.rate)
         for module in model.modules():
