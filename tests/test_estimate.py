@@ -35,7 +35,7 @@ def test_windows_are_rather_shorter_than_fewer() -> None:
     model.config = type("Config", (), {"max_position_embeddings": 8192})()  # type: ignore[assignment]
     assert window_length(model) == 2048
     assert window_length(model, text=2**15) == 512
-    assert window_length(model, text=2**12) == 256
+    assert window_length(model, text=2**12) == 128
     assert window_length(model, 2048, text=2**12) == 2048
 
 

@@ -76,7 +76,8 @@ def test_a_model_of_which_little_can_be_compressed_is_told_of(caplog: pytest.Log
     for name in ("jetmoe", "mixtral"):
         compress(build(name), 0.3, calibration=windows, allocation="uniform", decomposition="whitened")
     assert [record.message for record in caplog.records if "may be" in record.message] == [
-        "only 4% of the parameters are in matrices that may be compressed"
+        "only 4% of the model's parameters are in matrices that may be compressed: a rate counts these alone, unless it is of "
+        "the whole model (--scope model)"
     ]
 
 
