@@ -18,7 +18,7 @@ from rankwise.masks.layers import Masks
 from rankwise.masks.student import Student
 
 logger = logging.getLogger(__name__)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 40
 
 
 def sample_texts(
