@@ -1,4 +1,4 @@
-"""Which of several processes this is, by the variables that torchrun and other launchers set; an empty one counts as absent.
+"""Which of several processes this is, by the variables that launchers set; an empty one counts as absent.
 
 Loads no torch. A process alone is the first, whatever number it was given.
 """

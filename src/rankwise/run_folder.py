@@ -36,7 +36,7 @@ from rankwise.errors import RankwiseError
 logger = logging.getLogger(__name__)
 LOCK, FINISHED = "lock", "finished"
 NOTES = "__notes__"  # plain values, beside tensors that are named after matrices
-UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems say that have no such thing
+UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # by a file system
 _locks: dict[Path, IO[str]] = {}  # run folders that this process holds; the system lets go of them when it ends, however it ends
 
 
@@ -138,8 +138,8 @@ class RunFolder:
 
     @classmethod
     def cache(cls, path: Path | None) -> RunFolder:
-        """Results that belong to no run, in `path`, by default `user_cache()`. Where it cannot be written, a line says so, and
-        nothing is kept."""
+        """Results that belong to no run, in `path`, by default `user_cache()`. Where it cannot be written, a line
+        says so, and nothing is kept."""
         try:
             path = path or user_cache()
             path.mkdir(parents=True, exist_ok=True)

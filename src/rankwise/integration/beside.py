@@ -1,6 +1,6 @@
-"""What lies beside a model's weights and says how it is used: processors, the modules of sentence-transformers, licences.
+"""What lies beside a model's weights and says how it is used: processors, sentence-transformers' modules, licences.
 
-Copied is what is neither weights, nor their index, nor code, nor hidden, nor written anew; of folders those that
+It is copied, but for weights, their index, code, what is hidden and what is written anew; of folders those that
 `modules.json` names.
 """
 
@@ -23,11 +23,12 @@ from rankwise.integration.files import LARGEST_JSON, PICKLES, read_json, reason
 logger = logging.getLogger(__name__)
 MODULES = "modules.json"
 LEFT = (*PICKLES, "*.safetensors", "*.index.json", "*.py", ".*")
-FETCHED = ("*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICENSE*", "NOTICE*", "[0-9]_*/*")  # of a name on the hub
+# Of a name on the hub:
+FETCHED = ("*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICENSE*", "NOTICE*", "[0-9]_*/*")
 
 
 def copy_beside(model: str | Path, folder: Path, own: Collection[str] = ()) -> None:
-    """Copy what lies beside the weights of `model`, a folder or a name on the hub, to `folder`, which has its own already.
+    """Copy what lies beside the weights of `model`, a folder or a name on the hub, to `folder`, which has weights.
 
     own: names that are not copied either. A `model` that is neither has nothing beside it.
     """
@@ -39,7 +40,7 @@ def copy_beside(model: str | Path, folder: Path, own: Collection[str] = ()) -> N
         root = root.parent.parent
     for file in _found(original):
         to = folder / file.relative_to(original)
-        inside = file.resolve().is_relative_to(root) and os.access(file, os.R_OK)  # no link that leads out of the folder
+        inside = file.resolve().is_relative_to(root) and os.access(file, os.R_OK)  # no link that leads out
         if inside and file.name not in own and not to.exists():
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, to)

@@ -143,8 +143,8 @@ def refuse_compressed(path: str | Path, config: Any) -> None:
 
 
 def class_of(config: Any) -> Any:
-    """The class that the config names. Where transformers has none of that name for the config's type, it is the one that it has
-    for that type with the same head; None where there is none either."""
+    """The class that the config names. Where transformers has none of that name for the config's type, it is the
+    one for that type with the same head; None where there is none either."""
     name = (getattr(config, "architectures", None) or [""])[0]
     if not name:
         return None
@@ -231,7 +231,7 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
     except Exception as error:  # a broken file fails in as many ways as there are readers
         if is_out_of_memory(error):
             raise
-        if "use_safetensors" in str(error):  # a name on the hub, of which the other files are not here to be seen
+        if "use_safetensors" in str(error):  # a name on the hub, whose other files are not here
             raise no_safetensors(path) from None
         raise RankwiseError(f"cannot load {path}: {reason(error)}") from None
     info["unexpected_keys"] = left_over_of(path, model, info["unexpected_keys"])
@@ -244,8 +244,8 @@ def load_model(path: str | Path, config: Any, dtype: str = "auto", device: str =
 
 
 def left_over_of(path: str | Path, model: nn.Module, names: Collection[str]) -> list[str]:
-    """Of tensors that the model has no place for, those that look like its own: in a module that has others, or in one too many
-    of its blocks. The other ones are left out, and a line says so."""
+    """Of tensors that the model has no place for, those that look like its own: in a module that has others, or in
+    one block too many. The other ones are left out, and a line says so."""
 
     def module_of(name: str) -> str:
         return re.sub(r"\d+", "#", name.rpartition(".")[0])

@@ -33,8 +33,8 @@ def reason(error: BaseException) -> str:
 
 
 def refuse_odd_files(path: str | Path) -> None:
-    """Raises `RankwiseError` where a local folder holds what no model's folder does: pipes, settings that link to nothing, an
-    adapter."""
+    """Raises `RankwiseError` where a local folder holds what no model's folder does: pipes, settings that link to
+    nothing, an adapter."""
     if not os.path.isdir(path):
         return
     for file in sorted(Path(path).iterdir()):

@@ -228,9 +228,9 @@ def _initialised(*modules: nn.Module) -> None:
 
 
 def _path_in(model: Any, path: str) -> str | None:
-    """Where in the model a module of the folder is: without its head the model may be another one's part, or have it as a part.
+    """Where in the model a module of the folder is: one of them may have a head, and the other not.
 
-    None for a module that the class does not have. Raises ValueError where that is the class which the folder is of.
+    None for a module that the class does not have. Raises ValueError where the folder is of that class.
     """
     base = f"{model.base_model_prefix}."
     for place in (path, path.removeprefix(base), base + path):

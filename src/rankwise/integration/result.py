@@ -26,11 +26,11 @@ from rankwise.recipe import Recipe
 MAX_SHARD_SIZE = "5GB"
 RANKS, RECIPE, REPORT, SPECTRA, PAGE = "ranks.json", "recipe.yaml", "report.json", "spectra.json", "report.html"
 EVALUATION, SPEED = "evaluation.json", "speed.json"  # where they were added
-OWN = (RANKS, RECIPE, REPORT, SPECTRA, PAGE, EVALUATION, SPEED, ARTIFACT, "README.md")  # of the very folder they are in
+OWN = (RANKS, RECIPE, REPORT, SPECTRA, PAGE, EVALUATION, SPEED, ARTIFACT, "README.md")  # of their own folder
 
 
 def save_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None, original: str | Path) -> None:
-    """Write a model, its tokenizer, and what lies beside the weights of its `original`, a folder or a name on the hub."""
+    """Write a model, its tokenizer, and what lies beside the weights of its `original`, a folder or a name."""
     _untie(model)
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     if tokenizer is not None:
@@ -39,7 +39,7 @@ def save_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase | No
 
 
 def _untie(model: Any) -> None:
-    """Have the config say that weights are not tied, where it says they are and the files held each with values of its own."""
+    """Have the config say that weights are not tied, where it says they are and each has values of its own."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             own = dict(part.named_parameters(remove_duplicate=False))

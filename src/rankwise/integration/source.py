@@ -218,7 +218,8 @@ def _tied_by_the_files(model: PreTrainedModel, parts: Mapping[str, Part], weight
 
 
 def _refuse_partial(path: str | Path, model: PreTrainedModel, missing: set[str], left_over: set[str]) -> None:
-    """Raises `RankwiseError` where tensors are missing, or left over and the model's own, that its class does not ignore."""
+    """Raises `RankwiseError` where tensors are missing, or left over and the model's own, which its class does not
+    ignore."""
     found: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=left_over)
     model._adjust_missing_and_unexpected_keys(found)
     kinds = {"missing": found.missing_keys, "unexpected": left_over_of(path, model, found.unexpected_keys)}
