@@ -84,6 +84,8 @@ def load_config(path: str | Path) -> Any:
         )
     if not all(part._attn_implementation in ATTENTION for part in _parts(config)):
         config._attn_implementation = None  # one that is not here, or code from the hub
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV divides its weights as it first runs, and would again once these are loaded
     if hasattr(config, "auto_map"):
         del config.auto_map  # transformers' own class serves, and the result has no other
     return config

@@ -212,7 +212,6 @@ def _tied_by_the_files(model: PreTrainedModel, parts: Mapping[str, Part], weight
                 missing.add(name)
             else:
                 del model.all_tied_weights_keys[name]
-                model.config.tie_word_embeddings = False
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     return missing
 

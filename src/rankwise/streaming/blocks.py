@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from rankwise.calibration.signal import Signal, few_tokens, frozen, inputs_of, signal_of
+from rankwise.calibration.signal import Signal, call, few_tokens, frozen, signal_of
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import InMemoryOnlyError, RankwiseError, is_out_of_memory
 from rankwise.integration.files import reason
@@ -80,13 +80,15 @@ class Blocks:
         lists = block_lists(model, matrices)
         if not lists:
             raise InMemoryOnlyError(f"only a model with a list of blocks goes block by block, and {name} has none")
-        if hasattr(model.config, "rescale_every"):
-            model.config.rescale_every = 0  # RWKV would halve weights in place, which are not there
+        try:
+            embeddings: Any = model.get_input_embeddings()
+            width = embeddings.weight.shape[1]
+        except (AttributeError, NotImplementedError):  # some classes do not say where theirs are
+            raise InMemoryOnlyError(f"only models of tokens go block by block, and {name} shows no embeddings") from None
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
         path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
-        embeddings: Any = model.get_input_embeddings()
-        return cls(model, path, source, device, embeddings.weight.shape[1])
+        return cls(model, path, source, device, width)
 
     def __len__(self) -> int:
         return len(self._list)
@@ -220,11 +222,8 @@ class Blocks:
             return given
 
         with self._told(note):
-            self._forward(batch)
+            call(self.model, batch, self.device)
         return order
-
-    def _forward(self, batch: Batch) -> Any:
-        return self.model(**inputs_of(batch, self.device))
 
     def _reach(self, index: int, batch: Batch, answer: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> tuple[Tensor, Call]:
         """The hidden states that reach a block where those before make `answer` of theirs, and how it is called."""
@@ -238,7 +237,7 @@ class Blocks:
         with self._told(lambda _, given: answer(given)):
             vars(self._list[index])["forward"] = stop
             try:
-                self._forward(batch)
+                call(self.model, batch, self.device)
             except _ReachedError:
                 if any(leaf is UNKNOWN for leaf in reached[0][1].leaves()):
                     raise InMemoryOnlyError(

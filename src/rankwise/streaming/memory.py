@@ -82,7 +82,8 @@ def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, 
     sizes, outside = _sizes(blocks)
     block = max(sum(sizes[name] for name in blocks.names(i)) for i in range(len(blocks)))
     largest = max(sizes[name] for i in range(len(blocks)) for name in blocks.names(i))
-    together = max(sum(sizes[name] for name in group) for group in blocks.source.together(sizes))
+    groups = (group for i in range(len(blocks)) for group in blocks.source.together(blocks.names(i)))
+    together = max(sum(sizes[name] for name in group) for group in groups)
     e = max(p.element_size() for p in blocks.model.parameters())
     d = blocks.width
     widest = max(max(shape.in_features, shape.out_features) for shape in shapes.values())
