@@ -2,20 +2,22 @@
 (round to nearest, groups of 64).
 
     python benchmarks/real_models.py [--models SmolLM2-135M-Instruct MGM-9M] [--calibrations c4 self] [--rates 0.1 0.2 0.3 0.4]
-                                     [--forms pivoted pair]
+                                     [--forms pivoted pair] [--samples 64] [--dtype float32] [--judge-samples 64]
     python benchmarks/real_models.py --time quick default
 
 Calibration: a C4 sample, or text that the model writes itself (for MGM, of which there is no text, only that). Judged on windows
 of WikiText-2's test split, of another part of C4, and of questions with their answers in the model's chat template; MGM on text
 of its own, written with another seed. With --time: the whole of `rankwise compress --rate 0.2` at these efforts, each in its own
-process, by its report. Needs the data folder beside the repository (--data) and the models (--real-models). All that is found
-is kept in benchmarks/results/real_models.json and printed to real_models.md; what was computed is kept in --work.
+process, by its report. A GPU is used where there is one. Needs the data folder beside the repository (--data) and the models
+(--real-models). All that is found is kept in benchmarks/results/real_models.json and printed to real_models.md; what was computed
+is kept in --work.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -37,6 +39,7 @@ from rankwise.calibration.tokens import Batch, sampled_windows, windows_of
 from rankwise.contest import hold_contest
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.protocols import read_judging_text
+from rankwise.integration.checkpoint import resolve_device
 from rankwise.layers.linear import dense_linear, is_linear, weight_of
 from rankwise.layers.lowrank import FORMS, PairLinear
 
@@ -92,33 +95,36 @@ def own_text(folder: Path, file: Path) -> Path:
 
 
 def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(resolve_device("auto"))
 
 
-def contest_of(folder: Path, calibration: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """Every method at every rate, in every form."""
+def machine() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+
+
+def contest_of(folder: Path, calibration: str, form: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Every method at every rate."""
     texts = texts_of(folder, args.data, work)
-    rows = [
-        row | {"form": form}
-        for form in args.forms
-        for row in hold_contest(
-            folder,
-            args.rates,
-            [path for name, path in texts.items() if name != "c4"],
-            work / f"{calibration}-{args.effort}",
-            allocations=args.methods,
-            calibration=texts["c4"] if calibration == "c4" else "self",
-            judge_samples=args.judge_samples,
-            effort=args.effort,
-            length=LENGTH,
-            form=form,
-        )
-    ]
+    rows = hold_contest(
+        folder,
+        args.rates,
+        [path for name, path in texts.items() if name != "c4"],
+        work / f"{calibration}-{args.effort}-{args.samples}",
+        allocations=args.methods,
+        calibration=texts["c4"] if calibration == "c4" else "self",
+        judge_samples=args.judge_samples,
+        effort=args.effort,
+        samples=args.samples,
+        dtype=args.dtype,
+        length=LENGTH,
+        form=form,
+    )
     names = {path: name for name, path in texts.items()}
     return [
         {
             "method": row["method"].rpartition(" on ")[0],
-            "form": row["form"],
+            "form": form,
+            "machine": machine(),
             "rate": row["rate"],
             "seconds": row["effort"]["seconds"],
             "kept_parameters": row["kept_parameters"],
@@ -126,6 +132,13 @@ def contest_of(folder: Path, calibration: str, args: argparse.Namespace, work: P
         }
         for row in rows
     ]
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of both, the newer where both have one, in the order of forms, methods and rates."""
+    rows = {(row["form"], row["method"], row["rate"]): row for row in [*old, *new]}
+    names = [*METHODS]
+    return sorted(rows.values(), key=lambda r: ([*FORMS].index(r["form"]), names.index(r["method"]), r["rate"]))
 
 
 def _figures(found: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +182,12 @@ def _costs(original: Any, model: Any, judges: dict[str, list[Batch]]) -> dict[st
 
 
 def timed(folder: Path, effort: str, work: Path) -> dict[str, Any]:
-    """The whole command on two threads, by its own report."""
+    """The whole command, on a CPU with two threads, by its own report."""
     command = [sys.executable, "-m", "rankwise", "compress", str(folder), "--rate", "0.2", "--effort", effort, "--json"]
     command += ["--output", str(work / f"timed-{effort}"), "--overwrite"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    if not torch.cuda.is_available():
+        os.environ["OMP_NUM_THREADS"] = "2"
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     report = json.loads(done.stdout)
     return {key: report[key] for key in ("seconds", "peak_memory_bytes", "kl", "perplexity", "reference_perplexity", "history")}
 
@@ -197,9 +212,10 @@ def _table(model: str, key: str, text: str, rows: list[dict[str, Any]], quantize
     kept = {row["rate"]: row["kept_parameters"] for row in rows}
     most = max(kept.values()) / (1 - min(rates))
     size = {rate: dense["bytes"] - 2 * (most - kept[rate]) for rate in rates}
+    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
     lines = [
         f"### {model}, {key}, judged on {text}: KL in nats per token (perplexity; dense {first['reference_perplexity']:.2f})\n",
-        f"{first['tokens']:,} tokens. Dense {dense['bytes'] / 1e6:.0f} MB in bfloat16, "
+        f"{machines}. {first['tokens']:,} tokens. Dense {dense['bytes'] / 1e6:.0f} MB in bfloat16, "
         + ", ".join(f"{w} {q['bytes'] / 1e6:.0f} MB {_cell(q['texts'][text])}" for w, q in quantized.items() if w != "dense")
         + ".\n",
         "| method | " + " | ".join(f"rate {rate:g}: {size[rate] / 1e6:.0f} MB" for rate in rates) + " | seconds a rate |",
@@ -221,8 +237,8 @@ def _cell(found: dict[str, Any]) -> str:
 def _times(model: str, found: dict[str, Any]) -> list[str]:
     stages = list(dict.fromkeys(stage for run in found.values() for stage in run["seconds"]))
     lines = [
-        f"### {model}: `rankwise compress --rate 0.2` from start to end, two threads, its own text\n",
-        "| effort | "
+        f"### {model}: `rankwise compress --rate 0.2` from start to end, its own text\n",
+        "| effort, machine | "
         + " | ".join(f"{stage}, s" for stage in stages)
         + " | together, min | peak memory, GB | KL on its own text |",
         "|---|" + "---|" * (len(stages) + 3),
@@ -242,6 +258,8 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--forms", nargs="+", default=[*FORMS])
     parser.add_argument("--effort", default="default")
+    parser.add_argument("--samples", type=int, help="windows to calibrate on, by default those of the effort")
+    parser.add_argument("--dtype", default="auto", help="that the model is loaded in")
     parser.add_argument("--judge-samples", type=int, default=10)
     parser.add_argument("--time", nargs="*", default=[])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
@@ -257,14 +275,15 @@ def main() -> None:
     for model in args.models:
         folder, work, found = args.real_models / model, args.work / model, results.setdefault(model, {})
         for effort in args.time:
-            found.setdefault("timed", {})[effort] = timed(folder, effort, work)
+            found.setdefault("timed", {})[f"{effort}, {machine()}"] = timed(folder, effort, work)
             keep()
         if args.time:
             continue
         if "quantized" not in found:
             found["quantized"] = quantized_of(folder, args, work)
-        for calibration in args.calibrations if model != "MGM-9M" else ["self"]:
-            found[f"calibrated on {calibration}"] = contest_of(folder, calibration, args, work)
+        for calibration, form in itertools.product(args.calibrations if model != "MGM-9M" else ["self"], args.forms):
+            key = f"calibrated on {calibration}" + (f", {args.samples} windows of {LENGTH}" if args.samples else "")
+            found[key] = merged(found.get(key, []), contest_of(folder, calibration, form, args, work))
             keep()
     print(tables(results))
 

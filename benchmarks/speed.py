@@ -1,6 +1,7 @@
 """Speed against the ideal: low-rank layers and whole decoders beside dense ones, random weights at the shapes of Llamas.
 
     python benchmarks/speed.py [--sizes 1B 7B 13B] [--rates 0.2 0.4 0.6] [--dtypes float32 bfloat16] [--threads 2]
+                               [--device cpu]
 
 Ideal is dense over compressed bytes (decoding one token) or flops (prefill of 512). Dense and compressed run in turn in one
 process, medians of the paired ratios. Weights are cold, as in a whole model: decoding goes round copies that fill 256 MiB.
@@ -73,14 +74,14 @@ def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int, pack
         pools.append(list(pack(pool) if packs else pool))
     speedups = []
     for tokens, turns in ((1, 3 * repeats), (512, repeats)):
-        x = torch.randn(1, tokens, shape.in_features).to(dtype)
+        x = torch.randn(1, tokens, shape.in_features).to(weights.buffer)
         used = pools if tokens == 1 else [pool[:2] for pool in pools]
         seconds = alternating([functools.partial(run, pool, x) for pool in used], turns)
         speedups.append(ratio(*([s / len(pool) for s in own] for own, pool in zip(seconds, used, strict=True))))
     return speedups[0], speedups[1]
 
 
-def decoder(size: str, layers: int, dtype: torch.dtype) -> Any:
+def decoder(size: str, layers: int, dtype: torch.dtype, device: str) -> Any:
     hidden, inner, heads, kv_heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=1024,
@@ -92,11 +93,11 @@ def decoder(size: str, layers: int, dtype: torch.dtype) -> Any:
         max_position_embeddings=2048,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    return LlamaForCausalLM._from_config(config, dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 def compress_at_random(model: Any, rate: float, multiple: int, form: str) -> Any:
-    weights = Weights(COLD, model.dtype)
+    weights = Weights(COLD, model.dtype, model.device)
     for name, shape in find_matrices(model)[0].items():
         layer: Any = weights.layer(*options_of(shape, rate, multiple)[form])
         for factor in (layer.first, layer.second):
@@ -106,16 +107,16 @@ def compress_at_random(model: Any, rate: float, multiple: int, form: str) -> Any
 
 
 def decoder_speedups(
-    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int, form: str
+    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int, form: str, device: str
 ) -> dict[str, dict[str, float]]:
     """Phase -> the "ideal" speed-up, and those of `WAYS`."""
 
     def small() -> Any:
-        return compress_at_random(decoder(size, layers, dtype), rate, multiple, form)
+        return compress_at_random(decoder(size, layers, dtype, device), rate, multiple, form)
 
-    models = {"dense": decoder(size, layers, dtype), "as loaded": small(), "optimised": optimize(small())}
-    if dtype == torch.bfloat16:
-        models |= {"packed": pack(small()), "packed dense": pack(decoder(size, layers, dtype))}
+    models = {"dense": decoder(size, layers, dtype, device), "as loaded": small(), "optimised": optimize(small())}
+    if dtype == torch.bfloat16 and device == "cpu":
+        models |= {"packed": pack(small()), "packed dense": pack(decoder(size, layers, dtype, device))}
     ideal, found = ideal_speedup(models["as loaded"]), {}
     for phase, seconds in times(list(models.values()), Load(1, 512, 16), repeats).items():
         own = dict(zip(models, seconds, strict=True))
@@ -134,17 +135,19 @@ def main() -> None:
     parser.add_argument("--multiple", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, ranks multiples of {args.multiple}"
+    where = f"{platform.machine()}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    machine = f"{where}, torch {torch.__version__}, ranks multiples of {args.multiple}"
     head = " | ".join(f"rate {rate}: decode | prefill 512" for rate in args.rates)
     lines = [f"Speed-up over the dense layer (and its share of the ideal); {machine}.\n", f"| layer | form | {head} |"]
     lines.append("|---|---|" + "---|---|" * len(args.rates))
     for name in args.dtypes:
         dtype = getattr(torch, name)
-        weights = Weights(2 * COLD, dtype)
-        kinds = PACKED if dtype == torch.bfloat16 else {"": (False, False)}
+        weights = Weights(2 * COLD, dtype, args.device)
+        kinds = PACKED if dtype == torch.bfloat16 and args.device == "cpu" else {"": (False, False)}
         for kind, size in itertools.product(kinds, args.sizes):
             for shape in shapes_of(size):
                 rows: dict[str, list[str]] = {}
@@ -163,7 +166,7 @@ def main() -> None:
         for size in args.decoders:
             for rate, form in itertools.product(args.rates, FORMS):
                 dtype = getattr(torch, name)
-                phases = decoder_speedups(size, args.layers, rate, args.multiple, dtype, args.repeats, form)
+                phases = decoder_speedups(size, args.layers, rate, args.multiple, dtype, args.repeats, form, args.device)
                 for phase, own in phases.items():
                     ideal = own["ideal"]
                     cells = [f"{ideal:.2f}", *(f"{own[w]:.2f} ({own[w] / ideal:.0%})" if w in own else "" for w in WAYS)]

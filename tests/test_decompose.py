@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import rankwise
 from rankwise import stages
 from rankwise.integration.artifact import Artifact
+from rankwise.layers.lowrank import LowRankLinear, PairLinear
 
 TEXT = ["--samples", "10", "--length", "32"]
 
@@ -144,3 +145,11 @@ def test_a_broken_artifact_says_so(artifact: Path, llama: Path, tmp_path: Path) 
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=rankwise.RankwiseConfig(rate=0.3))
     with pytest.raises(rankwise.RankwiseError, match="cannot be reached"):
         AutoModelForCausalLM.from_pretrained(artifact, quantization_config=rankwise.RankwiseConfig(rate=0.999))
+
+
+def test_the_form_is_asked_for_when_a_rate_is(artifact: Path, tmp_path: Path) -> None:
+    config = rankwise.RankwiseConfig(rate=0.3, form=PairLinear.form)
+    loaded = AutoModelForCausalLM.from_pretrained(artifact, quantization_config=config)
+    rankwise.compress(artifact, 0.3, form=PairLinear.form, output=tmp_path / "pairs")
+    assert equal(dict(loaded.state_dict()), weights(tmp_path / "pairs"))
+    assert {type(m) for m in loaded.modules() if isinstance(m, LowRankLinear)} == {PairLinear}

@@ -60,3 +60,16 @@ def test_said_before_the_work_and_after_each_stage(
     said = [number for number, line in enumerate(lines) if re.match(r"about \d\d:\d\d to go", line)]
     assert said[0] < next(number for number, line in enumerate(lines) if line.startswith("calibrating"))
     assert len(said) == 5
+
+
+def test_a_quick_run_leaves_out_what_each_matrix_costs_alone(llama: Path, story: Path, tmp_path: Path) -> None:
+    options = {"calibration": story, "samples": 12, "length": 32, "allocation": "uniform", "output": tmp_path / "out"}
+    report = package.compress(llama, 0.3, effort="quick", **options).report
+    assert report["costs"] == {"tokens": 0, "kl": {}}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert next(iter(report["ranks"])) in page
+    assert "alone costs" not in page
+    del options["output"]
+    assert package.compress(llama, 0.3, **options).report["costs"]["kl"].keys() == {
+        name for name, rank in report["ranks"].items() if rank is not None
+    }

@@ -365,10 +365,13 @@ def test_a_class_of_another_name(model_type: str, named: str, served_by: str, tm
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("value", ["flash_attention_2", "someone/kernel"])
-def test_an_attention_that_is_not_here_is_done_without(key: str, value: str, llama: Path, tmp_path: Path) -> None:
+def test_an_attention_that_is_not_here_is_done_without(
+    key: str, value: str, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = copy(llama, tmp_path / "model")
     change_config(folder, **{key: value})
     model = load_model(folder, load_config(folder))
+    assert [f"asks for the attention {value}" in record.message for record in caplog.records] == [True]
     torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(llama)))
 
 

@@ -15,6 +15,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts))
 
 
-def first_line(error: BaseException) -> str:
-    """Of what an error says; its name where it says nothing."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line; its name where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -34,9 +34,9 @@ class Estimate:
     taken: dict[str, float]
 
     @classmethod
-    def of(cls, run: Run, metric: str, allocator: Any, looks_closer: bool = True) -> Estimate:
-        """The stages of `compress`, with each matrix measured by itself where it `looks_closer`; 0 for an allocation that does
-        not tell what it `reads`: tokens forward and back."""
+    def of(cls, run: Run, metric: str, allocator: Any, alone: int) -> Estimate:
+        """The stages of `compress`, which measures `alone` matrices by themselves in the end; 0 for an allocation that does not
+        tell what it `reads`: tokens forward and back."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
@@ -49,7 +49,7 @@ class Estimate:
                 "decomposition": solving / SOLVED,
                 "allocation": second * (read[0] + BACK * read[1]),
                 "measuring": second * 2 * tokens_in(data.measuring),
-                "looking closer": second * LATER * matrices * tokens_of_each(matrices) * looks_closer,
+                "looking closer": second * LATER * alone * tokens_of_each(alone),
             },
             {},
         )

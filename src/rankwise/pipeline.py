@@ -168,9 +168,10 @@ def compress(
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)
         target = Target.of(run, recipe)
+        alone = 0 if recipe.effort == "quick" else len(run.shapes)  # matrices that are measured by themselves in the end
         clock.lap("loading")
         with widened(run.model):
-            clock.estimate = Estimate.of(run, metric, allocator, looks_closer=recipe.effort != "quick")
+            clock.estimate = Estimate.of(run, metric, allocator, alone)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
@@ -183,7 +184,7 @@ def compress(
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
             clock.lap("measuring")
-            costs, tokens = ({}, 0) if recipe.effort == "quick" else costs_of_each(student, chosen.masks, run.data.measuring)
+            costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring) if alone else ({}, 0)
             samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
             spectra = thinned_spectra(student.decompositions, chosen.masks)
             clock.lap("looking closer")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.calibration.signal import PROBE, call, device_of, frozen, signal_of, values_of
 from rankwise.calibration.tokens import TOKENS_PER_BATCH, Batch, cut, vocabulary_of, written
-from rankwise.errors import RankwiseError, first_line, is_out_of_memory
+from rankwise.errors import RankwiseError, is_out_of_memory, reason
 from rankwise.layers.linear import is_linear, weight_of
 from rankwise.layers.precision import widened
 
@@ -79,7 +79,7 @@ def refuse_unfit(model: nn.Module, batch: Batch) -> None:
             raise
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in first.items())
         name = type(model).__name__
-        raise RankwiseError(f"{name} does not run on {shapes}, of the calibration: {first_line(error)}") from None
+        raise RankwiseError(f"{name} does not run on {shapes}, of the calibration: {reason(error)}") from None
 
 
 def refuse_without_gradients(model: nn.Module, matrices: Iterable[str]) -> None:

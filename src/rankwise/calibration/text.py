@@ -12,7 +12,7 @@ from typing import Any
 
 from rankwise import bundled
 from rankwise.calibration.chat import Conversation, conversation
-from rankwise.errors import RankwiseError, first_line
+from rankwise.errors import RankwiseError, reason
 from rankwise.recipe import IN_MEMORY
 
 Document = str | Conversation
@@ -146,7 +146,7 @@ def _read_table(path: Path, how: Mapping[str, str]) -> list[Any]:
     try:
         return list(datasets.load_dataset(**how, data_files=glob.escape(str(path)), split="train", streaming=True))
     except Exception as error:  # the readers raise errors of their own
-        raise RankwiseError(f"cannot read {path}: {first_line(error)}") from None
+        raise RankwiseError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _load_dataset(name: str, column: str, options: dict[str, Any]) -> list[Document]:
@@ -164,7 +164,5 @@ def _load_dataset(name: str, column: str, options: dict[str, Any]) -> list[Docum
     try:
         rows = list(itertools.islice(datasets.load_dataset(name, **options), MAX_DOCUMENTS))
     except Exception as error:  # a data set fails in many ways: absent, no network, no such split or configuration
-        raise RankwiseError(
-            f"no such text: {name!r} is no file or folder, nor a data set that loads: {first_line(error)}"
-        ) from None
+        raise RankwiseError(f"no such text: {name!r} is no file or folder, nor a data set that loads: {reason(error)}") from None
     return [_document(row, column, f"the data set {name!r}, row {number}") for number, row in enumerate(rows, start=1)]

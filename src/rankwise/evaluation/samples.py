@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rankwise.calibration.signal import device_of, token_mask
 from rankwise.calibration.tokens import Batch
-from rankwise.errors import first_line
+from rankwise.errors import reason
 from rankwise.masks.layers import Masks
 from rankwise.masks.student import Student
 
@@ -42,7 +42,7 @@ def sample_texts(
             original = _continued(model, prompts, new, nullcontext())
             compressed = _continued(model, prompts, new, student.with_masks(masks))
     except Exception as error:  # models generate in as many ways as there are; none is worth losing the result
-        logger.warning("no sample texts: %s", first_line(error))
+        logger.warning("no sample texts: %s", reason(error))
         return []
     records = []
     for prompt, a, b in zip(prompts.tolist(), original, compressed, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.files import read_json
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.linear import is_linear, weight_of
-from rankwise.layers.lowrank import DEFAULT_FORM
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.plain import to_json
 from rankwise.recipe import Recipe
@@ -121,18 +120,20 @@ class Artifact:
         """What each component of each matrix is worth: [k] float64, nats per token."""
         return read_tensors(self.results / PRICES)
 
-    def apply(self, model: Any, rate: float) -> RankwiseConfig:
-        """Compress the loaded original, in place, to `rate` in scope "linear"; one matrix's full-length factors at a time.
+    def apply(self, model: Any, rate: float, form: str) -> RankwiseConfig:
+        """Compress the loaded original, in place, to `rate` in scope "linear", in one of `FORMS`; one matrix's full-length
+        factors at a time.
 
         Raises `RankwiseError` for a rate that cannot be reached and for weights that were not loaded (disk offload).
         """
         from rankwise.integration.factorise import factorise
 
-        budget = Budget.of(self.shapes, rate, "linear", self.parameters)
+        shapes = {name: replace(shape, form=form) for name, shape in self.shapes.items()}
+        budget = Budget.of(shapes, rate, "linear", self.parameters)
         prices = self.prices()
-        chosen = choose(Problem(self.shapes, {}, budget, None), prices)  # type: ignore[arg-type]  # it asks no student
+        chosen = choose(Problem(shapes, {}, budget, None), prices)  # type: ignore[arg-type]  # it asks no student
         experts = unstack_experts(model)
-        return factorise(model, _Factors(self, model), chosen.masks, experts, DEFAULT_FORM)
+        return factorise(model, _Factors(self, model), chosen.masks, experts, form)
 
 
 class _Factors(Mapping[str, Decomposition]):

@@ -17,8 +17,8 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from transformers.utils import CONFIG_NAME
 
-from rankwise.errors import RankwiseError
-from rankwise.integration.files import LARGEST_JSON, PICKLES, read_json, reason
+from rankwise.errors import RankwiseError, reason
+from rankwise.integration.files import LARGEST_JSON, PICKLES, read_json
 
 logger = logging.getLogger(__name__)
 MODULES = "modules.json"

@@ -33,12 +33,11 @@ from transformers.models.auto import modeling_auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from rankwise import launcher
-from rankwise.errors import RankwiseError, is_out_of_memory
+from rankwise.errors import RankwiseError, is_out_of_memory, reason
 from rankwise.integration.files import (
     judge_config,
     no_safetensors,
     read_json,
-    reason,
     refuse_foreign_weights,
     refuse_odd_files,
 )
@@ -48,7 +47,7 @@ from rankwise.run_folder import flush, set_rights
 logger = logging.getLogger(__name__)
 TOKENIZERS = ("token*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION = (None, "eager", "sdpa", "flex_attention")  # what torch itself brings
+ATTENTION = {None, "eager", "sdpa", "flex_attention"}  # what torch itself brings; others may be code from the hub
 
 
 def load_config(path: str | Path) -> Any:
@@ -82,8 +81,10 @@ def load_config(path: str | Path) -> Any:
             f"{path} is a {config.architectures[0]}, which transformers {transformers.__version__} does not have for the "
             f"model_type {config.model_type!r}"
         )
-    if not all(part._attn_implementation in ATTENTION for part in _parts(config)):
-        config._attn_implementation = None  # one that is not here, or code from the hub
+    others = {part._attn_implementation for part in _parts(config)} - ATTENTION
+    if others:
+        logger.warning("%s asks for the attention %s: torch's own is taken", path, ", ".join(sorted(map(str, others))))
+        config._attn_implementation = None
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # RWKV divides its weights as it first runs, and would again once these are loaded
     if hasattr(config, "auto_map"):

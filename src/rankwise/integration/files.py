@@ -17,19 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, reason
 
 LARGEST_JSON = 2**28  # bytes: tokenizers come to tens of millions
 MOST_LAYERS = 100_000  # or experts: more can only be a mistake
 BUILT_ONE_BY_ONE = re.compile(r"(layers?|experts|depth)$")  # what such settings count
 FLOATS = {"F64", "F32", "F16", "BF16"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def refuse_odd_files(path: str | Path) -> None:

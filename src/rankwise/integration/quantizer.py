@@ -28,7 +28,7 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.names import spares
 from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
-from rankwise.layers.lowrank import FORMS, LowRankLinear, PairLinear
+from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, LowRankLinear, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape
 
 METHOD = "rankwise"
@@ -50,7 +50,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
-    form: str = PairLinear.form
+    form: str = DEFAULT_FORM
     experts: list[str] = field(default_factory=list)
     affine: bool = False
     own_names: bool = False
@@ -81,7 +81,7 @@ class RankwiseConfig(QuantizationConfigMixin):
         for flag in FLAGS:
             if not isinstance(config_dict.get(flag, False), bool):
                 raise ValueError(f"in quantization_config, {flag} is neither true nor false")
-        config = cls(**config_dict | {"format_version": FORMAT_VERSION})
+        config = cls(**{"form": PairLinear.form} | config_dict | {"format_version": FORMAT_VERSION})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,27 +138,23 @@ class RankwiseQuantizer(HfQuantizer):
                 absent = not getattr(parameter, "_is_hf_initialized", False)  # transformers warns, and goes on with random values
                 if absent and not parameter.is_meta:  # what is offloaded is still on its way
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
-                if (
-                    name == "order"
-                    and not parameter.is_meta
-                    and parameter.sort().values.ne(torch.arange(len(parameter), device=parameter.device)).any()
-                ):
-                    raise ValueError(f"{path}.{name} in the folder's weights is no order: a place is missing")
+            if isinstance(layer, PivotedLinear) and not layer.is_ordered:
+                raise ValueError(f"{path}.order in the folder's weights is no order: a place is missing")
         if self.quantization_config.rate is not None:
-            self._compress(model, self.quantization_config.rate)
+            self._compress(model, self.quantization_config.rate, self.quantization_config.form)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 del module.config._is_quantized  # some models would read their layers' weights another way
         model.is_quantized = False  # the factors are ordinary floats: `half()`, Trainer and the like need refuse nothing
         return model
 
-    def _compress(self, model: nn.Module, rate: float) -> None:
+    def _compress(self, model: nn.Module, rate: float, form: str) -> None:
         from rankwise.integration.artifact import Artifact
 
         artifact = Artifact.at(Path(self.files[0]).parent if self.files else None)
         if artifact is None:
             raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
-        attach(model, artifact.apply(model, rate))  # from here on it is a compressed model like any other
+        attach(model, artifact.apply(model, rate, form))  # from here on it is a compressed model like any other
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """What transformers does with the names and tensors in the files: nothing, where they are the model's own."""

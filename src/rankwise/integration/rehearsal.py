@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from rankwise.errors import RankwiseError
-from rankwise.integration.files import reason
+from rankwise.errors import RankwiseError, reason
 from rankwise.integration.quantizer import RankwiseConfig, RankwiseQuantizer, attach
 
 

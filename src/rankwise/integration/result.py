@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.allocation.plan import write_ranks
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, reason
 from rankwise.integration.artifact import FILE as ARTIFACT
 from rankwise.integration.beside import copy_beside
 from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
-from rankwise.integration.files import read_json, reason, refuse_odd_files
+from rankwise.integration.files import read_json, refuse_odd_files
 from rankwise.layers.linear import is_linear
 from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape, unstack_experts

@@ -23,9 +23,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from rankwise.errors import InMemoryOnlyError, RankwiseError
+from rankwise.errors import InMemoryOnlyError, RankwiseError, reason
 from rankwise.integration.checkpoint import class_of, left_over_of
-from rankwise.integration.files import reason
 from rankwise.integration.weights import Weights
 from rankwise.layers.experts import unstack
 from rankwise.layers.matrices import unstack_experts

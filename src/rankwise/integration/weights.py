@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from rankwise.errors import InMemoryOnlyError, RankwiseError
-from rankwise.integration.files import reason, weight_files
+from rankwise.errors import InMemoryOnlyError, RankwiseError, reason
+from rankwise.integration.files import weight_files
 
 SAFETENSORS_DTYPES = {  # in the order in which safetensors lays tensors out
     torch.int64: "I64",

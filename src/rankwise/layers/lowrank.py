@@ -112,6 +112,11 @@ class PivotedLinear(LowRankLinear):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
         self.register_buffer("order", torch.arange(gathered, dtype=torch.int32, device=options.get("device")))
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether `order` names every place once, as far as its values are there."""
+        return self.order.is_meta or torch.equal(self.order.sort().values, torch.arange(len(self.order)).to(self.order))
+
     @abstractmethod
     def _sizes(self) -> tuple[tuple[int, int], tuple[int, int], int]:
         """Inputs and outputs of `first` and of `second`, and the length of `order`."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rankwise.calibration.batches import made_up
 from rankwise.calibration.moments import find_sites
 from rankwise.calibration.signal import call, frozen
-from rankwise.errors import first_line
+from rankwise.errors import reason
 from rankwise.layers.lowrank import LowRankLinear
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _siblings(model: Any, layers: dict[str, LowRankLinear]) -> list[list[LowRank
             site_of = find_sites(model, layers, lambda: call(model, made_up(model)))
     except Exception as error:  # as many ways as there are inputs
         name = type(model).__name__
-        logger.warning("factors stay apart that may read the same input: no call of %s is known: %s", name, first_line(error))
+        logger.warning("factors stay apart that may read the same input: no call of %s is known: %s", name, reason(error))
         return []
     groups: dict[tuple[Any, ...], list[LowRankLinear]] = {}
     for name, layer in layers.items():

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 
 from rankwise.calibration.signal import Signal, call, few_tokens, frozen, signal_of
 from rankwise.calibration.tokens import Batch
-from rankwise.errors import InMemoryOnlyError, RankwiseError, is_out_of_memory
-from rankwise.integration.files import reason
+from rankwise.errors import InMemoryOnlyError, RankwiseError, is_out_of_memory, reason
 from rankwise.integration.source import Source
 from rankwise.layers.blocks import block_lists, block_of
 
