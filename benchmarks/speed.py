@@ -1,9 +1,9 @@
 """Speed against the ideal: low-rank layers and whole decoders beside dense ones, random weights at the shapes of Llamas.
 
     python benchmarks/speed.py [--sizes 1B 7B 13B] [--rates 0.2 0.4 0.6] [--dtypes float32 bfloat16] [--threads 2]
-                               [--device cpu]
+                               [--device cpu] [--prompt 512]
 
-Ideal is dense over compressed bytes (decoding one token) or flops (prefill of 512). Dense and compressed run in turn in one
+Ideal is dense over compressed bytes (decoding one token) or flops (prefill of a prompt). Dense and compressed run in turn in one
 process, medians of the paired ratios. Weights are cold, as in a whole model: decoding goes round copies that fill 256 MiB.
 Ranks are multiples of --multiple. Writes benchmarks/results/speed.md.
 """
@@ -65,7 +65,9 @@ def run(layers: list[nn.Module], x: torch.Tensor) -> None:
         layer(x)
 
 
-def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int, packed: tuple[bool, bool]) -> tuple[float, float]:
+def layer_speedups(
+    weights: Weights, shape: Shape, rank: int, repeats: int, packed: tuple[bool, bool], prompt: int
+) -> tuple[float, float]:
     """Speed-up of decoding one token and of prefill. packed: the dense layers, the low-rank ones."""
     dtype, pools = weights.buffer.dtype, []
     for option, packs in zip((None, rank), packed, strict=True):
@@ -73,7 +75,7 @@ def layer_speedups(weights: Weights, shape: Shape, rank: int, repeats: int, pack
         pool = nn.ModuleList(weights.layer(shape, option) for _ in range(count))
         pools.append(list(pack(pool) if packs else pool))
     speedups = []
-    for tokens, turns in ((1, 3 * repeats), (512, repeats)):
+    for tokens, turns in ((1, 3 * repeats), (prompt, repeats)):
         x = torch.randn(1, tokens, shape.in_features).to(weights.buffer)
         used = pools if tokens == 1 else [pool[:2] for pool in pools]
         seconds = alternating([functools.partial(run, pool, x) for pool in used], turns)
@@ -107,7 +109,7 @@ def compress_at_random(model: Any, rate: float, multiple: int, form: str) -> Any
 
 
 def decoder_speedups(
-    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int, form: str, device: str
+    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int, form: str, device: str, prompt: int
 ) -> dict[str, dict[str, float]]:
     """Phase -> the "ideal" speed-up, and those of `WAYS`."""
 
@@ -118,7 +120,7 @@ def decoder_speedups(
     if dtype == torch.bfloat16 and device == "cpu":
         models |= {"packed": pack(small()), "packed dense": pack(decoder(size, layers, dtype, device))}
     ideal, found = ideal_speedup(models["as loaded"]), {}
-    for phase, seconds in times(list(models.values()), Load(1, 512, 16), repeats).items():
+    for phase, seconds in times(list(models.values()), Load(1, prompt, 16), repeats).items():
         own = dict(zip(models, seconds, strict=True))
         found[phase] = {way: ratio(own[over], own[under]) for way, (over, under) in WAYS.items() if under in own}
         found[phase]["ideal"] = ideal[phase]
@@ -136,12 +138,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     where = f"{platform.machine()}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     machine = f"{where}, torch {torch.__version__}, ranks multiples of {args.multiple}"
-    head = " | ".join(f"rate {rate}: decode | prefill 512" for rate in args.rates)
+    head = " | ".join(f"rate {rate}: decode | prefill {args.prompt}" for rate in args.rates)
     lines = [f"Speed-up over the dense layer (and its share of the ideal); {machine}.\n", f"| layer | form | {head} |"]
     lines.append("|---|---|" + "---|---|" * len(args.rates))
     for name in args.dtypes:
@@ -154,19 +157,23 @@ def main() -> None:
                 for rate in args.rates:
                     for form, (of, rank) in options_of(shape, rate, args.multiple).items():
                         ideal = of.dense / of.parameters(rank)
-                        found = layer_speedups(weights, of, rank, args.repeats, kinds[kind])
+                        found = layer_speedups(weights, of, rank, args.repeats, kinds[kind], args.prompt)
                         rows.setdefault(form, []).extend(f"{speedup:.2f} ({speedup / ideal:.0%})" for speedup in found)
                 for form, cells in rows.items():
                     layer = f"{name}{kind}, {size}, {shape.in_features} to {shape.out_features}"
                     lines.append(f"| {layer} | {form} | {' | '.join(cells)} |")
                     print(lines[-1], flush=True)
-    lines.append(f"\nWhole decoder of {args.layers} layers, batch 1: prompt of 512 tokens, then 16 with the key-value cache.\n")
+    lines.append(
+        f"\nWhole decoder of {args.layers} layers, batch 1: prompt of {args.prompt} tokens, then 16 with the key-value cache.\n"
+    )
     lines += [f"| decoder | form | phase | ideal | {' | '.join(WAYS)} |", "|---" * (4 + len(WAYS)) + "|"]
     for name in args.dtypes:
         for size in args.decoders:
             for rate, form in itertools.product(args.rates, FORMS):
                 dtype = getattr(torch, name)
-                phases = decoder_speedups(size, args.layers, rate, args.multiple, dtype, args.repeats, form, args.device)
+                phases = decoder_speedups(
+                    size, args.layers, rate, args.multiple, dtype, args.repeats, form, args.device, args.prompt
+                )
                 for phase, own in phases.items():
                     ideal = own["ideal"]
                     cells = [f"{ideal:.2f}", *(f"{own[w]:.2f} ({own[w] / ideal:.0%})" if w in own else "" for w in WAYS)]

@@ -32,7 +32,7 @@ WINDOWS = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().man
 GENERATING = [name for name, (auto, _, _) in ARCHITECTURES.items() if auto in (CAUSAL, "AutoModelForSeq2SeqLM")]
 LLRC = {"llama-gqa-tied", "gpt2", "mixtral", "bert", "t5"}  # the others are compressed the fast way
 FAST = {"allocation": "uniform", "decomposition": "whitened"}
-LEARNED = {"allocation": "llrc", "options": {"rounds": 1, "value_steps": 2}}
+LEARNED = {"allocation": "llrc", "options": {"points": 0, "rounds": 1, "value_steps": 2}}
 
 every = pytest.mark.parametrize("name", ARCHITECTURES)
 

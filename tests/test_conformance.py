@@ -26,7 +26,7 @@ from rankwise.testing.allocators import ALLOCATOR_LAWS, tiny_problem
 from rankwise.testing.metrics import CASES, METRIC_LAWS, tiny_matrix
 
 QUICK: dict[tuple[str, str], dict[str, Any]] = {  # options that make an allocator quick
-    ("llrc", "default"): {"rounds": 1, "value_steps": 2},
+    ("llrc", "default"): {"points": 0, "rounds": 1, "value_steps": 2},
     ("llrc", "paper"): {"max_steps": 12, "steps_after_target": 2},
     ("ars", "default"): {"steps": 8},
     ("ara", "default"): {"steps": 8},

@@ -19,9 +19,9 @@ from rankwise.estimate import Estimate
     ("effort", "parameters", "device", "tokens"),
     [
         ("default", 1_000_000, "cpu", 2**18),
-        ("default", 135_000_000, "cpu", 2**14),
+        ("default", 135_000_000, "cpu", 3 * 2**13),
         ("default", 7_000_000_000, "cuda", 2**18),
-        ("quick", 1_000_000, "cpu", 2**16),
+        ("quick", 1_000_000, "cpu", 2**15),
         ("quick", 135_000_000, "cpu", 2**12),
         ("thorough", 7_000_000_000, "cpu", 2**18),
     ],
@@ -34,7 +34,7 @@ def test_windows_are_rather_shorter_than_fewer() -> None:
     model = torch.nn.Linear(2, 2)
     model.config = type("Config", (), {"max_position_embeddings": 8192})()  # type: ignore[assignment]
     assert window_length(model) == 2048
-    assert window_length(model, text=2**15) == 512
+    assert window_length(model, text=2**15) == 256
     assert window_length(model, text=2**12) == 128
     assert window_length(model, 2048, text=2**12) == 2048
 

@@ -22,7 +22,7 @@ from rankwise.calibration.tokens import Batch, window_length
 WINDOWS = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(0))
 FAST: dict[str, Any] = {"allocation": "uniform", "decomposition": "whitened"}
 KRONECKER: dict[str, Any] = {"allocation": "uniform", "decomposition": "kronecker"}
-LEARNED: dict[str, Any] = {"allocation": "llrc", "options": {"rounds": 1, "value_steps": 1}}
+LEARNED: dict[str, Any] = {"allocation": "llrc", "options": {"points": 0, "rounds": 1, "value_steps": 1}}
 VISION = {
     "hidden_size": 48,
     "intermediate_size": 64,

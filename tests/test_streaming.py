@@ -86,7 +86,7 @@ def differ_by_rounding(model: Path, output: Path, calibration: Any, **options: A
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-2, atol=1e-3)
 
 
-LEARNED: dict[str, Any] = {"options": {"rounds": 2, "value_steps": 3, "pricing_tokens": 256}}
+LEARNED: dict[str, Any] = {"options": {"points": 0, "rounds": 2, "value_steps": 3, "pricing_tokens": 256}}
 
 
 @pytest.mark.parametrize("decomposition", ["kronecker", "whitened", "fisher"])

@@ -37,31 +37,34 @@ from rankwise.progress import progress
 
 FIRST_POINT, LAST_POINT = 0.1, 0.9  # of the break-even rank
 MEASURED, LEAST_MEASURED = 2**17, 2**9  # tokens through all matrices together, and through each
+PART_RUN = 0.55  # of the model, for one matrix: from the block it is in
 LEAST = 1e-12  # a KL or an energy below this is rounding
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class KLKnapsack:
-    """points: ranks measured per matrix, at equal factors; trials: of the depth bias, the first is without one."""
+    """points: ranks measured per matrix, at equal factors; trials: of the depth bias, the first is without one. tokens: what each
+    matrix is measured on, by default 131,072 for all together, but 512 at least."""
 
     decomposition: ClassVar[str] = "kronecker"
     points: PositiveInt = 1
     trials: PositiveInt = 10
     largest_alpha: NonNegativeFloat = 3.0
     largest_gamma: NonNegativeFloat = 7.0
+    tokens: PositiveInt | None = None
 
     def allocate(self, problem: Problem) -> Allocation:
         """One forward pass over the selection text per matrix and point, and one per trial."""
         return self.priced(problem)[0]
 
     def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
-        """Tokens forward and back; a measurement of one matrix runs about half of the model."""
-        few = min(tokens_in(selection), tokens_of_each(matrices))
-        return 0.55 * matrices * self.points * few + self.trials * tokens_in(selection), 0.0
+        """Tokens forward and back."""
+        few = min(tokens_in(selection), self._tokens(matrices))
+        return PART_RUN * matrices * self.points * few + self.trials * tokens_in(selection), 0.0
 
     def priced(self, problem: Problem) -> tuple[Allocation, dict[str, Tensor]]:
         """The plan, and the prices [k] in nats per token that it was bought at, the bias of the best trial in them."""
-        few = first_tokens(problem.student.selection, tokens_of_each(len(problem.shapes)))
+        few = first_tokens(problem.student.selection, self._tokens(len(problem.shapes)))
         unbiased = {name: self._prices(problem, name, few) for name in progress(problem.shapes, "measuring matrices")}
         best, best_prices, best_kl, history = None, unbiased, float("inf"), []
         for alpha, gamma in self._trials(problem.student.seed):
@@ -74,6 +77,9 @@ class KLKnapsack:
                 best, best_prices, best_kl = plan, prices, kl
         assert best is not None
         return Allocation(best.ranks, best.masks, history), best_prices
+
+    def _tokens(self, matrices: int) -> int:
+        return self.tokens or tokens_of_each(matrices)
 
     def _prices(self, problem: Problem, name: str, text: Sequence[Batch]) -> Tensor:
         """The fall of the error curve [k] with each component, nats per token."""

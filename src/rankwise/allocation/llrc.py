@@ -2,7 +2,7 @@
 
 1. Start: the best of three plans of a knapsack with the dense option: on prices from one backward pass (mask Fisher, exact to
    second order), on the metric's spectrum, brought to nats by the mask Fisher (of few sequences the better estimate), and on a
-   measured KL per matrix (`kl_knapsack.py`, right about large errors).
+   measured KL per matrix at three ranks (`kl_knapsack.py`, right about large errors).
 2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with the better
    of the first two prices as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
    -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Prices move towards these worths and go to the knapsack again:
@@ -28,7 +28,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from rankwise.allocation.kl_knapsack import KLKnapsack, tokens_of_each
+from rankwise.allocation.kl_knapsack import PART_RUN, KLKnapsack, tokens_of_each
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.tokens import Batch, tokens_in
@@ -41,24 +41,27 @@ STEPS = (0.7, 0.4, 0.2, 0.1)  # from the prices before towards the worths
 TINY = 1e-300
 LEAST_PART = 2**10  # tokens that components are priced on
 MASKED = 1.5
-VALUE_PASSES = 1.2  # of value training over the text
+POINTS, MEASURED, LEAST_MEASURED = 3, 2, 64  # per matrix; of the training text, for all; tokens through each
+VALUE_PASSES = 1.0  # of value training over the text
 STEP_TOKENS, LEAST_STEPS, MOST_STEPS = 256, 16, 120
+LEARNING_RATE = 0.003  # of steps of `STEP_TOKENS`; the root of as much more for larger ones, whose gradients are less noisy
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRC:
     """points: KLs measured per matrix for the third start; rounds of re-pricing at most; steps of value training and its
-    learning_rate. 0 points, rounds or steps leave that part out. By default there is one point where the measurements of all
-    matrices read no more than the training text, and as many steps, up to 120, as it takes to read the text a little more than
-    once. pricing_tokens: how much of the training text the mask Fisher and each round's gradients are taken on, one part after
-    the other; by default a third."""
+    learning_rate. 0 points, rounds or steps leave that part out. By default there are three points, on so few tokens that all
+    matrices together read the training text twice, but none where that leaves less than 64; as many steps, up to 120, as it
+    takes to read the text once; and a learning rate of 0.003 for steps of 256 tokens, the root of as much more for larger ones.
+    pricing_tokens: how much of the training text the mask Fisher and each round's gradients are taken on, one part after the
+    other; by default a quarter."""
 
     decomposition: ClassVar[str] = "kronecker"
     points: NonNegativeInt | None = None
     rounds: NonNegativeInt = 4
     pricing_tokens: PositiveInt | None = None
     value_steps: NonNegativeInt | None = None
-    learning_rate: PositiveFloat = 0.01
+    learning_rate: PositiveFloat | None = None
 
     def allocate(self, problem: Problem) -> Allocation:
         """The selection with the least KL on the selection text, its mask values trained."""
@@ -70,9 +73,9 @@ class LLRC:
         history: list[dict[str, Any]] = [plan.record for plan in plans]
         best = min(plans, key=lambda plan: plan.kl)
         curvature = best.prices
-        points = self._points(student.training, len(problem.shapes))
-        if points:
-            chosen, prices = KLKnapsack(points=points).priced(problem)
+        by_measuring = self._measuring(student.training, len(problem.shapes))
+        if by_measuring is not None:
+            chosen, prices = by_measuring.priced(problem)
             other = _Plan("start by measured KL", chosen, prices, student.divergence(chosen.masks))
             history.append(other.record)
             best = min(best, other, key=lambda plan: plan.kl)
@@ -102,25 +105,28 @@ class LLRC:
         back = MASKED * (1 + self.rounds) * part + values.steps * values.tokens
         forward = back + self.rounds * part + values.tokens * values.steps  # the teacher's
         forward += (len(STEPS) * self.rounds + 4) * tokens_in(selection)
-        if points := self._points(training, matrices):
-            forward += KLKnapsack(points=points).reads(training, selection, matrices)[0]
+        if (by_measuring := self._measuring(training, matrices)) is not None:
+            forward += by_measuring.reads(training, selection, matrices)[0]
         return forward, back
 
-    def _points(self, training: Sequence[Batch], matrices: int) -> int:
+    def _measuring(self, training: Sequence[Batch], matrices: int) -> KLKnapsack | None:
+        """The third start."""
         if self.points is not None:
-            return self.points
-        return int(tokens_of_each(matrices) * matrices <= tokens_in(training))
+            return KLKnapsack(points=self.points) if self.points else None
+        tokens = int(MEASURED * tokens_in(training) / (PART_RUN * POINTS * matrices))
+        return KLKnapsack(points=POINTS, tokens=min(tokens, tokens_of_each(matrices))) if tokens >= LEAST_MEASURED else None
 
     def _part(self, batches: Sequence[Batch]) -> int:
         """Tokens that components are priced on at a time."""
-        return min(self.pricing_tokens or max(LEAST_PART, tokens_in(batches) // 3), tokens_in(batches))
+        return min(self.pricing_tokens or max(LEAST_PART, tokens_in(batches) // 4), tokens_in(batches))
 
     def _value_training(self, batches: Sequence[Batch]) -> ValueTraining:
         """As many steps as the text is worth."""
         read = VALUE_PASSES * tokens_in(batches)
         steps = min(MOST_STEPS, max(LEAST_STEPS, int(read / STEP_TOKENS))) if self.value_steps is None else self.value_steps
         tokens = min(2048, tokens_in(batches), max(STEP_TOKENS, int(read / max(steps, 1))))
-        return ValueTraining(steps, self.learning_rate, tokens)
+        rate = self.learning_rate or LEARNING_RATE * math.sqrt(tokens / STEP_TOKENS)
+        return ValueTraining(steps, rate, tokens)
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Parts of the text, round and round; all of it each time where it is no more than one."""

@@ -20,7 +20,7 @@ from rankwise.calibration.outputs import kind_of
 
 WIDTH = 4  # rows that the probe cuts out of the middle
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest logit: another number of rows is another order of sums
-_proved: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], type | None]] = weakref.WeakKeyDictionary()
+_proved: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], tuple[type, int] | None]] = weakref.WeakKeyDictionary()
 
 Call = Callable[[nn.Module], Any]
 
@@ -29,12 +29,14 @@ Call = Callable[[nn.Module], Any]
 class Head:
     """What a model does after its base.
 
-    answer: the class of the base's output object; inputs: what the model is called with, which it then reads no more.
+    inputs: what the model is called with, which it then reads no more; answer: the class of the base's output object; width: of
+        the logits.
     """
 
     model: nn.Module
-    answer: type
     inputs: tuple[str, ...]
+    answer: type
+    width: int
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocabulary] of hidden states [rows, hidden], in the model's dtype."""
@@ -61,10 +63,10 @@ def head_of(model: nn.Module, inputs: tuple[str, ...], call: Call) -> Head | Non
         return None
     if model not in _proved:
         _proved[model] = rest, _probe(model, inputs, call)
-    as_proved, answer = _proved[model]
+    as_proved, end = _proved[model]
     same = len(rest) == len(as_proved) and all(a is b for a, b in zip(rest, as_proved, strict=True))
     watched = any(module._forward_hooks or module._forward_pre_hooks for module in rest)
-    return None if answer is None or watched or not same else Head(model, answer, inputs)
+    return None if end is None or watched or not same else Head(model, inputs, *end)
 
 
 def _base(model: Any) -> nn.Module | None:
@@ -78,19 +80,19 @@ def _rest(model: nn.Module) -> list[nn.Module]:
     return [] if base is None else [m for child in model.children() if child is not base for m in child.modules()]
 
 
-def _probe(model: nn.Module, inputs: tuple[str, ...], call: Call) -> type | None:
-    """The class of the base's answers, or None where the end of the model cannot be run by itself."""
+def _probe(model: nn.Module, inputs: tuple[str, ...], call: Call) -> tuple[type, int] | None:
+    """The class of the base's answers and the width of the logits, or None where the end of the model cannot be run by itself."""
     try:
         with torch.no_grad():
             answer, output = _observed(model, call, lambda answer: answer)
             hidden, logits = answer.last_hidden_state[:1], output.logits[:1]
             at = slice(hidden.shape[1] // 2, hidden.shape[1] // 2 + WIDTH)
-            again = Head(model, type(answer), inputs)(hidden[0, at])
-            wanted = logits[0, at]
+            end, wanted = (type(answer), logits.shape[-1]), logits[0, at]
+            again = Head(model, inputs, *end)(hidden[0, at])
             bound = TOLERANCE.get(wanted.dtype, 2e-2) * wanted.abs().max()
             fits = hidden.shape[:2] == logits.shape[:2] and again.shape == wanted.shape
             fits = fits and logits.ndim == 3 and kind_of(model, logits) == "categorical"
-            return type(answer) if fits and (again - wanted).abs().max() <= bound else None
+            return end if fits and (again - wanted).abs().max() <= bound else None
     except Exception:  # a model whose end needs more than hidden states says so in as many ways as there are
         return None
 

@@ -56,9 +56,14 @@ class Signal:
 
     def chunks(self) -> Iterator[slice]:
         """The rows in parts whose logits fit in memory."""
-        width = self.values.shape[-1] if self.head is None else self.head(self.values[:1].detach()).shape[-1]
-        rows = max(1, LOGITS_AT_ONCE // width)
+        rows = max(1, LOGITS_AT_ONCE // (self.values.shape[-1] if self.head is None else self.head.width))
         return (slice(i, i + rows) for i in range(0, len(self), rows))
+
+    def outright(self) -> Signal:
+        """The same signal of its logits where these are few: who asks for them often need not run the head each time."""
+        if self.head is None or len(self) * self.head.width > LOGITS_AT_ONCE:
+            return self
+        return Signal(self.logits(self.values), self.kind)
 
     def __getitem__(self, rows: Any) -> Signal:
         return Signal(self.values[rows], self.kind, self.head)

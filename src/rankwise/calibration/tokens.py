@@ -17,11 +17,12 @@ from rankwise.progress import progress
 
 Batch = dict[str, Tensor]
 
-MOST_TEXT, LEAST_TEXT = 2**18, 2**14  # tokens of a calibration; the most is 128 windows of 2048: the field's habit
+MOST_TEXT = 2**18  # tokens of a calibration: 128 windows of 2048, the field's habit
+LEAST_TEXT, LEAST_QUICK = 3 * 2**13, 2**12  # by default, and in a hurry
 SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
 PLACE = 8, 2**11  # characters of a piece: for each token of a window, and at least
 LEAST_SAMPLES = 16  # however long they are
-LEAST_WINDOWS = 64  # rather shorter ones than fewer
+LEAST_WINDOWS = 128  # rather shorter ones than fewer
 SHORTEST = 128
 T = TypeVar("T")
 TOKENS_PER_BATCH = 2**13  # at most
@@ -32,11 +33,11 @@ INSIDE = "text_config", "encoder", "decoder", "text_encoder"  # configs within a
 
 def text_of(effort: str, parameters: int, device: str) -> int:
     """Tokens of a calibration text: 262,144 for a thorough run. By default as many on a GPU and for a small model; on a CPU
-    fewer, the larger the model, but 16,384 at least. A quick run reads a quarter of the default."""
+    fewer, the larger the model, but 24,576 at least. A quick run reads an eighth of the default, but 4,096 at least."""
     most = MOST_TEXT
     if device == "cpu" and effort != "thorough":
         most = max(LEAST_TEXT, min(MOST_TEXT, MOST_TEXT * SMALL_MODEL // parameters))
-    return most // 4 if effort == "quick" else most
+    return max(LEAST_QUICK, most // 8) if effort == "quick" else most
 
 
 def windows_asked(model: Any, effort: str, device: str, length: int | None, samples: int | None) -> tuple[int, int]:
@@ -60,7 +61,7 @@ def context_of(model: Any) -> int | None:
 
 def window_length(model: nn.Module, wanted: int | None = None, text: int = MOST_TEXT) -> int:
     """Tokens of a window: those wanted, by default the model's context, but at most 2048, and so few that a `text` of so many
-    tokens has 64 of them, if that leaves 128.
+    tokens has 128 of them, if that leaves 128.
 
     Raises `RankwiseError` for fewer than two, which predict nothing, and for more than the context.
     """

@@ -133,7 +133,7 @@ class Student:
         if id(batch) in self._signals:
             return self._signals[id(batch)][1]
         with torch.no_grad():
-            signal = signal_of(self.model, batch)
+            signal = signal_of(self.model, batch).outright()
         self.count(signal)
         if sum(kept.values.nbytes for _, kept in self._signals.values()) + signal.values.nbytes <= TEACHER_BYTES:
             self._signals[id(batch)] = (batch, signal)  # the batch too, lest another one get its id
