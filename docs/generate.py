@@ -15,15 +15,14 @@ from typing import Any
 
 import mkdocs_gen_files
 import typer
-import yaml
 from typer.cli import get_docs_for_click
 
 from rankwise.allocation.allocator import ALLOCATORS
 from rankwise.cli import app
 from rankwise.decomposition.metric import METRICS
+from rankwise.report.methods import WHEN
 
 HERE = Path(__file__).parent
-WHEN = yaml.safe_load((HERE / "when.yaml").read_text())
 SECOND_FILES = {"llrc:paper": "rankwise.masks.gumbel", "ars": "rankwise.masks.hypernetwork", "ara": "rankwise.masks.staircase"}
 
 

@@ -52,6 +52,15 @@ Verbose = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one (default).")]
 
 
+@app.callback()
+def rankwise(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _tell_version(wanted), help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def compress(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
@@ -75,18 +84,24 @@ def compress(
         str | None, typer.Option(help="What the rate is counted over: linear (the matrices; default) or model (all).")
     ] = None,
     decomposition: Annotated[
-        str | None, typer.Option(help="The metric; a wrong name lists all (default: the allocation's own).")
+        str | None, typer.Option(help="The metric, see rankwise methods (default: the allocation's own).")
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option(help="How ranks are chosen; a wrong name lists all (default: llrc; of an artifact mask-fisher: seconds)."),
+        typer.Option(
+            help="How ranks are chosen, see rankwise methods: a name, with preset and options where wanted, as llrc:paper or "
+            "'kl-knapsack points=3' (default: llrc; of an artifact mask-fisher: seconds)."
+        ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Of llrc: default, or paper (as published).")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of the allocation, the same as NAME:PRESET.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
     ] = None,
     rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
     form: Form = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe.yaml, or a folder with one: what is not said here is taken from it.")
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Compress only these: a glob over paths, a class, or re:EXPRESSION. Repeatable."),
@@ -120,6 +135,7 @@ def compress(
             rate,
             calibration=calibration,
             allocation=allocation,
+            recipe=recipe,
             output=output,
             overwrite=overwrite,
             resume=resume,
@@ -159,6 +175,18 @@ def compress(
 
 
 @app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List every method: what --allocation and --decomposition take, and when to use it."""
+    from rankwise.report.methods import all_methods, print_methods
+
+    found = all_methods()
+    if as_json:
+        print(to_json(found))
+    else:
+        print_methods(found)
+
+
+@app.command()
 def decompose(
     model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The artifact's folder.")] = Path("decomposed"),
@@ -166,7 +194,7 @@ def decompose(
     effort: Effort = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    decomposition: Annotated[str | None, typer.Option(help="The metric; a wrong name lists all (default: kronecker).")] = None,
+    decomposition: Annotated[str | None, typer.Option(help="The metric, see rankwise methods (default: kronecker).")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only these, as of compress. Repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
     text_column: TextColumn = None,
@@ -464,6 +492,14 @@ def _interruptible(way_on: str) -> Iterator[None]:
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given; the defaults of the others stand where they are used."""
     return {name: value for name, value in options.items() if value not in (None, (), {})}
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from rankwise import __version__
+
+        print(f"rankwise {__version__}")
+        raise typer.Exit
 
 
 def _tell_more(wanted: bool) -> None:

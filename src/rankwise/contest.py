@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rankwise import bundled, distributed, stages
-from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named
+from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named, spelled
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.batches import batches_of
@@ -27,7 +27,7 @@ from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
 from rankwise.plain import to_json
-from rankwise.recipe import Recipe, pairs
+from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest, write_whole
 from rankwise.stages import Run
 
@@ -47,14 +47,12 @@ class Method:
 def methods_of(allocations: Sequence[str], decompositions: Sequence[str]) -> list[Method]:
     """Every allocation on every decomposition; with none given, each on its own.
 
-    allocations: a name, with a preset and options where wanted: "llrc", "llrc:paper", "kl-knapsack points=3 trials=5".
+    allocations: names, with a preset and options where wanted: "llrc", "llrc:paper", "kl-knapsack points=3 trials=5".
     Raises `RankwiseError` for a name or an option that there is not.
     """
     methods = []
     for allocation in allocations:
-        full_name, *options = allocation.split()
-        name, _, preset = full_name.partition(":")
-        allocator = allocator_named(name, preset or "default", pairs(options))
+        allocator = allocator_named(*spelled(allocation))
         for metric in decompositions or [allocator.decomposition]:
             metric_named(metric)
             methods.append(Method(f"{allocation} on {metric}", allocator, metric))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
 from rankwise import bundled, distributed, stages, streaming
-from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named
+from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, known_as, spelled
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.data import listed
@@ -104,6 +105,7 @@ def compress(
     calibration: Calibration | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     allocation: str | Allocator | None = None,
+    recipe: Recipe | str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -118,13 +120,19 @@ def compress(
         model's inputs, as a tokenizer or a DataLoader gives them; a batch whose tensors do not all have one row for each
         sequence (the patches of pictures) is never cut.
     tokenizer: for a model in memory with calibration text.
-    allocation: a name, or an allocator with its options set; by default "llrc", of an artifact "mask-fisher", whose prices are in
-        it.
+    allocation: a name, with preset and options where wanted ("llrc:paper", "kl-knapsack points=3"), or an allocator; by default
+        "llrc", of an artifact "mask-fisher", whose prices are in it.
+    recipe: what is not said here, from a recipe, its file or a result folder.
     output: where to write the result; with `resume`, an interrupted run goes on from what it had computed.
     options: any other field of `Recipe`, with `target_bytes` and `target_speedup` instead of a rate. A run that does not fit in
         memory goes block by block, as one does where `memory` is promised.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
+    if recipe is not None:
+        read = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+        asked = {"rate": rate, "calibration": calibration, "allocation": allocation, **options}
+        options = read.under({name: value for name, value in asked.items() if value is not None})
+        rate, calibration, allocation = (options.pop(name, None) for name in ("rate", "calibration", "allocation"))
     if model is None:
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
     refuse_elsewhere(model)
@@ -255,8 +263,13 @@ def _recipe(
 ) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
-    name = allocation if isinstance(allocation, str) else type(allocation).__name__
-    recipe = Recipe.of(**{"rate": rate, "calibration": source, "allocation": name} | options)
+    name, preset, own = spelled(allocation) if isinstance(allocation, str) else known_as(allocation)
+    if "default" != preset != options.get("preset", preset):
+        raise RankwiseError(f"allocation {allocation!r} and preset {options['preset']!r} are two presets: name one")
+    more = options.get("options", {})
+    method = {"allocation": name, "preset": preset if preset != "default" else options.get("preset", preset)}
+    method |= {"options": {**own, **more} if isinstance(more, Mapping) else more}
+    recipe = Recipe.of(**{"rate": rate, "calibration": source} | options | method)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     return recipe.model_copy(

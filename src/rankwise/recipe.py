@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
+import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, reason
 
+FILE = "recipe.yaml"  # in every result folder
+BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one form
+TARGETS = ("rate", "target_bytes", "target_speedup")
+METHOD = ("preset", "options", "decomposition")  # of an allocation
 LARGEST = 2**31  # of what is counted out: more would never end
 DEFAULT_RATE = 0.2
 IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
@@ -51,7 +57,7 @@ class Recipe(BaseModel):
     @classmethod
     def of(cls, **fields: Any) -> Self:
         """The recipe of these fields. Raises `RankwiseError` for an unknown one and for a bad value."""
-        targets = [name for name in ("rate", "target_bytes", "target_speedup") if fields.get(name) is not None]
+        targets = [name for name in TARGETS if fields.get(name) is not None]
         if len(targets) > 1:
             raise RankwiseError(f"{' and '.join(targets)} are two targets: ask for one")
         try:
@@ -63,6 +69,35 @@ class Recipe(BaseModel):
                 raise RankwiseError(f"unknown option {name!r}; there are {', '.join(cls.model_fields)}") from None
             meaning = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The recipe in a YAML file, or in the result folder at `path`. Raises `RankwiseError` where there is none."""
+        of_result = Path(path).is_dir()
+        file = Path(path) / FILE if of_result else Path(path)
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise RankwiseError(f"{file} cannot be read: {reason(error)}") from None
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            raise RankwiseError(f"{file} is not a list of options and their values")
+        try:
+            return cls.of(**(BEFORE_FORMS if of_result else {}) | content)
+        except RankwiseError as error:
+            raise RankwiseError(f"{file}: {error}") from None
+
+    def write(self, file: Path) -> None:
+        """Write the recipe to a YAML file, from which `read` makes an equal one."""
+        file.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+    def under(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that are asked for, and those of this recipe where nothing is: another target takes the place of its
+        target, another allocation that of its method. Raises `RankwiseError` where a text is missing that no source names."""
+        taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
+        fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}
+        if fields.get("calibration") == IN_MEMORY:
+            raise RankwiseError("the recipe's calibration text was given in memory: give it again, or name one")
+        return fields | dict(asked)
 
 
 def pairs(items: Iterable[str] | None) -> dict[str, Any]:

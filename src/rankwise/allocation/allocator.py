@@ -29,6 +29,7 @@ from rankwise.allocation.strs import STRS
 from rankwise.allocation.uniform import Uniform
 from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.errors import RankwiseError
+from rankwise.recipe import pairs
 
 
 class Allocator(Protocol):
@@ -59,10 +60,42 @@ ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
     "evolutionary": {"default": Evolutionary},
 }
 
+PAPERS = {  # what the papers call them
+    "svd-llm": "uniform",
+    "asvd": "strs",
+    "d-rank": "effective-rank",
+    "welore": "heavy-tail",
+    "l-greco": "error-bound",
+    "rocket": "knapsack",
+    "zs-svd": "zero-sum",
+    "lems": "kl-knapsack",
+    "evopress": "evolutionary",
+    "dobi-svd": "dobi",
+}
+
 FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, STRS)
 """Those that ask the student for no more than weights, factors, spectra and `divergence`."""
 DIFFERENTIATING = (MaskFisher, ZeroSum, LLRC)
 """Those that ask it for gradients too, as far as it can give them with its model on disk."""
+
+
+def spelled(method: str) -> tuple[str, str, dict[str, Any]]:
+    """The name, the preset and the options of a method that is written NAME[:PRESET] [KEY=VALUE ...], where the name may be a
+    paper's. Raises `RankwiseError` for what is written in another way; whether they exist, `allocator_named` knows."""
+    full_name, *options = method.split() or [""]
+    name, _, preset = full_name.partition(":")
+    return PAPERS.get(name.lower(), name), preset or "default", pairs(options)
+
+
+def known_as(allocator: Allocator) -> tuple[str, str, dict[str, Any]]:
+    """The name, the preset and the options that make this allocator again; of a class that is not in `ALLOCATORS`, its name."""
+    for name, presets in ALLOCATORS.items():
+        for preset, cls in presets.items():
+            if type(allocator) is cls:
+                fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+                values = {field.name: getattr(allocator, field.name) for field in fields}
+                return name, preset, {field.name: values[field.name] for field in fields if values[field.name] != field.default}
+    return type(allocator).__name__, "default", {}
 
 
 def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Allocator:
@@ -71,7 +104,7 @@ def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Alloc
     Raises `RankwiseError` for a name, a preset or an option that there is not, and for a value of the wrong type.
     """
     if name not in ALLOCATORS:
-        raise RankwiseError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}")
+        raise RankwiseError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}; papers' names: {', '.join(PAPERS)}")
     presets = ALLOCATORS[name]
     if preset not in presets:
         raise RankwiseError(f"allocation {name!r} has no preset {preset!r}; it has {', '.join(presets)}")

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.allocation.plan import write_ranks
-from rankwise.errors import RankwiseError, reason
+from rankwise.errors import RankwiseError
 from rankwise.integration.artifact import FILE as ARTIFACT
 from rankwise.integration.beside import copy_beside
 from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
@@ -21,10 +20,11 @@ from rankwise.layers.linear import is_linear
 from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.plain import shown, to_json
+from rankwise.recipe import FILE as RECIPE
 from rankwise.recipe import Recipe
 
 MAX_SHARD_SIZE = "5GB"
-RANKS, RECIPE, REPORT, SPECTRA, PAGE = "ranks.json", "recipe.yaml", "report.json", "spectra.json", "report.html"
+RANKS, REPORT, SPECTRA, PAGE = "ranks.json", "report.json", "spectra.json", "report.html"
 EVALUATION, SPEED = "evaluation.json", "speed.json"  # where they were added
 OWN = (RANKS, RECIPE, REPORT, SPECTRA, PAGE, EVALUATION, SPEED, ARTIFACT, "README.md")  # of their own folder
 
@@ -65,7 +65,7 @@ def write_result(
     with written_whole(output, overwrite) as folder:
         save_model(folder, model, tokenizer, report["base_model"])
         write_ranks(folder / RANKS, ranks)
-        (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        recipe.write(folder / RECIPE)
         (folder / REPORT).write_text(to_json(report, indent=1) + "\n")
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -93,19 +93,7 @@ def read_ranks(folder: Path) -> dict[str, int | None]:
 
 def read_recipe(folder: Path) -> Recipe | None:
     """The recipe of a result folder, or None where it has none. Raises `RankwiseError` for one that is none."""
-    file = folder / RECIPE
-    if not os.path.exists(file):
-        return None
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RankwiseError(f"{file} cannot be read: {reason(error)}") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise RankwiseError(f"{file} is not a list of options and their values")
-    try:
-        return Recipe.of(**{"form": PairLinear.form} | content)  # which recipes did not tell when there was one
-    except RankwiseError as error:
-        raise RankwiseError(f"{file}: {error}") from None
+    return Recipe.read(folder) if os.path.exists(folder / RECIPE) else None
 
 
 def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shape]:

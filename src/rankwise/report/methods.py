@@ -1,0 +1,44 @@
+"""Every method there is: its name here and in its paper, the metric it works in, and when to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.table import Table
+
+from rankwise.allocation.allocator import ALLOCATORS, PAPERS
+from rankwise.decomposition.metric import METRICS
+from rankwise.report.terminal import plain_console
+
+WHEN: dict[str, dict[str, str]] = yaml.safe_load((Path(__file__).parent / "when.yaml").read_text(encoding="utf-8"))
+
+
+def all_methods() -> dict[str, Any]:
+    """The allocations, by NAME or NAME:PRESET, and the decompositions, as plain values."""
+    papers = {name: [paper for paper, own in PAPERS.items() if own == name] for name in ALLOCATORS}
+    return {
+        "allocations": [
+            {"name": full, "papers": papers[name] if preset == "default" else [], "decomposition": cls.decomposition}
+            | {"when": WHEN["allocation"][full]}
+            for name, presets in ALLOCATORS.items()
+            for preset, cls in presets.items()
+            for full in [name if preset == "default" else f"{name}:{preset}"]
+        ],
+        "decompositions": [{"name": name, "when": WHEN["decomposition"][name]} for name in METRICS],
+    }
+
+
+def print_methods(found: dict[str, Any]) -> None:
+    """Two tables: what --allocation takes, and what --decomposition takes."""
+    console = plain_console()
+    table = Table("--allocation", "in papers", "on", "when", box=box.SIMPLE_HEAD)
+    for row in found["allocations"]:
+        table.add_row(row["name"], ", ".join(row["papers"]), row["decomposition"], row["when"])
+    console.print(table)
+    table = Table("--decomposition", "when", box=box.SIMPLE_HEAD)
+    for row in found["decompositions"]:
+        table.add_row(row["name"], row["when"])
+    console.print(table)

@@ -1,0 +1,70 @@
+"""Methods by name: one spelling everywhere, the papers' names too, and a list of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rankwise as package
+from rankwise.allocation.allocator import ALLOCATORS, PAPERS, allocator_named, known_as, spelled
+from rankwise.allocation.llrc_paper import LLRCPaper
+from rankwise.contest import all_allocations
+
+Run = Callable[..., Any]
+TEXT: dict[str, Any] = {"samples": 8, "length": 16}
+
+
+@pytest.mark.parametrize(("name", "presets"), ALLOCATORS.items())
+def test_what_makes_an_allocator_is_what_it_is_known_as(name: str, presets: dict[str, Any]) -> None:
+    for preset, cls in presets.items():
+        assert allocator_named(*spelled(f"{name}:{preset}")) == cls()
+        assert known_as(cls()) == (name, preset, {})
+
+
+def test_the_papers_names_are_other_names(llama: Path, story: Path) -> None:
+    assert set(PAPERS.values()) <= ALLOCATORS.keys()
+    by_paper = package.compress(llama, 0.3, calibration=str(story), allocation="SVD-LLM", **TEXT)
+    by_name = package.compress(llama, 0.3, calibration=str(story), allocation="uniform", **TEXT)
+    assert (by_paper.ranks, by_paper.recipe) == (by_name.ranks, by_name.recipe)
+
+
+def test_a_preset_and_options_are_spelled_with_the_name(llama: Path, story: Path) -> None:
+    given = package.compress(
+        llama, 0.3, calibration=str(story), allocation="kl-knapsack points=2 trials=4", options={"trials": 1}, **TEXT
+    )
+    assert given.recipe.options == {"points": "2", "trials": 1}
+    paper = package.compress(llama, 0.3, calibration=str(story), allocation="llrc:paper max_steps=1", **TEXT).recipe
+    assert (paper.allocation, paper.preset, paper.decomposition) == ("llrc", "paper", LLRCPaper.decomposition)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--allocation", "svd-lm"], "unknown allocation 'svd-lm'"),
+        (["--allocation", ""], "unknown allocation ''"),
+        (["--allocation", "llrc:best"], "has no preset 'best'"),
+        (["--allocation", "llrc:paper", "--preset", "default"], "are two presets"),
+        (["--allocation", "kl-knapsack points"], "'points' is not KEY=VALUE"),
+        (["--allocation", "kl-knapsack colour=3"], "option colour='3'"),
+    ],
+)
+def test_what_is_no_method_is_a_line(rankwise: Run, llama: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = rankwise("compress", llama, *arguments, "-o", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert said in done.err
+
+
+def test_all_methods_are_listed(rankwise: Run) -> None:
+    listed = json.loads(rankwise("methods", "--json").out)
+    assert [row["name"] for row in listed["allocations"]] == all_allocations()
+    assert {paper for row in listed["allocations"] for paper in row["papers"]} == PAPERS.keys()
+    table = rankwise("methods").out
+    assert all(row["when"].split(".")[0][:30] in table for row in (*listed["allocations"], *listed["decompositions"]))
+
+
+def test_the_version_is_told(rankwise: Run) -> None:
+    assert rankwise("--version").out == f"rankwise {package.__version__}\n"
