@@ -296,25 +296,34 @@ def test_what_its_config_was_told_of_is_compressed(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small")), logits(result.model))
 
 
-def test_left_over_tensors_are_named_and_left_out(llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("memory", [None, "8GB"])
+def test_left_over_tensors_are_named_and_left_out(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, memory: str | None
+) -> None:
     folder = copy(llama, tmp_path / "model")
     change_weights(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(6), "pooler.weight": torch.rand(3)})
-    compress(folder, tmp_path / "small")
+    compress(folder, tmp_path / "small", memory=memory)
     [note] = [record.message for record in caplog.records if "left out" in record.message]
     assert note.endswith("as a LlamaForCausalLM does not have it: pooler.weight")  # the other one transformers itself knows of
     assert "pooler.weight" not in load_file(tmp_path / "small" / WEIGHTS)
+
+
+def test_a_class_reads_its_own_of_what_a_larger_one_left(tmp_path: Path) -> None:
     bert = transformers.BertForPreTraining(transformers.BertConfig(**SMALL))
     bert.save_pretrained(tmp_path / "bert")
     change_config(tmp_path / "bert", architectures=["BertForMaskedLM"])
     assert type(compress(tmp_path / "bert").model).__name__ == "BertForMaskedLM"
 
 
+@pytest.mark.parametrize("memory", [None, "8GB"])
 @pytest.mark.parametrize("name", ["model.layers.5.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
-def test_left_over_tensors_of_the_models_own_modules_are_refused(llama: Path, tmp_path: Path, name: str) -> None:
+def test_left_over_tensors_of_the_models_own_modules_are_refused(
+    llama: Path, tmp_path: Path, name: str, memory: str | None
+) -> None:
     folder = copy(llama, tmp_path / "model")
     change_weights(folder, **{name: torch.zeros(3)})
     with pytest.raises(RankwiseError, match=f"unexpected keys: {name}"):
-        compress(folder)
+        compress(folder, tmp_path / "small", memory=memory)
 
 
 def test_bytes_on_disk_are_those_of_the_weights_that_are_read(llama: Path, tmp_path: Path) -> None:
