@@ -264,12 +264,11 @@ def _recipe(
     """The recipe with the decomposition settled, and its allocator."""
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     name, preset, own = spelled(allocation) if isinstance(allocation, str) else known_as(allocation)
-    if "default" != preset != options.get("preset", preset):
-        raise RankwiseError(f"allocation {allocation!r} and preset {options['preset']!r} are two presets: name one")
-    more = options.get("options", {})
-    method = {"allocation": name, "preset": preset if preset != "default" else options.get("preset", preset)}
-    method |= {"options": {**own, **more} if isinstance(more, Mapping) else more}
-    recipe = Recipe.of(**{"rate": rate, "calibration": source} | options | method)
+    asked, more = options.get("preset", preset), options.get("options", {})
+    if preset not in ("default", asked):
+        raise RankwiseError(f"allocation {allocation!r} and preset {asked!r} are two presets: name one")
+    options = options | {"preset": asked, "options": {**own, **more} if isinstance(more, Mapping) else more}
+    recipe = Recipe.of(**{"rate": rate, "calibration": source, "allocation": name} | options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     return recipe.model_copy(

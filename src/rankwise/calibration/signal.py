@@ -18,6 +18,7 @@ from rankwise.calibration.tokens import Batch, cut, written
 
 DRAWS = "draws"  # in a batch, beside the model's inputs: a number in [0, 1) for every token, which `sampled_loss` draws with
 PROBE = 8  # tokens that tell whether a model's logits can be had a few at a time
+FEW = 2**10  # rows whose logits may be kept
 LOGITS_AT_ONCE = 2**23  # float32 numbers: 32 MiB, of which a loss holds about five
 
 
@@ -60,8 +61,8 @@ class Signal:
         return (slice(i, i + rows) for i in range(0, len(self), rows))
 
     def outright(self) -> Signal:
-        """The same signal of its logits where these are few: who asks for them often need not run the head each time."""
-        if self.head is None or len(self) * self.head.width > LOGITS_AT_ONCE:
+        """The same signal of its logits where it has few rows: who asks for them often need not run the head each time."""
+        if self.head is None or len(self) > FEW or len(self) * self.head.width > LOGITS_AT_ONCE:
             return self
         return Signal(self.logits(self.values), self.kind)
 
