@@ -2,7 +2,7 @@
 (round to nearest, groups of 64).
 
     python benchmarks/real_models.py [--models SmolLM2-135M-Instruct MGM-9M] [--calibrations c4 self] [--rates 0.1 0.2 0.3 0.4]
-                                     [--forms pivoted pair] [--samples 64] [--dtype float32] [--judge-samples 64]
+                                     [--forms pivoted pair] [--samples 64] [--judge-samples 64]
     python benchmarks/real_models.py --time quick default
 
 Calibration: a C4 sample, or text that the model writes itself (for MGM, of which there is no text, only that). Judged on windows
@@ -114,8 +114,8 @@ def contest_of(folder: Path, calibration: str, form: str, args: argparse.Namespa
         calibration=texts["c4"] if calibration == "c4" else "self",
         judge_samples=args.judge_samples,
         effort=args.effort,
-        samples=args.samples,
-        dtype=args.dtype,
+        samples=args.samples or None,
+        dtype="float32",
         length=LENGTH,
         form=form,
     )
@@ -132,6 +132,12 @@ def contest_of(folder: Path, calibration: str, form: str, args: argparse.Namespa
         }
         for row in rows
     ]
+
+
+def with_bytes(rows: list[dict[str, Any]], dense: int) -> list[dict[str, Any]]:
+    """The rows with what their models take in bfloat16, as the dense one of `dense` bytes does."""
+    compressible = max((row["kept_parameters"] / (1 - row["rate"]) for row in rows), default=0)
+    return [row | {"bytes": dense - 2 * (compressible - row["kept_parameters"])} for row in rows]
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -209,9 +215,7 @@ def tables(results: dict[str, Any]) -> str:
 def _table(model: str, key: str, text: str, rows: list[dict[str, Any]], quantized: dict[str, Any], dense: Any) -> list[str]:
     rates = sorted({row["rate"] for row in rows})
     first = rows[0]["texts"][text]
-    kept = {row["rate"]: row["kept_parameters"] for row in rows}
-    most = max(kept.values()) / (1 - min(rates))
-    size = {rate: dense["bytes"] - 2 * (most - kept[rate]) for rate in rates}
+    size = {row["rate"]: row["bytes"] for row in rows}
     machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
     lines = [
         f"### {model}, {key}, judged on {text}: KL in nats per token (perplexity; dense {first['reference_perplexity']:.2f})\n",
@@ -254,13 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M"])
     parser.add_argument("--calibrations", nargs="+", default=["c4", "self"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--forms", nargs="+", default=[*FORMS])
     parser.add_argument("--effort", default="default")
-    parser.add_argument("--samples", type=int, help="windows to calibrate on, by default those of the effort")
-    parser.add_argument("--dtype", default="auto", help="that the model is loaded in")
-    parser.add_argument("--judge-samples", type=int, default=10)
+    parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on; 0 for as many as the effort says")
+    parser.add_argument("--judge-samples", type=int, default=64)
     parser.add_argument("--time", nargs="*", default=[])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--real-models", type=Path, default=Path.home() / ".cache" / "real-models")
@@ -283,7 +286,8 @@ def main() -> None:
             found["quantized"] = quantized_of(folder, args, work)
         for calibration, form in itertools.product(args.calibrations if model != "MGM-9M" else ["self"], args.forms):
             key = f"calibrated on {calibration}" + (f", {args.samples} windows of {LENGTH}" if args.samples else "")
-            found[key] = merged(found.get(key, []), contest_of(folder, calibration, form, args, work))
+            rows = merged(found.get(key, []), contest_of(folder, calibration, form, args, work))
+            found[key] = with_bytes(rows, found["quantized"]["dense"]["bytes"])
             keep()
     print(tables(results))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -18,12 +17,6 @@ LINES = {  # form and method -> colour and name
 }
 
 
-def megabytes(row: dict[str, Any], rows: list[dict[str, Any]], dense: dict[str, int]) -> float:
-    """What the row's model takes in bfloat16."""
-    compressible = max(other["kept_parameters"] / (1 - other["rate"]) for other in rows)
-    return (dense["bytes"] - 2 * (compressible - row["kept_parameters"])) / 1e6
-
-
 def main() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "real_models.json").read_text())[MODEL]
     rows, quantized = found[KEY], found["quantized"]
@@ -33,8 +26,8 @@ def main() -> None:
     for axis, text in zip(axes, texts, strict=True):
         for (form, method), (colour, name) in LINES.items():
             own = [row for row in rows if (row["form"], row["method"]) == (form, method)]
-            sizes = [megabytes(row, rows, quantized["dense"]) for row in own]
-            axis.plot(sizes, [row["texts"][text]["kl"] for row in own], "o-", color=colour, label=name, markersize=4)
+            points = zip(*((row["bytes"] / 1e6, row["texts"][text]["kl"]) for row in own), strict=True)
+            axis.plot(*points, "o-", color=colour, label=name, markersize=4)
         for width in (name for name in quantized if name != "dense"):
             at = quantized[width]["bytes"] / 1e6, quantized[width]["texts"][text]["kl"]
             axis.plot(*at, "x", color="#333333")

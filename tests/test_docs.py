@@ -123,6 +123,32 @@ def test_the_pages_know_the_names_they_use(site: Path) -> None:
         assert used <= known, page
 
 
+IN_THE_TABLE = [  # form and method of each of its lines
+    ("pair", "uniform"),
+    ("pivoted", "uniform"),
+    ("pivoted", "zero-sum"),
+    ("pivoted", "kl-knapsack"),
+    ("pivoted", "kl-knapsack points=3"),
+    ("pivoted", "mask-fisher"),
+    ("pair", "llrc"),
+    ("pivoted", "llrc"),
+]
+
+
+def test_the_first_pages_figures_are_those_that_were_measured() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "real_models.json").read_text())["SmolLM2-135M-Instruct"]
+    rows = found["calibrated on c4, 64 windows of 256"]
+    judged = {(row["form"], row["method"], row["rate"]): row["texts"]["WikiText-2"] for row in rows}
+    section = (ROOT / "README.md").read_text().partition("## What it costs")[2]
+    lines = [line for line in section.partition("Dense int8")[0].splitlines() if line.startswith("| ") and "(" in line]
+    for (form, method), line in zip(IN_THE_TABLE, lines, strict=True):
+        cells = re.findall(r"([\d.]+)\*{0,2} \(([\d.]+)\)", line)
+        for rate, (kl, perplexity) in zip((0.1, 0.2, 0.3, 0.4), cells, strict=True):
+            measured = judged[form, method, rate]
+            assert float(kl) == pytest.approx(measured["kl"], abs=5.1e-4), (form, method, rate)
+            assert float(perplexity) == pytest.approx(measured["perplexity"], rel=5e-3), (form, method, rate)
+
+
 def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     """Under the settings of our build, on a page of its own."""
     (tmp_path / "pages").mkdir()

@@ -93,6 +93,19 @@ def test_no_more_rows_than_fit_go_through_the_head_at_once(monkeypatch: pytest.M
     assert sum(rows) >= 2 * 33
 
 
+def test_few_rows_say_outright_what_their_head_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("plain")
+    with frozen(model), torch.no_grad():
+        signal = signal_of(model, BATCH)
+        outright = signal.outright()
+        assert outright.head is None
+        assert torch.equal(outright.values, signal.logits(signal.values))
+        other = signals.Signal(signal.values.flip(0), signal.kind, signal.head)
+        assert torch.equal(divergence(outright, other), divergence(signal, other))
+        monkeypatch.setattr(signals, "FEW", len(signal) - 1)
+        assert signal.outright() is signal
+
+
 class _TwoInOne(t.LlamaForCausalLM):
     """A model whose logits are no function of one token's hidden states."""
 

@@ -61,7 +61,8 @@ class Signal:
         return (slice(i, i + rows) for i in range(0, len(self), rows))
 
     def outright(self) -> Signal:
-        """The same signal of its logits where it has few rows: who asks for them often need not run the head each time."""
+        """The same signal of its logits [rows, vocabulary] float32 where it has few rows: who asks for them often need not run
+        the head each time."""
         if self.head is None or len(self) > FEW or len(self) * self.head.width > LOGITS_AT_ONCE:
             return self
         return Signal(self.logits(self.values), self.kind)
