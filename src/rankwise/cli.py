@@ -99,6 +99,9 @@ def compress(
     ] = None,
     rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
     form: Form = None,
+    bits: Annotated[
+        str | None, typer.Option(help="stored: as the model's numbers are (default); mixed: as few as fit --target-bytes best.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe.yaml, or a folder with one: what is not said here is taken from it.")
     ] = None,
@@ -151,6 +154,7 @@ def compress(
                 options=pairs(option),
                 rank_multiple=rank_multiple,
                 form=form,
+                bits=bits,
                 include=tuple(include or ()),
                 exclude=tuple(exclude or ()),
                 text_column=text_column,

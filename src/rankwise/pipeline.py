@@ -142,7 +142,7 @@ def compress(
         options = artifact.options(calibration, options)
         calibration, allocation = artifact.windows(), "mask-fisher" if allocation is None else allocation
     calibration = "self" if calibration is None else calibration
-    recipe, allocator = _recipe(rate, calibration, "llrc" if allocation is None else allocation, options)
+    recipe, allocator = _recipe(rate, calibration, allocation, options)
     refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS
@@ -185,10 +185,17 @@ def compress(
             clock.lap("calibration")
             student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
             clock.lap("decomposition")
-            del statistics  # float64: for a large model more than everything else
         shapes, budget = target.budget(run)
+        offers = {}
+        if recipe.bits == "mixed":
+            offers = stages.offers_of(run, statistics, student.decompositions, metric, budget.multiple)
+        else:
+            del statistics  # float64: for a large model more than everything else
         with widened(run.model):
-            chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
+            chosen = stages.allocate(run, student, metric, allocator, budget, shapes, offers)
+        if chosen.bits:
+            student.in_bits = stages.written_in_bits(run, statistics, student.decompositions, metric, chosen, recipe.form)
+        with widened(run.model):
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
             clock.lap("measuring")
@@ -196,9 +203,10 @@ def compress(
             samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
             spectra = thinned_spectra(student.decompositions, chosen.masks)
             clock.lap("looking closer")
-        size = Size.of(run.model, run.shapes, chosen.ranks)
+        size = Size.of(run.model, run.shapes, chosen.ranks, chosen.bits)
 
-    attach(run.model, factorise(run.model, student.decompositions, chosen.masks, run.experts, recipe.form))
+    layers = student.decompositions, chosen.masks, run.experts, recipe.form, chosen.bits, student.in_bits
+    attach(run.model, factorise(run.model, *layers))
     report = _report(recipe, run, size, comparison, chosen, clock)
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     if target.latency is not None:
@@ -259,9 +267,11 @@ def _compress_streamed(
 
 
 def _recipe(
-    rate: float | None, calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]
+    rate: float | None, calibration: Calibration, allocation: str | Allocator | None, options: dict[str, Any]
 ) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
+    if allocation is None:
+        allocation = "mixed" if options.get("bits") == "mixed" else "llrc"
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     name, preset, own = spelled(allocation) if isinstance(allocation, str) else known_as(allocation)
     asked, more = options.get("preset", preset), options.get("options", {})
@@ -269,6 +279,12 @@ def _recipe(
         raise RankwiseError(f"allocation {allocation!r} and preset {asked!r} are two presets: name one")
     options = options | {"preset": asked, "options": {**own, **more} if isinstance(more, Mapping) else more}
     recipe = Recipe.of(**{"rate": rate, "calibration": source, "allocation": name} | options)
+    if (recipe.bits == "mixed") != (recipe.allocation == "mixed"):
+        raise RankwiseError(
+            f"bits={recipe.bits} and allocation={recipe.allocation}: --bits mixed chooses ranks and bits by itself"
+        )
+    if recipe.bits == "mixed" and (recipe.target_bytes is None or recipe.memory is not None):
+        raise RankwiseError("bits=mixed spends bytes, with the model in memory: ask for target_bytes, and for no memory")
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     return recipe.model_copy(
@@ -287,6 +303,7 @@ def _report(
         **size.to_dict(),
         **comparison.to_dict(),
         "ranks": chosen.ranks,
+        "bits": chosen.bits,
         "shapes": {name: [shape.out_features, shape.in_features] for name, shape in run.shapes.items()},
         "left_dense": run.left_dense,
         "conversations": run.data.conversations,

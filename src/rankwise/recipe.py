@@ -46,6 +46,10 @@ class Recipe(BaseModel):
     preset: str = Field("default", description="which defaults of the allocation")
     options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
     rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
+    bits: Literal["stored", "mixed"] = Field(
+        "stored",
+        description="of every number: as the model is stored, or as few as fit the target's bytes best, with ranks (mixed)",
+    )
     form: Literal["pivoted", "pair"] = Field("pivoted", description="of a matrix of low rank: pivoted rows, or a pair of factors")
     include: tuple[str, ...] = Field((), description="only matrices that match: a glob, a class, or re: and an expression")
     exclude: tuple[str, ...] = Field((), description="matrices to leave dense, likewise")

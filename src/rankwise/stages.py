@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
+from rankwise.allocation.offer import Offer
 from rankwise.allocation.plan import Budget, Shapes
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.batches import refuse_unfit, refuse_without_gradients, sides
@@ -26,6 +27,7 @@ from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, sampled_windows, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
+from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
@@ -39,10 +41,11 @@ from rankwise.integration.checkpoint import (
     refuse_other_than_its_config,
     resolve_device,
 )
-from rankwise.layers.linear import weight_of
+from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.matrices import Shape, find_matrices, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
-from rankwise.masks.layers import is_whole
+from rankwise.layers.quantised import WIDTHS
+from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
@@ -230,6 +233,42 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
     return {name: decomposed(name) for name in progress(run.shapes, "decomposing")}
 
 
+def offers_of(
+    run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, multiple: int
+) -> dict[str, Offer]:
+    """What every matrix may be written as in bytes, in the dtypes that the model is stored in."""
+    chosen, key = metric_named(metric), decomposition_key(run.identity, metric)
+
+    def offer(name: str) -> Offer:
+        weight, moments = weight_of(run.model.get_submodule(name)), statistics.of(name)
+
+        def compute() -> dict[str, Tensor]:
+            errors = [error for _, error in best_roundings(weight, WIDTHS, chosen, moments).values()]
+            return {"errors": torch.tensor(errors, dtype=torch.float64)}
+
+        errors = run.folder.cached(f"rounding/{metric}/{name}", key, compute)["errors"].tolist()
+        rounding = dict(zip(WIDTHS, errors, strict=True))
+        return Offer.of(run.shapes[name], decompositions[name].spectrum, rounding, weight.dtype, multiple)
+
+    return {name: offer(name) for name in progress(run.shapes, "rounding")}
+
+
+def written_in_bits(
+    run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, chosen: Allocation, form: str
+) -> dict[str, nn.Module]:
+    """The layers of the matrices that are written in few bits."""
+    layers: dict[str, nn.Module] = {}
+    for name, bits in progress(chosen.bits.items(), "writing in few bits"):
+        linear, mask = run.model.get_submodule(name), chosen.masks[name]
+        if mask is None or is_whole(mask):
+            rounding, _ = best_roundings(weight_of(linear), (bits,), metric_named(metric), statistics.of(name))[bits]
+            layers[name] = rounding.layer(bias_of(linear))
+        else:
+            layer = factorised(decompositions[name], mask, bias_of(linear), form).to(weight_of(linear).dtype)
+            layers[name] = low_rank_in_bits(layer, bits)
+    return layers
+
+
 def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:
     """The masked model over the run's calibration text."""
     kept = kept_in(run, metric)
@@ -247,21 +286,28 @@ def kept_in(run: Run, metric: str) -> Kept:
 
 
 def allocate(
-    run: Run, student: Student, metric: str, allocator: Allocator, budget: Budget, shapes: Shapes | None = None
+    run: Run,
+    student: Student,
+    metric: str,
+    allocator: Allocator,
+    budget: Budget,
+    shapes: Shapes | None = None,
+    offers: Mapping[str, Offer] | None = None,
 ) -> Allocation:
     """The allocator's answer; the masks are the truth, the ranks are counted from them.
 
-    shapes: the matrices where they cost something else than parameters.
+    shapes: the matrices where they cost something else than parameters. offers: what they may be written as, where bits are to be
+    chosen too.
     """
     costs = run.shapes if shapes is None else shapes
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
         before, since = dict(student.effort), time.perf_counter() + student.spared
-        chosen = allocator.allocate(Problem(costs, spectra, budget, student))
+        chosen = allocator.allocate(Problem(costs, spectra, budget, student, offers or {}))
         effort = {"seconds": round(time.perf_counter() + student.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
-        text = json.dumps({"history": chosen.history, "effort": effort})
+        text = json.dumps({"history": chosen.history, "effort": effort, "bits": chosen.bits})
         return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)} | {
             name: mask for name, mask in chosen.masks.items() if mask is not None
         }

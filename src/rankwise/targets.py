@@ -11,6 +11,7 @@ import torch
 from rankwise.allocation.plan import Budget, Shapes
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
+from rankwise.layers.quantised import WIDTHS
 from rankwise.recipe import Recipe
 from rankwise.runtime.latency import Latency, TimedShape, measure
 from rankwise.stages import Run
@@ -46,7 +47,8 @@ class Target:
             assert recipe.target_speedup is not None
             return self._time_budget(run, self.latency, recipe.target_speedup)
         if recipe.target_bytes is not None:
-            return run.shapes, bytes_budget(run.model, run.shapes, recipe.target_bytes, multiple)
+            budget = mixed_budget if recipe.bits == "mixed" else bytes_budget
+            return run.shapes, budget(run.model, run.shapes, recipe.target_bytes, multiple)
         assert recipe.rate is not None
         return run.shapes, Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), multiple)
 
@@ -66,14 +68,11 @@ class Target:
 
 
 def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budget:
-    """The budget whose checkpoint, safetensors headers included, takes at most `target` bytes. Raises `RankwiseError`."""
-    stored = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}.values()  # tied ones once
-    whole = sum(tensor.nbytes for _, tensor in stored)
-    weights = [weight_of(model.get_submodule(name)) for name in shapes]
-    element = max(weight.element_size() for weight in weights)
-    header = _header([(name, tensor.shape) for name, tensor in stored], shapes, whole)
-    indices = sum(shape.index_bytes for shape in shapes.values())
-    others = whole - sum(weight.nbytes for weight in weights) + header + indices
+    """The budget of parameters whose checkpoint, safetensors headers included, takes at most `target` bytes. Raises
+    `RankwiseError`."""
+    whole, others, header = _other_bytes(model, shapes, None)
+    element = max(weight_of(model.get_submodule(name)).element_size() for name in shapes)
+    others += sum(shape.index_bytes for shape in shapes.values())
     dense, least = (sum(shape.parameters(rank) for shape in shapes.values()) for rank in (None, multiple))
     allowed = (target - others) // element
     if allowed >= dense:
@@ -85,12 +84,37 @@ def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
     return Budget(allowed, multiple)
 
 
-def _header(stored: list[tuple[str, torch.Size]], shapes: Shapes, whole: int) -> int:
+def mixed_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budget:
+    """The budget of bytes for the tensors of the matrices, whose checkpoint takes at most `target`. Raises `RankwiseError`."""
+    whole, others, header = _other_bytes(model, shapes, max(WIDTHS))
+    weights = {name: weight_of(model.get_submodule(name)) for name in shapes}
+    least = sum(
+        min(shape.stored_bytes(rank, bits, weights[name].dtype) for rank, bits in ((None, min(WIDTHS)), (multiple, max(WIDTHS))))
+        for name, shape in shapes.items()
+    )
+    if target - others >= sum(weight.nbytes for weight in weights.values()):
+        raise RankwiseError(f"target_bytes={target:,}: the model has no more than {whole + header:,} as it is")
+    if target - others < least:
+        raise RankwiseError(
+            f"target_bytes={target:,} cannot be reached: the least that every matrix can be written in leaves {others + least:,}"
+        )
+    return Budget(target - others, multiple)
+
+
+def _other_bytes(model: Any, shapes: Shapes, bits: int | None) -> tuple[int, int, int]:
+    """Bytes of the dense model's tensors; of what the checkpoint holds beside the matrices, its headers included; of these."""
+    stored = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}.values()  # tied ones once
+    whole = sum(tensor.nbytes for _, tensor in stored)
+    header = _header([(name, tensor.shape) for name, tensor in stored], shapes, bits, whole)
+    return whole, whole - sum(weight_of(model.get_submodule(name)).nbytes for name in shapes) + header, header
+
+
+def _header(stored: list[tuple[str, torch.Size]], shapes: Shapes, bits: int | None, whole: int) -> int:
     """Bytes of the checkpoint's headers at most: every matrix of low rank, with its guard, every number at its longest."""
     entries = [(name, list(shape)) for name, shape in stored]
     for name, shape in shapes.items():
         sides = [shape.out_features, shape.in_features]
-        entries += [(f"{name}.{tensor}", sides) for tensor in shape.empty(1, bias=True).state_dict()]
+        entries += [(f"{name}.{tensor}", sides) for tensor in shape.empty(1, bits, bias=True).state_dict()]
     texts = (json.dumps({name: {"dtype": "BF16", "shape": s, "data_offsets": [whole, whole]}}) for name, s in entries)
     return sum(map(len, texts)) + 1024
 

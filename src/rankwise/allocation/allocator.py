@@ -23,6 +23,7 @@ from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc import LLRC
 from rankwise.allocation.llrc_paper import LLRCPaper
 from rankwise.allocation.mask_fisher import MaskFisher
+from rankwise.allocation.mixed import Mixed
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.allocation.rocket import Rocket
 from rankwise.allocation.strs import STRS
@@ -59,6 +60,7 @@ ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
     "kl-knapsack": {"default": KLKnapsack},
     "evolutionary": {"default": Evolutionary},
 }
+OF_BYTES: dict[str, dict[str, type[Allocator]]] = {"mixed": {"default": Mixed}}  # bits too: they stand beside no others
 
 PAPERS = {  # what the papers call them
     "svd-llm": "uniform",
@@ -73,7 +75,7 @@ PAPERS = {  # what the papers call them
     "dobi-svd": "dobi",
 }
 
-FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, STRS)
+FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, Mixed, STRS)
 """Those that ask the student for no more than weights, factors, spectra and `divergence`."""
 DIFFERENTIATING = (MaskFisher, ZeroSum, LLRC)
 """Those that ask it for gradients too, as far as it can give them with its model on disk."""
@@ -89,7 +91,7 @@ def spelled(method: str) -> tuple[str, str, dict[str, Any]]:
 
 def known_as(allocator: Allocator) -> tuple[str, str, dict[str, Any]]:
     """The name, the preset and the options that make this allocator again; of a class that is not in `ALLOCATORS`, its name."""
-    for name, presets in ALLOCATORS.items():
+    for name, presets in (ALLOCATORS | OF_BYTES).items():
         for preset, cls in presets.items():
             if type(allocator) is cls:
                 fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -103,9 +105,9 @@ def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Alloc
 
     Raises `RankwiseError` for a name, a preset or an option that there is not, and for a value of the wrong type.
     """
-    if name not in ALLOCATORS:
+    if name not in ALLOCATORS | OF_BYTES:
         raise RankwiseError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}; papers' names: {', '.join(PAPERS)}")
-    presets = ALLOCATORS[name]
+    presets = (ALLOCATORS | OF_BYTES)[name]
     if preset not in presets:
         raise RankwiseError(f"allocation {name!r} has no preset {preset!r}; it has {', '.join(presets)}")
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from rankwise.allocation.offer import Offer
 from rankwise.allocation.plan import Budget, Ranks, Shapes
 from rankwise.masks.layers import Masks, hard_mask
 from rankwise.masks.student import Student
@@ -19,12 +21,14 @@ class Problem:
     shapes: matrix -> shape.
     spectra: matrix -> singular values [k], descending, in the norm of the metric.
     student: the masked model, for allocators that ask the model itself. The seed is its.
+    offers: what every matrix may be written as, where the budget is of bytes and bits are to be chosen too.
     """
 
     shapes: Shapes
     spectra: dict[str, Tensor]
     budget: Budget
     student: Student
+    offers: Mapping[str, Offer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class Allocation:
 
     history: what the allocator did, one record a step, for the report.
     effort: what it took: seconds, and tokens through the student, forward and backward.
+    bits: of the matrices that are written in few: of a dense one its own, of one of low rank those of both factors.
     """
 
     ranks: Ranks
     masks: Masks
     history: list[dict[str, Any]] = field(default_factory=list)
     effort: dict[str, float] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_prefixes(cls, ranks: Ranks, spectra: dict[str, Tensor]) -> Allocation:

@@ -23,15 +23,16 @@ class Size:
     bytes: dict[str, dict[str, int]]
 
     @classmethod
-    def of(cls, model: Any, shapes: Shapes, ranks: Mapping[str, int | None]) -> Size:
-        """Of the dense `model`, its experts unstacked, and of what `ranks` make of its matrices of `shapes`."""
+    def of(cls, model: Any, shapes: Shapes, ranks: Mapping[str, int | None], bits: Mapping[str, int] | None = None) -> Size:
+        """Of the dense `model`, its experts unstacked, and of what `ranks` and `bits` make of its matrices of `shapes`."""
         weights = {name: weight_of(model.get_submodule(name)) for name in ranks}
         before = {name: weight.numel() for name, weight in weights.items()}
         after = {name: shapes[name].parameters(rank) for name, rank in ranks.items()}
-        element = {name: weight.element_size() for name, weight in weights.items()}  # some keep a part in another dtype
         saved = {name: before[name] - after[name] for name in ranks}
-        indices = sum(shapes[name].index_bytes for name, rank in ranks.items() if rank is not None)
-        bytes_saved = sum(saved[name] * element[name] for name in ranks) - indices
+        held = {
+            name: shapes[name].stored_bytes(rank, (bits or {}).get(name), weights[name].dtype) for name, rank in ranks.items()
+        }
+        bytes_saved = sum(weights[name].nbytes - held[name] for name in ranks)
         model_bytes = sum(p.nbytes for p in model.parameters())
         return cls(
             parameters={

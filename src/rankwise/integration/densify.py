@@ -14,7 +14,6 @@ from rankwise.integration.checkpoint import load_compressed, load_tokenizer, ref
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.integration.result import save_model
 from rankwise.layers.linear import bias_of, dense_linear
-from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import stack_experts
 
 
@@ -22,10 +21,10 @@ def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
     """Multiply the factors out and stack the experts again, in place. Products are float32, rounded once."""
     with torch.device("meta"):
         skeleton = type(model)(model.config)
-    for path in config.ranks:
+    for path in config.written:
         in_stack = path.startswith(tuple(f"{e}." for e in config.experts))
         original = None if in_stack else skeleton.get_submodule(path)
-        if config.affine and (original is None or bias_of(original) is None):
+        if config.affine and path in config.ranks and (original is None or bias_of(original) is None):
             raise RankwiseError(
                 f"{path} has affine factors, and {type(model).__name__} has no bias there to keep their mean: "
                 "only a model compressed in another decomposition can be made dense"
@@ -35,8 +34,9 @@ def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
     return model
 
 
-def _dense(layer: LowRankLinear, transposed: bool) -> nn.Module:
-    dtype, bias = layer.first.weight.dtype, None if layer.bias is None else layer.bias.detach().clone()
+def _dense(layer: Any, transposed: bool) -> nn.Module:
+    dtype = next(tensor.dtype for tensor in layer.state_dict().values() if tensor.is_floating_point())
+    bias = None if layer.bias is None else layer.bias.detach().clone()
     return dense_linear(layer.float().weight.detach().to(dtype), bias, transposed)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from rankwise.decomposition.solver import Decomposition
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.matrices import stack_experts
@@ -12,18 +14,30 @@ from rankwise.masks.layers import Masks, folded, is_whole
 
 
 def factorise(
-    model: Any, decompositions: Mapping[str, Decomposition], masks: Masks, experts: Sequence[str], form: str
+    model: Any,
+    decompositions: Mapping[str, Decomposition],
+    masks: Masks,
+    experts: Sequence[str],
+    form: str,
+    bits: Mapping[str, int] | None = None,
+    in_bits: Mapping[str, nn.Module] | None = None,
 ) -> RankwiseConfig:
-    """Put the chosen layers into the model, its experts unstacked; experts that are all left dense are stacked again."""
+    """Put the chosen layers into the model, its experts unstacked; experts that are all left dense are stacked again.
+
+    bits: of the matrices that are written in few; in_bits: their layers.
+    """
+    written = in_bits or {}
     ranks: dict[str, int] = {}
     affine = False
     for name, mask in masks.items():
-        if mask is not None:
-            decomposition = decompositions[name]
-            model.set_submodule(name, folded(model.get_submodule(name), decomposition, mask, form))
-            if not is_whole(mask):
-                ranks[name] = int(mask.count_nonzero())
-                affine = affine or decomposition.centre is not None
-    kept = [path for path in experts if any(name.startswith(f"{path}.") for name in ranks)]
+        if name in written:
+            model.set_submodule(name, written[name])
+        elif mask is not None:
+            model.set_submodule(name, folded(model.get_submodule(name), decompositions[name], mask, form))
+        if mask is not None and not is_whole(mask):
+            ranks[name] = int(mask.count_nonzero())
+            affine = affine or decompositions[name].centre is not None
+    changed = (*ranks, *written)
+    kept = [path for path in experts if any(name.startswith(f"{path}.") for name in changed)]
     stack_experts(model, set(experts) - set(kept))
-    return RankwiseConfig(ranks=ranks, form=form, experts=kept, affine=affine)
+    return RankwiseConfig(ranks=ranks, form=form, bits=dict(bits or {}), experts=kept, affine=affine)

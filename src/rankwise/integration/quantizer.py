@@ -28,14 +28,16 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.names import spares
 from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
-from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, LowRankLinear, PairLinear, PivotedLinear
+from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape
+from rankwise.layers.quantised import WIDTHS
 
 METHOD = "rankwise"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FLAGS = ("affine", "own_names")
 FIRST_KEYS = {"ranks", "experts", "affine", "format_version", "quant_method"}
-KEYS = {1: FIRST_KEYS, 2: FIRST_KEYS | {"form", "own_names"}}  # of each format; the first one had pairs of factors only
+SECOND_KEYS = FIRST_KEYS | {"form", "own_names"}
+KEYS = {1: FIRST_KEYS, 2: SECOND_KEYS, 3: SECOND_KEYS | {"bits"}}  # of each format; the first one had pairs of factors only
 
 
 @dataclass
@@ -43,6 +45,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
     ranks: path of each factorised linear layer -> its rank. form: of all of them, one of `FORMS`.
+    bits: path of each linear layer that is held in few bits, or whose factors are -> how many, one of `WIDTHS`.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
     affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
     own_names: whether the weights are stored under the model's own names, where transformers has others for a dense model.
@@ -51,6 +54,7 @@ class RankwiseConfig(QuantizationConfigMixin):
 
     ranks: dict[str, int] = field(default_factory=dict)
     form: str = DEFAULT_FORM
+    bits: dict[str, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     affine: bool = False
     own_names: bool = False
@@ -72,6 +76,12 @@ class RankwiseConfig(QuantizationConfigMixin):
         ranks, experts = config_dict.get("ranks"), config_dict.get("experts", [])
         if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ValueError("in quantization_config, ranks is not an object of matrices and their ranks, positive numbers")
+        bits = config_dict.get("bits", {})
+        if not isinstance(bits, dict) or not all(type(width) is int and width in WIDTHS for width in bits.values()):
+            widths = ", ".join(map(str, WIDTHS))
+            raise ValueError(
+                f"in quantization_config, bits is not an object of matrices and their bits, of {widths}: upgrade with pip"
+            )
         if config_dict.get("form", PairLinear.form) not in FORMS:
             raise ValueError(
                 f"in quantization_config, form is {config_dict['form']!r}, none of {', '.join(FORMS)}: upgrade with pip"
@@ -85,8 +95,18 @@ class RankwiseConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: what the weights are, not how they came about."""
-        return {name: value for name, value in super().to_dict().items() if name != "rate"}
+        """What config.json holds: what the weights are, not how they came about. A folder without layers of few bits is one that
+        the format before knew."""
+        held = {name: value for name, value in super().to_dict().items() if name != "rate"}
+        if not self.bits:
+            del held["bits"]
+            held["format_version"] = FORMAT_VERSION - 1
+        return held
+
+    @property
+    def written(self) -> list[str]:
+        """Paths of the linear layers that are no longer dense floats."""
+        return list(dict.fromkeys((*self.ranks, *self.bits)))
 
 
 class RankwiseQuantizer(HfQuantizer):
@@ -109,18 +129,24 @@ class RankwiseQuantizer(HfQuantizer):
                 raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
             unstack(module)
             _initialised(model.get_submodule(path.rpartition(".")[0]), *module.modules())  # some blocks fill their experts
-        of_the_folder = config.ranks
-        config.ranks = {path: rank for matrix, rank in of_the_folder.items() if (path := _path_in(model, matrix)) is not None}
-        if of_the_folder and not config.ranks:
+        of_the_folder = config.written
+        config.ranks, config.bits = (
+            {path: value for matrix, value in of_each.items() if (path := _path_in(model, matrix)) is not None}
+            for of_each in (config.ranks, config.bits)
+        )
+        if of_the_folder and not config.written:
             raise ValueError(f"a {type(model).__name__} has none of the matrices that the folder is made of")
-        for path, rank in config.ranks.items():
-            linear = model.get_submodule(path)
+        for path in config.written:
+            linear, rank = model.get_submodule(path), config.ranks.get(path)
             if not is_linear(linear):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
-            (out_features, in_features), bias = weight_of(linear).shape, config.affine or bias_of(linear) is not None
-            if rank > min(out_features, in_features):
-                raise ValueError(f"the folder has rank {rank:,} for {path!r}, which is {out_features} x {in_features}")
-            layer = Shape(out_features, in_features, form=config.form).empty(rank, bias=bias, dtype=weight_of(linear).dtype)
+            shape = Shape.of(linear, config.form)
+            if rank is not None and rank > shape.full_rank:
+                raise ValueError(
+                    f"the folder has rank {rank:,} for {path!r}, which is {shape.out_features} x {shape.in_features}"
+                )
+            bias = bias_of(linear) is not None or (config.affine and rank is not None)
+            layer = shape.empty(rank, config.bits.get(path), bias=bias, dtype=weight_of(linear).dtype)
             _initialised(*layer.modules())
             model.set_submodule(path, layer)
             model.all_tied_weights_keys.pop(f"{path}.weight", None)  # by the config, though not by the files
@@ -132,7 +158,7 @@ class RankwiseQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
-        for path in self.quantization_config.ranks:
+        for path in self.quantization_config.written:
             layer = model.get_submodule(path)
             for name, parameter in (*layer.named_parameters(), *layer.named_buffers()):
                 absent = not getattr(parameter, "_is_hf_initialized", False)  # transformers warns, and goes on with random values
@@ -195,10 +221,9 @@ def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in config.experts:
         shapes |= {f"{path}.{name}": shape for name, shape in stacked_shapes(model.get_submodule(path)).items()}
-    for path in config.ranks:
+    for path in config.written:
         if not path.startswith(tuple(f"{expert}." for expert in config.experts)):
-            layer = model.get_submodule(path)
-            assert isinstance(layer, LowRankLinear)
+            layer: Any = model.get_submodule(path)
             shapes[f"{path}.weight"] = (layer.out_features, 0)
     return {name: torch.empty(*shape[:-1], 0) for name, shape in shapes.items()}
 
@@ -206,7 +231,7 @@ def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
 def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
     made: dict[str, Tensor] = guards(model, config)
-    for path in (*config.ranks, *config.experts):
+    for path in (*config.written, *config.experts):
         made |= model.get_submodule(path).state_dict(prefix=f"{path}.")
     config.own_names = not spares(model, {name: tensor.to("meta") for name, tensor in made.items()})
     if config.own_names:

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankwise.errors import RankwiseError
 from rankwise.layers import experts
 from rankwise.layers.linear import bias_of, holds_matrix, is_linear, weight_of
-from rankwise.layers.lowrank import DEFAULT_FORM, LowRankLinear, layer_class
+from rankwise.layers.lowrank import DEFAULT_FORM, layer_class
+from rankwise.layers.quantised import QuantisedLinear, in_bits
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,27 @@ class Shape:
         """The rank from which on dense is smaller."""
         return self.rank_of(self.dense)
 
-    def empty(self, rank: int, **options: Any) -> LowRankLinear:
-        """A layer at `rank` without values, on the meta device; options as of `nn.Linear`."""
-        return self.layer_class(self.in_features, self.out_features, rank, device="meta", **options)
+    def empty(self, rank: int | None, bits: int | None = None, **options: Any) -> Any:
+        """A layer at `rank`, None for dense, without values, on the meta device; with `bits` of few bits. Options are those of
+        `nn.Linear`."""
+        sides = self.in_features, self.out_features
+        if rank is not None:
+            layer = self.layer_class(*sides, rank, device="meta", **options)
+            if bits is not None:
+                in_bits(layer, lambda linear: QuantisedLinear.like(linear, bits))
+            return layer
+        options = {"bias": False} | options
+        return (
+            nn.Linear(*sides, device="meta", **options)
+            if bits is None
+            else QuantisedLinear(*sides, bits, device="meta", **options)
+        )
+
+    def stored_bytes(self, rank: int | None, bits: int | None, dtype: torch.dtype) -> int:
+        """Bytes of the tensors of a layer at `rank`, with `bits` of few bits, floats in `dtype`, without a bias that the
+        matrix has anyway."""
+        layer = self.empty(rank, bits, dtype=dtype)
+        return sum(tensor.nbytes for tensor in layer.state_dict().values()) + (rank is not None) * self.added * dtype.itemsize
 
     @property
     def layer_class(self) -> Any:

@@ -65,6 +65,7 @@ class Student:
     training, selection: disjoint batches of calibration text; masks are trained on the one and chosen by the other.
     effort: tokens that went through the student so far, forward and backward.
     spared: seconds that were not spent, because a measurement was found.
+    in_bits: layers of the matrices that are written in few bits, as they will be shipped.
     kept: (what is measured, all that it depends on, a function that measures it) -> the measurement, made now or earlier.
     """
 
@@ -75,6 +76,7 @@ class Student:
     seed: int = 0
     effort: dict[str, int] = field(default_factory=lambda: {"forward_tokens": 0, "backward_tokens": 0})
     spared: float = 0.0
+    in_bits: Mapping[str, nn.Module] = field(default_factory=dict)
     _signals: dict[int, tuple[Batch, Signal]] = field(default_factory=dict)
     kept: Kept = not_kept
 
@@ -87,9 +89,9 @@ class Student:
         modules = {
             name: folded(self.model.get_submodule(name), self.decompositions[name], mask)
             for name, mask in masks.items()
-            if mask is not None
+            if mask is not None and name not in self.in_bits
         }
-        return swapped(self.model, modules)
+        return swapped(self.model, modules | {name: self.in_bits[name] for name in masks if name in self.in_bits})
 
     @property
     def device(self) -> torch.device:

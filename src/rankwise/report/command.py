@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankwise import bundled
-from rankwise.allocation.allocator import ALLOCATORS
+from rankwise.allocation.allocator import ALLOCATORS, OF_BYTES
 from rankwise.recipe import IN_MEMORY, Recipe
 
 REPEATED = {"include": "--include", "exclude": "--exclude", "options": "--option", "dataset_options": "--dataset-option"}
@@ -15,7 +15,7 @@ REPEATED = {"include": "--include", "exclude": "--exclude", "options": "--option
 
 def command_of(base_model: str, recipe: Mapping[str, Any], output: str) -> str | None:
     """The `rankwise compress` line of a recipe, or None where the text or the options were Python objects."""
-    if recipe["calibration"] == IN_MEMORY or recipe["allocation"] not in ALLOCATORS:
+    if recipe["calibration"] == IN_MEMORY or recipe["allocation"] not in ALLOCATORS | OF_BYTES:
         return None
     words = ["rankwise", "compress", *([] if base_model == bundled.NAME else [base_model])]
     for name, field in Recipe.model_fields.items():

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rankwise.integration.checkpoint import load_config, quantization_of
 from rankwise.integration.result import read_ranks, read_shapes
 
 
 def inspect(folder: Path) -> list[dict[str, Any]]:
-    """One row per matrix: name, out_features, in_features, rank (None: dense), break-even rank, parameters before and after.
+    """One row per matrix: name, out_features, in_features, rank (None: dense), bits of a number (None: as the model's floats),
+    break-even rank, parameters before and after.
 
     Raises `RankwiseError` for a folder that rankwise did not write.
     """
     ranks = read_ranks(folder)
+    bits = quantization_of(load_config(folder)).get("bits", {})
     rows = []
     for name, shape in read_shapes(folder, ranks).items():
         rank = ranks[name]
@@ -23,6 +26,7 @@ def inspect(folder: Path) -> list[dict[str, Any]]:
                 "out_features": shape.out_features,
                 "in_features": shape.in_features,
                 "rank": rank,
+                "bits": bits.get(name),
                 "break_even_rank": shape.break_even,
                 "parameters": shape.parameters(rank),
                 "dense_parameters": shape.dense,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         console.print(f"KL on the selection text, step by step: {', '.join(steps)}")
     dense = [name for name, rank in report["ranks"].items() if rank is None]
     console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
+    widths = Counter(report.get("bits", {}).values())
+    if widths:
+        console.print(
+            "bits a number: " + ", ".join(f"{widths[bits]} matrices of {bits}" for bits in sorted(widths, reverse=True))
+        )
     for reason, names in _by_reason(report.get("left_dense", {})).items():
         console.print(f"not considered, {reason}: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}")
 
@@ -73,13 +79,14 @@ def print_ranks(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line per matrix."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("matrix", no_wrap=True)
-    for column in ("shape", "rank", "break-even", "parameters", "kept"):
+    for column in ("shape", "rank", "bits", "break-even", "parameters", "kept"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row["matrix"],
             f"{row['out_features']} x {row['in_features']}",
             "dense" if row["rank"] is None else str(row["rank"]),
+            "" if row["bits"] is None else str(row["bits"]),
             f"{row['break_even_rank']:.0f}",
             f"{row['parameters']:,}",
             f"{row['parameters'] / row['dense_parameters']:.0%}",

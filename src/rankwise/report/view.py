@@ -24,17 +24,21 @@ LINES = 24  # of a chart of spectra, at most
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a result: its rank (None: dense), and the KL with it alone compressed, where that was measured."""
+    """One matrix of a result: its rank (None: dense), the KL with it alone compressed, where that was measured, and how many of
+    the bits that a number had it has now."""
 
     name: str
     shape: Shape
     rank: int | None
     kl: float | None
+    bits: int | None = None
+    of_bits: float = 16.0
 
     @property
     def kept(self) -> float:
-        """The fraction of its parameters kept."""
-        return self.shape.parameters(self.rank) / self.shape.dense
+        """The fraction of its parameters kept, or where they are written in fewer bits of its bits."""
+        share = 1.0 if self.bits is None else self.bits / self.of_bits
+        return share * self.shape.parameters(self.rank) / self.shape.dense
 
     @property
     def removed(self) -> int:
@@ -44,7 +48,9 @@ class Matrix:
     @property
     def note(self) -> str:
         """All of it in a line."""
-        fate = "stays dense" if self.rank is None else f"rank {self.rank}, keeps {percent(self.kept)}"
+        fate = "stays dense" if self.rank is None else f"rank {self.rank}"
+        fate += "" if self.bits is None else f", {self.bits} bits a number"
+        fate += "" if self.rank is None and self.bits is None else f", keeps {percent(self.kept)}"
         cost = "" if self.kl is None else f"; alone costs {brief(self.kl)} nats per token"
         return f"{self.name}: {self.shape.out_features} × {self.shape.in_features}, {fate}{cost}"
 
@@ -55,7 +61,11 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
     costs = report.get("costs", {}).get("kl", {})
     form = report["recipe"].get("form", PairLinear.form)  # which reports did not tell when there was one
     shapes = {name: Shape(m, n, form=form) for name, (m, n) in report["shapes"].items()}
-    matrices = [Matrix(m, shapes[m], rank, costs.get(m)) for m, rank in report["ranks"].items()]
+    bits, of_bits = (
+        report.get("bits", {}),
+        8 * report["bytes"]["linear"]["reference"] / report["parameters"]["linear"]["reference"],
+    )
+    matrices = [Matrix(m, shapes[m], rank, costs.get(m), bits.get(m), of_bits) for m, rank in report["ranks"].items()]
     where = places(report["ranks"])
     history = report.get("history", [])
     named = [record for record in history if isinstance(record.get("step"), str) and record.get("kl") is not None]
@@ -93,13 +103,16 @@ class Faster:
     known: Literal["measured", "by this machine's table", "by its bytes"]
 
 
-def faster(result: Result) -> Faster:
-    """Decoding at the smallest batch where that was measured, else as the table of a target or the bytes predict."""
+def faster(result: Result) -> Faster | None:
+    """Decoding at the smallest batch where that was measured, else as the table of a target or the bytes predict; None where
+    numbers of few bits are to be unpacked first."""
     decoding = [row for row in (result.speed or {}).get("speed", []) if row["phase"] == "decode" and "speedup" in row]
     if decoding:
         return Faster(decoding[0]["speedup"], "measured")
     if "predicted_speedup" in result.report:
         return Faster(result.report["predicted_speedup"], "by this machine's table")
+    if result.report.get("bits"):
+        return None
     size = result.report["bytes"]["model"]
     return Faster(size["reference"] / size["compressed"], "by its bytes")
 

@@ -1,0 +1,187 @@
+"""The best model in so many bytes: low rank, fewer bits and both together, at the same bytes of the same matrices.
+
+    python benchmarks/bytes.py [--models SmolLM2-135M-Instruct MGM-9M] [--bits 6.25 4.25 3.25 2.75 2.5] [--samples 64]
+                               [--judge-samples 32]
+
+Every plan is made from one set of statistics and judged on the same windows: all matrices rounded to nearest, or by GPTQ, at each
+number of bits, groups of 64; a number of bits for every matrix; a rank or a number of bits for every matrix (`--bits mixed`);
+a rank for every matrix in 16 bits. Sizes are bits per weight of the matrices, scales and indices counted; embeddings and norms
+stay as they are. Texts are those of real_models.py. All that is found is kept in benchmarks/results/bytes.json and printed to
+bytes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from main_job import HERE
+from real_models import LENGTH, machine, texts_of
+
+from rankwise import stages
+from rankwise.allocation.kl_knapsack import KLKnapsack
+from rankwise.allocation.mixed import Mixed
+from rankwise.allocation.offer import Offer
+from rankwise.allocation.plan import Budget
+from rankwise.allocation.problem import Allocation
+from rankwise.calibration.batches import batches_of
+from rankwise.calibration.tokens import Batch, windows_of
+from rankwise.decomposition.metric import metric_named
+from rankwise.decomposition.rounding import nearest
+from rankwise.evaluation.protocols import read_judging_text
+from rankwise.layers.linear import bias_of, weight_of
+from rankwise.layers.precision import widened
+from rankwise.layers.quantised import WIDTHS
+from rankwise.recipe import Recipe
+from rankwise.run_folder import RunFolder, digest
+
+RESULTS = HERE / "results" / "bytes.json"
+METRIC = Mixed.decomposition
+WAYS = {
+    "nearest": "every matrix alike, rounded to nearest",
+    "gptq": "every matrix alike, GPTQ",
+    "bits": "bits for every matrix",
+    "mixed": "**bits or a rank for every matrix** (`--bits mixed`)",
+    "rank": "a rank for every matrix, 16 bits (kl-knapsack)",
+}
+
+
+class Contest:
+    """A model with its statistics, offers and judging text."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace, work: Path) -> None:
+        texts = texts_of(folder, args.data, work)
+        calibration = texts.pop("c4", "self")
+        self.recipe = Recipe.of(rate=0.5, length=LENGTH, samples=args.samples, dtype="bfloat16", calibration=calibration)
+        self.run = stages.start(folder, calibration, None, self.recipe, [], RunFolder(work / "bytes"))
+        with widened(self.run.model):
+            self.statistics = stages.collect_statistics(self.run, metric_named(METRIC).NEEDS)
+            decompositions = stages.decompose_all(self.run, self.statistics, METRIC)
+        self.student = stages.student_of(self.run, decompositions, METRIC)
+        self.offers = stages.offers_of(self.run, self.statistics, decompositions, METRIC, 1)
+        self.judges = {name: self._judge(path, args.judge_samples) for name, path in texts.items()}
+        self.numbers = sum(shape.dense for shape in self.run.shapes.values())
+
+    def _judge(self, path: str, samples: int) -> list[Batch]:
+        text = read_judging_text(path)
+        assert self.run.tokenizer is not None
+        windows = windows_of(self.run.tokenizer, text.documents, LENGTH, samples, 0)
+        return batches_of(self.run.model, windows[: text.windows])
+
+    def alike(self, bits: int) -> Allocation:
+        """Every matrix in so many bits."""
+        nothing = dict.fromkeys(self.run.shapes)
+        return Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, bits))
+
+    def allocated(self, bits: float, allocator: Any, offers: Mapping[str, Offer]) -> Allocation:
+        """What the allocator makes of so many bits per weight; without offers its budget is of numbers of 16 bits."""
+        budget = Budget(int(self.numbers * bits / (8 if offers else 16)))
+        with widened(self.run.model):
+            return stages.allocate(self.run, self.student, METRIC, allocator, budget, None, offers)
+
+    def row(self, way: str, chosen: Allocation) -> dict[str, Any]:
+        """What a plan takes and costs."""
+        run, since = self.run, time.perf_counter()
+        if way == "nearest":
+            linear = {name: run.model.get_submodule(name) for name in chosen.bits}
+            layers: Any = {n: nearest(weight_of(m), chosen.bits[n]).layer(bias_of(m)) for n, m in linear.items()}
+        else:
+            decompositions = self.student.decompositions
+            layers = stages.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
+        self.student.in_bits = layers
+        dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
+        held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())
+        found = {}
+        with widened(run.model):
+            for name, batches in self.judges.items():
+                key = digest(
+                    run.identity, way, *chosen.bits.items(), *(p for i in chosen.masks.items() for p in i), name, len(batches)
+                )
+                found[name] = stages.cached_comparison(run, self.student, chosen, batches, key).to_dict()
+        self.student.in_bits = {}
+        return {
+            "way": way,
+            "bits": 8 * held / self.numbers,
+            "low_rank": sum(rank is not None for rank in chosen.ranks.values()),
+            "matrices": len(run.shapes),
+            "predicted": chosen.history[-1]["kl"] if way in ("bits", "mixed") else None,
+            "seconds": round(time.perf_counter() - since, 1),
+            "machine": machine(),
+            "texts": {
+                name: {k: f[k] for k in ("kl", "perplexity", "reference_perplexity", "tokens")} for name, f in found.items()
+            },
+        }
+
+
+def dense_only(offer: Offer) -> Offer:
+    at = [i for i, (rank, _) in enumerate(offer.ways) if rank is None]
+    return replace(offer, ways=[offer.ways[i] for i in at], bytes=offer.bytes[at], errors=offer.errors[at])
+
+
+def plans(contest: Contest, sizes: list[float]) -> list[tuple[str, float, Callable[[], Allocation]]]:
+    """Each way at each size, and what makes the plan."""
+    dense = {name: dense_only(offer) for name, offer in contest.offers.items()}
+    found: list[tuple[str, float, Callable[[], Allocation]]] = []
+    for way in ("gptq", "nearest"):
+        found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in sorted(WIDTHS, reverse=True)]  # type: ignore[misc]
+    for bits in sizes:
+        found.append(("mixed", bits, lambda bits=bits: contest.allocated(bits, Mixed(), contest.offers)))  # type: ignore[misc]
+        found.append(("bits", bits, lambda bits=bits: contest.allocated(bits, Mixed(), dense)))  # type: ignore[misc]
+        if bits >= 5:
+            found.append(("rank", bits, lambda bits=bits: contest.allocated(bits, KLKnapsack(points=2), {})))  # type: ignore[misc]
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Everything that was found, as Markdown."""
+    lines: list[str] = []
+    for model, rows in results.items():
+        for text in rows[0]["texts"]:
+            first = rows[0]["texts"][text]
+            lines += [
+                f"### {model}, judged on {text}: KL in nats per token (perplexity; dense {first['reference_perplexity']:.2f})\n",
+                f"{rows[0]['machine']}, {first['tokens']:,} tokens.\n",
+                "| bits per weight | way | KL | of low rank | predicted |",
+                "|---|---|---|---|---|",
+            ]
+            for row in sorted(rows, key=lambda row: (-round(row["bits"], 1), [*WAYS].index(row["way"]))):
+                cost, predicted = row["texts"][text], "" if row["predicted"] is None else f"{row['predicted']:.4f}"
+                ranks = f"{row['low_rank']} of {row['matrices']}" if row["low_rank"] else ""
+                cells = [f"{row['bits']:.2f}", WAYS[row["way"]], f"{cost['kl']:.4f} ({cost['perplexity']:.2f})", ranks, predicted]
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M"])
+    parser.add_argument("--bits", nargs="+", type=float, default=[6.25, 5.25, 4.25, 3.75, 3.25, 2.75, 2.5])
+    parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
+    parser.add_argument("--judge-samples", type=int, default=32)
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--real-models", type=Path, default=Path.home() / ".cache" / "real-models")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rankwise-real-models")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for model in args.models:
+        contest, rows = Contest(args.real_models / model, args, args.work / model), []
+        for way, bits, plan in plans(contest, args.bits):
+            rows.append(contest.row(way, plan()))
+            print(
+                f"{way} {bits}: {rows[-1]['bits']:.2f} bits, { ({n: round(t['kl'], 4) for n, t in rows[-1]['texts'].items()}) }",
+                flush=True,
+            )
+            results[model] = rows
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            RESULTS.with_suffix(".md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Rounding a matrix to few bits: GPTQ (Frantar et al. 2023, arXiv 2210.17323) in the second moment of its inputs.
+
+Legend: W [m, n] the weight, H [n, n] the damped second moment, U the upper triangular factor of H^-1 = U^T U.
+
+Columns are rounded from the first to the last. What the rounding of column j leaves, e = (w_j - q_j) / U_jj, is made up for by
+those after it, W[:, j+1:] -= e U[j, j+1:], with the least error in the norm of H that they allow. A scale is chosen when its
+group is reached: of a few sizes that with the least error, columns weighted by their own second moments. Its sign gives the
+largest weight of the group the code -2^(bits-1): of negative codes there is one more than of positive ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.calibration.moments import Moments
+from rankwise.decomposition.metric import Metric
+from rankwise.decomposition.solver import Root
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.quantised import BYTE, QuantisedLinear, dequantised, group_of, in_bits
+
+DAMPING = 1e-2  # added to the second moment, relative to its mean diagonal: errors are made up for with few bits too
+SIZES = torch.linspace(1.0, 0.55, 16)  # of a scale, relative to that which clips nothing
+TINY = 1e-30  # the scale of a group of zeros
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Whole numbers [m, n] int8 and scales [m, groups] of a weight in `bits` bits."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+
+    def layer(self, bias: Tensor | None) -> QuantisedLinear:
+        """The layer of these."""
+        return QuantisedLinear.of(self.codes, self.scales, self.bits, bias)
+
+    def squared_error(self, W: Tensor, left: Root | None, right: Root | None) -> float:
+        """||R^T (W - W') L||^2 in the metric of the roots, for W [m, n]."""
+        E = (W.detach() - dequantised(self.codes, self.scales, self.bits)).double()
+        E = E if left is None else left.apply(E.to(left.scale))
+        return float((E @ E.T if right is None else right.gram(E.to(right.scale))).diagonal().sum())
+
+
+def best_roundings(W: Tensor, widths: tuple[int, ...], metric: Metric, moments: Moments) -> dict[int, tuple[Rounding, float]]:
+    """Bits -> the rounding of W [m, n] to so many, and its squared error in the metric: every weight by itself, or by GPTQ where
+    that has the smaller error. Needs the second moment of the inputs."""
+    roots, found = metric.roots(moments), {}
+    assert roots[1] is not None
+    compensation = Compensation.of(roots[1]) if min(widths) < BYTE else None
+    for bits in widths:
+        ways = [nearest(W, bits)]
+        if compensation is not None and bits < BYTE:
+            ways.append(compensation.rounded(W, bits))
+        found[bits] = min(((way, way.squared_error(W, *roots)) for way in ways), key=lambda item: item[1])
+    return found
+
+
+def nearest(W: Tensor, bits: int) -> Rounding:
+    """Every weight of W [m, n] by itself."""
+    weight = W.detach().float()
+    group = group_of(bits, weight.shape[1])
+    parts = weight.split(group, 1)
+    scales = [_scale(part.T, bits, torch.ones_like(part[0])).to(W.dtype) for part in parts]
+    codes = [_code(part, scale.float()[:, None], bits) for part, scale in zip(parts, scales, strict=True)]
+    return Rounding(torch.cat(codes, 1).to(torch.int8), torch.stack(scales, 1), bits)
+
+
+def low_rank_in_bits(layer: LowRankLinear, bits: int) -> LowRankLinear:
+    """The layer with both factors in `bits` bits, every number rounded by itself."""
+
+    def write(linear: nn.Linear) -> QuantisedLinear:
+        return nearest(linear.weight, bits).layer(linear.bias)
+
+    in_bits(layer, write)
+    return layer
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What GPTQ knows of the inputs: U [n, n] and the diagonal of H [n], float32."""
+
+    U: Tensor
+    importance: Tensor
+
+    @classmethod
+    def of(cls, inputs: Root) -> Compensation:
+        """From the root of the metric on inputs [n, n], and DAMPING above that."""
+        assert inputs.full is not None
+        damped = inputs.full / inputs.count
+        damped.diagonal().add_(inputs.scale.square() + DAMPING * damped.diagonal().mean())
+        return cls(_inverse_factor(damped).float(), damped.diagonal().float())
+
+    def rounded(self, W: Tensor, bits: int) -> Rounding:
+        """W [m, n], by GPTQ."""
+        rows, U, importance = W.detach().float().T.contiguous(), self.U.to(W.device), self.importance.to(W.device)  # rows: [n, m]
+        group, codes, scales = group_of(bits, len(rows)), torch.empty_like(rows, dtype=torch.int8), []
+        for begin in range(0, len(rows), group):
+            inside = slice(begin, begin + group)
+            block, within = rows[inside], U[inside, inside]
+            scale = _scale(block, bits, importance[inside]).to(W.dtype)
+            wide, errors = scale.float(), torch.empty_like(block)
+            for j, row in enumerate(block):
+                code = _code(row, wide, bits)
+                codes[begin + j] = code
+                errors[j] = (row - code * wide) / within[j, j]
+                block[j + 1 :].addcmul_(within[j, j + 1 :, None], errors[j], value=-1)
+            rows[begin + group :].addmm_(U[inside, begin + group :].T, errors, alpha=-1)
+            scales.append(scale)
+        return Rounding(codes.T.contiguous(), torch.stack(scales, 1), bits)
+
+
+def _code(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    most = 2 ** (bits - 1)
+    return (weight / scale).round_().clamp_(-most, most - 1)
+
+
+def _scale(block: Tensor, bits: int, importance: Tensor) -> Tensor:
+    """The scale [m] of the columns [columns, m] of a group."""
+    largest = block.gather(0, block.abs().argmax(0, keepdim=True))[0]
+    whole = largest / -(2 ** (bits - 1))
+    whole = torch.where(whole.abs() < TINY, TINY, whole)
+    if bits == BYTE:
+        return whole
+    sizes = whole * SIZES.to(block)[:, None]
+    errors = [importance @ (_code(block, size, bits) * size - block).square() for size in sizes]
+    return sizes.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+
+
+def _inverse_factor(H: Tensor) -> Tensor:
+    """U upper triangular, U^T U = H^-1, in H's dtype."""
+    factor, failed = torch.linalg.cholesky_ex(H)
+    if failed:  # rounding left it indefinite
+        values, basis = torch.linalg.eigh(H)
+        H = (basis * values.clamp_min(values.max() * torch.finfo(H.dtype).eps * len(H))) @ basis.T
+        factor = torch.linalg.cholesky(H)
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)

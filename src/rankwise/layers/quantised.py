@@ -1,0 +1,122 @@
+"""A linear layer whose weight is held in few bits: a whole number for every weight, and a scale for a group of them in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a whole number
+GROUP = 64  # weights of a row that share a scale; with 8 bits all of a row do
+BYTE = 8
+
+
+class QuantisedLinear(nn.Module):
+    """y = W x + b, where W [m, n] is a whole number of `bits` bits, from -2^(bits-1) on, times the scale of its group.
+
+    scales [m, groups] are in the model's dtype. codes: with 8 bits int8 [m, n]; with fewer uint8 [m, bits, n / 8, rounded up],
+    where bit j of byte i in plane p is bit p of the code of column 8 i + j, counted from the least one.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.register_buffer("codes", pack(torch.zeros(out_features, in_features, dtype=torch.int8, device=device), bits))
+        groups = -(-in_features // group_of(bits, in_features))
+        self.register_buffer("scales", torch.zeros(out_features, groups, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        )
+
+    @classmethod
+    def like(cls, linear: nn.Linear, bits: int) -> Self:
+        """The layer of a linear layer's sizes, dtype and device, without values."""
+        weight, bias = linear.weight, linear.bias is not None
+        return cls(linear.in_features, linear.out_features, bits, bias, weight.device, weight.dtype)
+
+    @classmethod
+    def of(cls, codes: Tensor, scales: Tensor, bits: int, bias: Tensor | None = None) -> Self:
+        """The layer of whole numbers [m, n] and scales [m, groups]."""
+        out_features, in_features = codes.shape
+        layer = cls(in_features, out_features, bits, bias is not None, "meta", scales.dtype)
+        layer.codes, layer.scales = pack(codes, bits), scales.contiguous()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    @property
+    def whole_numbers(self) -> Tensor:
+        """[m, n] int8."""
+        return unpack(self.codes, self.bits, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [m, n], computed at each read."""
+        return dequantised(self.whole_numbers, self.scales, self.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+def group_of(bits: int, in_features: int) -> int:
+    """How many weights share a scale: with 8 bits a row, which is as good, and what kernels take."""
+    return in_features if bits == BYTE else GROUP
+
+
+def in_bits(layer: nn.Module, write: Callable[[nn.Linear], QuantisedLinear]) -> None:
+    """Write each of the linear layers of a layer as `write` does, in place."""
+    for name, child in list(layer.named_children()):
+        assert isinstance(child, nn.Linear)
+        setattr(layer, name, write(child))
+
+
+def dequantised(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The weight [m, n] of whole numbers [m, n], in the dtype of their scales [m, groups]."""
+    if scales.shape[1] == 1:
+        return codes * scales
+    return codes * scales.repeat_interleave(group_of(bits, codes.shape[1]), 1)[:, : codes.shape[1]]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Whole numbers [m, n] int8 as they are stored."""
+    if bits == BYTE:
+        return codes.contiguous()
+    places = _places(codes)
+    unsigned = F.pad((codes + 2 ** (bits - 1)).to(torch.uint8), (0, -codes.shape[1] % BYTE)).unflatten(1, (-1, BYTE))
+    return torch.stack([((unsigned >> plane & 1) << places).sum(2, dtype=torch.uint8) for plane in range(bits)], 1)
+
+
+def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Undo `pack`: [m, n] int8."""
+    if bits == BYTE:
+        return packed
+    places, codes = _places(packed), None
+    for plane in range(bits):
+        bit = (packed[:, plane, :, None] >> places & 1) << plane
+        codes = bit if codes is None else codes | bit
+    assert codes is not None
+    return codes.flatten(1)[:, :in_features].to(torch.int8) - 2 ** (bits - 1)
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(BYTE, dtype=torch.uint8, device=like.device)

@@ -1,0 +1,244 @@
+"""Numbers of few bits: how they are held, rounded and chosen, and that a folder of them is one like any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import VOCABULARY, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rankwise import RankwiseError, compress, densify
+from rankwise.allocation.mixed import kl_of_errors
+from rankwise.calibration.moments import Moments
+from rankwise.decomposition import kronecker
+from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits, nearest
+from rankwise.layers.lowrank import FORMS, layer_class
+from rankwise.layers.matrices import Shape
+from rankwise.layers.quantised import WIDTHS, QuantisedLinear, pack, unpack
+from rankwise.report.inspect import inspect
+
+WINDOWS = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(1))
+IDS = torch.arange(3, 30)[None]
+QUICK: dict[str, Any] = {"calibration": WINDOWS, "bits": "mixed", "options": {"points": 1, "tokens": 32}}
+
+
+def drawn(*sides: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*sides, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 70), bits=st.sampled_from(WIDTHS), seed=st.integers(0, 9))
+def test_whole_numbers_are_packed_without_loss(rows: int, columns: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), dtype=torch.int8, generator=generator)
+    assert torch.equal(unpack(pack(codes, bits), bits, columns), codes)
+    assert pack(codes, bits).nbytes == rows * (columns if bits == 8 else bits * -(-columns // 8))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_the_product_with_its_weight(bits: int, dtype: torch.dtype) -> None:
+    W, bias, x = drawn(12, 100).to(dtype), drawn(12).to(dtype), drawn(3, 100, seed=1).to(dtype)
+    layer = nearest(W, bits).layer(bias)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, bias))
+    assert (layer.weight.float() - W.float()).norm() < 2.0 ** (1 - bits) * W.float().norm()
+    empty = Shape(12, 100).empty(None, bits, bias=True, dtype=dtype)
+    empty.load_state_dict(layer.state_dict(), strict=True, assign=True)
+    assert torch.equal(empty(x), layer(x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_factors_in_eight_bits_are_nearly_the_factors(form: str) -> None:
+    layer = layer_class(form, 40, 72).from_factors(drawn(40, 20), drawn(20, 72, seed=1))
+    exact, shape = layer.weight, Shape(40, 72, form=form)
+    written = low_rank_in_bits(layer, 8)
+    assert (written.weight - exact).norm() < 0.02 * exact.norm()
+    assert sum(t.nbytes for t in written.state_dict().values()) == shape.stored_bytes(20, 8, torch.float32)
+    assert all(isinstance(part, QuantisedLinear) for part in (written.first, written.second))
+
+
+def moments_of(inputs: int, outputs: int) -> Moments:
+    X, G = drawn(9000, inputs, seed=2) * torch.arange(1, inputs + 1) ** -0.7, drawn(9000, outputs, seed=3)
+    X = X @ torch.linalg.qr(drawn(inputs, inputs, seed=4)).Q
+    return Moments(9000, (X.T @ X).double(), output=G.T @ G)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rounding_looks_at_the_inputs(bits: int) -> None:
+    W, moments = drawn(48, 160), moments_of(160, 48)
+    roots = kronecker.roots(moments)
+    rounding, error = best_roundings(W, (bits,), kronecker, moments)[bits]
+    assert error == pytest.approx(rounding.squared_error(W, *roots))
+    assert error < 0.7 * nearest(W, bits).squared_error(W, *roots)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("what", ["zero", "one feature", "huge", "tiny"])
+def test_odd_weights_and_inputs_are_rounded(bits: int, what: str) -> None:
+    W, moments = drawn(6, 70), moments_of(70, 6)
+    if what == "one feature":
+        moments.second = torch.zeros(70, 70, dtype=torch.float64)
+        moments.second[3, 3] = 1.0
+    else:
+        W = W * {"zero": 0.0, "huge": 1e30, "tiny": 1e-30}[what]
+    rounding, _ = best_roundings(W, (bits,), kronecker, moments)[bits]
+    weight = rounding.layer(None).weight
+    assert torch.isfinite(weight).all()
+    assert (weight - W).norm() <= W.norm()
+
+
+def test_a_squared_error_is_that_of_the_metric() -> None:
+    W, moments = drawn(10, 20), moments_of(20, 10)
+    left, right = kronecker.roots(moments)
+    assert left is not None
+    assert right is not None
+    rounding = nearest(W, 4)
+    E = (W - rounding.layer(None).weight).double()
+    right_metric = right.full / right.count + torch.diag(right.scale**2)  # type: ignore[operator]
+    left_metric = left.full / left.count + torch.diag(left.scale**2)  # type: ignore[operator]
+    wanted = torch.trace(left_metric @ E @ right_metric @ E.T).item()
+    assert rounding.squared_error(W, left, right) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_measured_error_costs_what_was_measured() -> None:
+    known, measured = np.array([1e-3, 1e-1]), np.array([2e-3, 5e-1])
+    found = kl_of_errors(np.array([1e-1, 1e-3, 1e-2, 1e-5, 1e-4]), known, measured)
+    assert found[:2] == pytest.approx([5e-1, 2e-3])
+    assert found[3:] == pytest.approx([2e-5, 2e-4])  # below what is measured, in proportion
+    assert np.all(np.diff(found[[3, 4, 1, 2, 0]]) > 0)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
+    """A folder of mixed bits, its result in memory, and the dense folder."""
+    folder = tmp_path_factory.mktemp("bits")
+    model = build("llama").to(request.param)
+    model.save_pretrained(folder / "dense")
+    dense = sum(file.stat().st_size for file in (folder / "dense").glob("*.safetensors"))
+    return (
+        folder / "small",
+        compress(folder / "dense", target_bytes=int(0.45 * dense), output=folder / "small", **QUICK),
+        folder / "dense",
+    )
+
+
+def test_the_folder_takes_what_was_asked_and_says_what_it_holds(made: tuple[Path, Any, Path]) -> None:
+    folder, result, _ = made
+    size = (folder / "model.safetensors").stat().st_size
+    assert size <= result.recipe.target_bytes
+    assert set(result.report["bits"].values()) <= set(WIDTHS)
+    rows = {row["matrix"]: row for row in inspect(folder)}
+    assert {name: row["bits"] for name, row in rows.items()} == result.report["bits"]
+    held = result.report["bytes"]["model"]["compressed"]
+    tensors = sum(t.nbytes for t in result.model.state_dict().values())
+    assert held == tensors
+
+
+def test_the_folder_loads_as_it_was(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    folder, result, _ = made
+    with torch.no_grad():
+        wanted = result.model(IDS).logits
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(loaded(IDS).logits, wanted)
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(IDS).logits, wanted)
+        assert torch.isfinite(loaded.to(torch.float16)(IDS).logits).all()
+        assert loaded.generate(IDS, max_new_tokens=3, do_sample=False).shape == (1, IDS.shape[1] + 3)
+
+
+def test_the_dense_copy_is_the_same_model(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    folder, result, original = made
+    densify(folder, tmp_path / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert {n: p.shape for n, p in plain.named_parameters()} == {
+        n: p.shape for n, p in AutoModelForCausalLM.from_pretrained(original).named_parameters()
+    }
+    with torch.no_grad():
+        before, after = result.model(IDS).logits, plain(IDS).logits
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[before.dtype]
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
+
+
+def test_every_matrix_of_few_bits_is_guarded(made: tuple[Path, Any, Path]) -> None:
+    folder, result, _ = made
+    stored = load_file(folder / "model.safetensors")
+    assert result.report["bits"]
+    for name in result.report["bits"]:
+        assert stored[f"{name}.weight"].numel() == 0
+
+
+@pytest.mark.parametrize("bits", [[], {"model.layers.0.self_attn.q_proj": 7}, {"model.layers.0.self_attn.q_proj": "4"}])
+def test_bits_that_there_are_not_are_refused(bits: Any, made: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    for file in made[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["bits"] = bits
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="bits is not an object of matrices and their bits"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_ranks_and_bits_are_both_chosen_where_both_pay(tmp_path: Path) -> None:
+    """Matrices that are of low rank but for little are written so, though bits are at hand."""
+    torch.manual_seed(0)
+    model = build("llama")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            left, right = drawn(module.out_features, 2), drawn(2, module.in_features, seed=1)
+            module.weight.data = 0.1 * left @ right + 1e-4 * module.weight.data
+    dense = sum(p.nbytes for p in model.parameters())
+    result = compress(model, target_bytes=int(0.45 * dense), output=tmp_path / "out", **QUICK)
+    low = {name for name, rank in result.ranks.items() if rank is not None}
+    assert 0 < len(low) < len(result.ranks)
+    assert result.report["kl"] < 1e-3
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, result.model(IDS).logits)  # type: ignore[misc]
+
+
+def test_a_mixture_of_experts_and_a_transposed_layer(tmp_path: Path) -> None:
+    for name in ("mixtral", "gpt2"):
+        model = build(name)
+        target = int(0.5 * sum(p.nbytes for p in model.parameters()))
+        result = compress(model, target_bytes=target, output=tmp_path / name, **QUICK)
+        with torch.no_grad():
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            assert torch.equal(loaded(IDS).logits, result.model(IDS).logits)  # type: ignore[misc]
+            densify(tmp_path / name, tmp_path / f"{name}-dense")
+            plain = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-dense")
+            torch.testing.assert_close(plain(IDS).logits, loaded(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--rate", "0.5"], "bits=mixed spends bytes"),
+        (["--target-bytes", "150kB", "--allocation", "llrc"], "chooses ranks and bits by itself"),
+        (["--target-bytes", "150kB", "--memory", "4GB"], "with the model in memory"),
+        (["--target-bytes", "1kB"], "cannot be reached"),
+        (["--target-bytes", "1GB"], "no more than"),
+    ],
+)
+def test_bad_requests(
+    options: list[str], complaint: str, rankwise: Callable[..., Any], llama: Path, story: Path, tmp_path: Path
+) -> None:
+    fixed = ["--bits", "mixed", "--calibration", story, "--length", 32, "-o", tmp_path / "out"]
+    ended = rankwise("compress", llama, *fixed, *options)
+    assert ended.code == 2
+    assert complaint in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_allocation_stands_beside_no_other() -> None:
+    with pytest.raises(RankwiseError, match="chooses ranks and bits by itself"):
+        compress(build("llama"), 0.3, calibration=WINDOWS, allocation="mixed")
