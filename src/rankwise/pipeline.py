@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
@@ -40,6 +41,7 @@ from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
+from rankwise.layers.quantised import BYTE
 from rankwise.memory import gigabytes
 from rankwise.plain import to_json
 from rankwise.progress import say, stage
@@ -195,6 +197,7 @@ def compress(
             chosen = stages.allocate(run, student, metric, allocator, budget, shapes, offers)
         if chosen.bits:
             student.in_bits = stages.written_in_bits(run, statistics, student.decompositions, metric, chosen, recipe.form)
+            chosen = with_tables(chosen, student.in_bits)
         with widened(run.model):
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
@@ -264,6 +267,12 @@ def _compress_streamed(
             write_result(Path(output), compressed, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
         folder.remove()
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
+
+
+def with_tables(chosen: Allocation, in_bits: Mapping[str, nn.Module]) -> Allocation:
+    """The answer with the vocabulary's tables in it, of which it knows nothing."""
+    tables = [name for name in in_bits if name not in chosen.bits]
+    return replace(chosen, masks=chosen.masks | dict.fromkeys(tables), bits=chosen.bits | dict.fromkeys(tables, BYTE))
 
 
 def _recipe(

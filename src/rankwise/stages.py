@@ -27,7 +27,7 @@ from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, sampled_windows, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
-from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits
+from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits, tables_in_bits
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
@@ -45,6 +45,7 @@ from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.matrices import Shape, find_matrices, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
+from rankwise.layers.tables import tables_of
 from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
@@ -256,8 +257,8 @@ def offers_of(
 def written_in_bits(
     run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, chosen: Allocation, form: str
 ) -> dict[str, nn.Module]:
-    """The layers of the matrices that are written in few bits."""
-    layers: dict[str, nn.Module] = {}
+    """The layers of the matrices that are written in few bits, and of the vocabulary's tables."""
+    layers = tables_in_bits(tables_of(run.model, run.shapes))
     for name, bits in progress(chosen.bits.items(), "writing in few bits"):
         linear, mask = run.model.get_submodule(name), chosen.masks[name]
         if mask is None or is_whole(mask):

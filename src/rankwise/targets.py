@@ -12,6 +12,7 @@ from rankwise.allocation.plan import Budget, Shapes
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.layers.quantised import WIDTHS
+from rankwise.layers.tables import table_bytes, tables_of
 from rankwise.recipe import Recipe
 from rankwise.runtime.latency import Latency, TimedShape, measure
 from rankwise.stages import Run
@@ -87,12 +88,14 @@ def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
 def mixed_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budget:
     """The budget of bytes for the tensors of the matrices, whose checkpoint takes at most `target`. Raises `RankwiseError`."""
     whole, others, header = _other_bytes(model, shapes, max(WIDTHS))
+    as_they_are, in_bits = table_bytes(tables_of(model, shapes))
+    others -= as_they_are - in_bits
     weights = {name: weight_of(model.get_submodule(name)) for name in shapes}
     least = sum(
         min(shape.stored_bytes(rank, bits, weights[name].dtype) for rank, bits in ((None, min(WIDTHS)), (multiple, max(WIDTHS))))
         for name, shape in shapes.items()
     )
-    if target - others >= sum(weight.nbytes for weight in weights.values()):
+    if target >= whole + header:
         raise RankwiseError(f"target_bytes={target:,}: the model has no more than {whole + header:,} as it is")
     if target - others < least:
         raise RankwiseError(

@@ -10,6 +10,7 @@ largest weight of the group the code -2^(bits-1): of negative codes there is one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition.metric import Metric
 from rankwise.decomposition.solver import Root
+from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.lowrank import LowRankLinear
-from rankwise.layers.quantised import BYTE, QuantisedLinear, dequantised, group_of, in_bits
+from rankwise.layers.quantised import BYTE, QuantisedEmbedding, QuantisedLinear, dequantised, group_of, in_bits
 
 DAMPING = 1e-2  # added to the second moment, relative to its mean diagonal: errors are made up for with few bits too
 SIZES = torch.linspace(1.0, 0.55, 16)  # of a scale, relative to that which clips nothing
@@ -67,6 +69,18 @@ def nearest(W: Tensor, bits: int) -> Rounding:
     scales = [_scale(part.T, bits, torch.ones_like(part[0])).to(W.dtype) for part in parts]
     codes = [_code(part, scale.float()[:, None], bits) for part, scale in zip(parts, scales, strict=True)]
     return Rounding(torch.cat(codes, 1).to(torch.int8), torch.stack(scales, 1), bits)
+
+
+def tables_in_bits(tables: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The tables of a vocabulary (path -> module) in 8 bits; those that share a weight share what is made of it."""
+    made: dict[int, Rounding] = {}
+    layers: dict[str, nn.Module] = {}
+    for name, module in tables.items():
+        weight = weight_of(module)
+        rounding = made.setdefault(id(module.weight), nearest(weight, BYTE))
+        embeds = isinstance(module, nn.Embedding)
+        layers[name] = QuantisedEmbedding.of(rounding.codes, rounding.scales) if embeds else rounding.layer(bias_of(module))
+    return layers
 
 
 def low_rank_in_bits(layer: LowRankLinear, bits: int) -> LowRankLinear:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankwise.allocation.plan import Shapes
 from rankwise.layers.linear import weight_of
+from rankwise.layers.tables import table_bytes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Size:
             name: shapes[name].stored_bytes(rank, (bits or {}).get(name), weights[name].dtype) for name, rank in ranks.items()
         }
         bytes_saved = sum(weights[name].nbytes - held[name] for name in ranks)
+        of_tables = table_bytes({name: model.get_submodule(name) for name in (bits or {}).keys() - ranks.keys()})
         model_bytes = sum(p.nbytes for p in model.parameters())
         return cls(
             parameters={
@@ -41,7 +43,7 @@ class Size:
             },
             bytes={
                 "linear": _both(sum(w.nbytes for w in weights.values()), bytes_saved),
-                "model": _both(model_bytes, bytes_saved),
+                "model": _both(model_bytes, bytes_saved + of_tables[0] - of_tables[1]),
             },
         )
 

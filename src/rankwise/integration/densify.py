@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import RankwiseError
@@ -29,15 +29,26 @@ def densify_in_place(model: Any, config: RankwiseConfig) -> nn.Module:
                 f"{path} has affine factors, and {type(model).__name__} has no bias there to keep their mean: "
                 "only a model compressed in another decomposition can be made dense"
             )
-        model.set_submodule(path, _dense(model.get_submodule(path), isinstance(original, Conv1D)))
+        if isinstance(original, nn.Embedding):
+            original.weight = nn.Parameter(_multiplied(model.get_submodule(path)), requires_grad=False)
+            model.set_submodule(path, original)
+        else:
+            model.set_submodule(path, _dense(model.get_submodule(path), isinstance(original, Conv1D)))
     stack_experts(model, config.experts)
+    if vars(model).pop("_tied_weights_keys", None):  # of tables in few bits
+        model.tie_weights()
     return model
 
 
 def _dense(layer: Any, transposed: bool) -> nn.Module:
-    dtype = next(tensor.dtype for tensor in layer.state_dict().values() if tensor.is_floating_point())
     bias = None if layer.bias is None else layer.bias.detach().clone()
-    return dense_linear(layer.float().weight.detach().to(dtype), bias, transposed)
+    return dense_linear(_multiplied(layer), bias, transposed)
+
+
+def _multiplied(layer: Any) -> Tensor:
+    dtype = next(tensor.dtype for tensor in layer.state_dict().values() if tensor.is_floating_point())
+    weight: Tensor = layer.float().weight
+    return weight.detach().to(dtype)
 
 
 def densify(path: str | Path, output: str | Path, overwrite: bool = False) -> None:

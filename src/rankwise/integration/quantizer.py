@@ -30,7 +30,7 @@ from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape
-from rankwise.layers.quantised import WIDTHS
+from rankwise.layers.quantised import WIDTHS, QuantisedEmbedding
 
 METHOD = "rankwise"
 FORMAT_VERSION = 3
@@ -138,6 +138,9 @@ class RankwiseQuantizer(HfQuantizer):
             raise ValueError(f"a {type(model).__name__} has none of the matrices that the folder is made of")
         for path in config.written:
             linear, rank = model.get_submodule(path), config.ranks.get(path)
+            if type(linear) is nn.Embedding and rank is None:
+                _put(model, path, QuantisedEmbedding(linear.num_embeddings, linear.embedding_dim, "meta", linear.weight.dtype))
+                continue
             if not is_linear(linear):
                 raise ValueError(f"the folder has a rank for {path!r}, which is a {type(linear).__name__}, no linear layer")
             shape = Shape.of(linear, config.form)
@@ -147,9 +150,9 @@ class RankwiseQuantizer(HfQuantizer):
                 )
             bias = bias_of(linear) is not None or (config.affine and rank is not None)
             layer = shape.empty(rank, config.bits.get(path), bias=bias, dtype=weight_of(linear).dtype)
-            _initialised(*layer.modules())
-            model.set_submodule(path, layer)
-            model.all_tied_weights_keys.pop(f"{path}.weight", None)  # by the config, though not by the files
+            _put(model, path, layer)
+        found_by_tying = {f"^{re.escape(name)}$" for name in tied_tables(model, config)}
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *found_by_tying}
         ignored = model._keys_to_ignore_on_load_unexpected
         base = f"{model.base_model_prefix}."
         names = (name.removeprefix(base) for name in guards(model, config))
@@ -158,10 +161,14 @@ class RankwiseQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        tied = tied_tables(model, self.quantization_config)
+        tie_tables(model, tied)
         for path in self.quantization_config.written:
             layer = model.get_submodule(path)
             for name, parameter in (*layer.named_parameters(), *layer.named_buffers()):
-                absent = not getattr(parameter, "_is_hf_initialized", False)  # transformers warns, and goes on with random values
+                absent = f"{path}.{name}" not in tied and not getattr(
+                    parameter, "_is_hf_initialized", False
+                )  # transformers warns, and goes on with random values
                 if absent and not parameter.is_meta:  # what is offloaded is still on its way
                     raise ValueError(f"the folder's weights lack {path}.{name}, or it has another shape there")
             if isinstance(layer, PivotedLinear) and not layer.is_ordered:
@@ -228,6 +235,30 @@ def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
     return {name: torch.empty(*shape[:-1], 0) for name, shape in shapes.items()}
 
 
+def _put(model: Any, path: str, layer: nn.Module) -> None:
+    """Put an empty layer in the place of the one at `path`."""
+    _initialised(*layer.modules())
+    model.set_submodule(path, layer)
+    model.all_tied_weights_keys.pop(f"{path}.weight", None)  # by the config, though not by the files
+
+
+def tied_tables(model: Any, config: RankwiseConfig) -> dict[str, str]:
+    """Tensor of a table in few bits -> that of the table which it is tied to, as the dense ones share their weight."""
+    own = type(model)._tied_weights_keys if model.config.get_text_config().tie_word_embeddings else None
+    paths = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in (own or {}).items()}
+    both = {target: source for target, source in paths.items() if {target, source} <= config.bits.keys()}
+    return {f"{target}.{name}": f"{source}.{name}" for target, source in both.items() for name in ("codes", "scales")}
+
+
+def tie_tables(model: Any, tied: dict[str, str]) -> None:
+    """Have tables share their tensors, and transformers know it where it saves them."""
+    for target, source in tied.items():
+        path, _, name = target.rpartition(".")
+        setattr(model.get_submodule(path), name, model.get_buffer(source))
+    if tied:
+        model._tied_weights_keys = tied
+
+
 def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
     made: dict[str, Tensor] = guards(model, config)
@@ -236,6 +267,7 @@ def attach(model: Any, config: RankwiseConfig) -> None:
     config.own_names = not spares(model, {name: tensor.to("meta") for name, tensor in made.items()})
     if config.own_names:
         model._weight_conversions = []
+    tie_tables(model, tied_tables(model, config))
     model.config.quantization_config = config
     model.hf_quantizer = RankwiseQuantizer(config)
     model.is_quantized = False

@@ -23,7 +23,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight matrix [out_features, in_features] of a linear module: a view, not a copy."""
+    """The weight matrix [out_features, in_features] of a linear module, or [rows, features] of an embedding: a view, not a
+    copy."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(module, Conv1D) else weight

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is held in few bits: a whole number for every weight, and a scale for a group of them in a row."""
+"""Layers whose weight is held in few bits: a whole number for every weight, and a scale for a group of them in a row."""
 
 from __future__ import annotations
 
@@ -76,6 +76,39 @@ class QuantisedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class QuantisedEmbedding(nn.Module):
+    """Row i of W [rows, n], where W is a whole number of 8 bits times the scale of its row. The tensors are those of a
+    `QuantisedLinear` of the same weight, so that an output head can share them."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, rows: int, n: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.out_features, self.embedding_dim, self.bits = rows, n, BYTE
+        self.register_buffer("codes", torch.zeros(rows, n, dtype=torch.int8, device=device))
+        self.register_buffer("scales", torch.zeros(rows, 1, device=device, dtype=dtype))
+
+    @classmethod
+    def of(cls, codes: Tensor, scales: Tensor) -> Self:
+        """The layer of whole numbers [rows, n] and scales [rows, 1]."""
+        layer = cls(codes.shape[0], codes.shape[1], "meta", scales.dtype)
+        layer.codes, layer.scales = codes, scales
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [rows, n], computed at each read."""
+        return dequantised(self.codes, self.scales, self.bits)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] whole numbers -> [..., n]."""
+        return self.codes[ids] * self.scales[ids]
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, {self.embedding_dim}, bits={self.bits}"
 
 
 def group_of(bits: int, in_features: int) -> int:

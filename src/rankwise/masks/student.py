@@ -147,7 +147,8 @@ class Student:
 
     def _known(self, batch: Batch, masks: Masks) -> AbstractContextManager[None]:
         """While inside, the student does not run what the original is known to answer."""
-        return nullcontext() if self._trunk is None else self._trunk.known(batch, masks)
+        changed = [name for name, mask in masks.items() if mask is not None or name in self.in_bits]
+        return nullcontext() if self._trunk is None else self._trunk.known(batch, changed)
 
     def _measured(
         self, what: str, masks: Masks, batches: Sequence[Batch], measure: Callable[[Sequence[Batch]], dict[str, Tensor]]

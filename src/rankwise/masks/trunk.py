@@ -6,7 +6,7 @@ to answer. So a measurement of one matrix costs what comes after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from rankwise.calibration.signal import Signal, signal_of
 from rankwise.calibration.tokens import Batch
 from rankwise.layers.blocks import block_lists, block_of
-from rankwise.masks.layers import Masks
 
 KEPT_BYTES = 2**30  # the blocks' answers are kept below this size
 
@@ -44,10 +43,10 @@ class Trunk:
         path, blocks = next(iter(lists.items()))
         return cls(model, path, blocks) if all(block_of(matrix, path) is not None for matrix in matrices) else None
 
-    def known(self, batch: Batch, masks: Masks) -> AbstractContextManager[None]:
-        """While inside, blocks before the first one with a mask are not run, if what they answer on `batch` is known or can be.
-        Call it with the original's layers in place."""
-        first = min((block_of(name, self.path) or 0 for name, mask in masks.items() if mask is not None), default=0)
+    def known(self, batch: Batch, changed: Iterable[str]) -> AbstractContextManager[None]:
+        """While inside, blocks before the first of the `changed` layers are not run, if what they answer on `batch` is known or
+        can be. Call it with the original's layers in place."""
+        first = min((block_of(name, self.path) or 0 for name in changed), default=0)
         if not first or not self._knows(batch):
             return nullcontext()
         return self._from(first, self._answers[id(batch)][1])
