@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rankwise import RankwiseError, compress, densify
+from rankwise import RankwiseError, compress, densify, optimize
 from rankwise.allocation.mixed import kl_of_errors
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker
@@ -25,6 +25,7 @@ from rankwise.layers.lowrank import FORMS, layer_class
 from rankwise.layers.matrices import Shape
 from rankwise.layers.quantised import WIDTHS, QuantisedLinear, pack, unpack
 from rankwise.report.inspect import inspect
+from rankwise.runtime.kernels import with_kernels
 
 WINDOWS = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(1))
 IDS = torch.arange(3, 30)[None]
@@ -247,3 +248,31 @@ def test_bad_requests(
 def test_the_allocation_stands_beside_no_other() -> None:
     with pytest.raises(RankwiseError, match="chooses ranks and bits by itself"):
         compress(build("llama"), 0.3, calibration=WINDOWS, allocation="mixed")
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [128, 100])
+def test_kernels_multiply_by_the_same_weight(bits: int, dtype: torch.dtype, inputs: int) -> None:
+    W, bias, x = drawn(32, inputs).to(dtype), drawn(32).to(dtype), drawn(2, 3, inputs, seed=1).to(dtype)
+    model = torch.nn.ModuleDict({"layer": nearest(W, bits).layer(bias)})
+    before, state = model["layer"](x), model.state_dict()
+    with_kernels(model)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(model["layer"](x), before, rtol=tolerance, atol=tolerance * before.abs().max().item())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == state.keys()
+    other = {torch.float32: torch.float16, torch.bfloat16: torch.float32}[dtype]
+    with pytest.raises(RankwiseError, match="moved or cast"):
+        model.to(other)["layer"](x.to(other))
+
+
+def test_an_optimized_folder_is_the_same_model(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    folder, result, _ = made
+    with torch.no_grad():
+        fast = optimize(AutoModelForCausalLM.from_pretrained(folder))
+        wanted = result.model(IDS).logits
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[wanted.dtype]
+        torch.testing.assert_close(fast(IDS).logits, wanted, rtol=tolerance, atol=tolerance)
+        fast.save_pretrained(tmp_path / "again")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(IDS).logits, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Self
 
@@ -125,31 +126,33 @@ def in_bits(layer: nn.Module, write: Callable[[nn.Linear], QuantisedLinear]) -> 
 
 def dequantised(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The weight [m, n] of whole numbers [m, n], in the dtype of their scales [m, groups]."""
-    if scales.shape[1] == 1:
-        return codes * scales
-    return codes * scales.repeat_interleave(group_of(bits, codes.shape[1]), 1)[:, : codes.shape[1]]
+    n, group = codes.shape[1], group_of(bits, codes.shape[1])
+    whole = F.pad(codes, (0, -n % group)).unflatten(1, (-1, group))
+    return (whole * scales[..., None]).flatten(1)[:, :n]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Whole numbers [m, n] int8 as they are stored."""
     if bits == BYTE:
         return codes.contiguous()
-    places = _places(codes)
     unsigned = F.pad((codes + 2 ** (bits - 1)).to(torch.uint8), (0, -codes.shape[1] % BYTE)).unflatten(1, (-1, BYTE))
+    places = torch.arange(BYTE, dtype=torch.uint8, device=codes.device)
     return torch.stack([((unsigned >> plane & 1) << places).sum(2, dtype=torch.uint8) for plane in range(bits)], 1)
 
 
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """Undo `pack`: [m, n] int8."""
+    """Undo `pack`: [m, n] int8. The eight bits of a byte are looked up as eight bytes, which one number of 64 bits holds."""
     if bits == BYTE:
         return packed
-    places, codes = _places(packed), None
-    for plane in range(bits):
-        bit = (packed[:, plane, :, None] >> places & 1) << plane
-        codes = bit if codes is None else codes | bit
-    assert codes is not None
-    return codes.flatten(1)[:, :in_features].to(torch.int8) - 2 ** (bits - 1)
+    spread = _spread(packed.device)
+    eights = spread[packed[:, 0].int()]
+    for plane in range(1, bits):
+        eights |= spread[packed[:, plane].int()] << plane
+    return eights.view(torch.int8)[:, :in_features] - 2 ** (bits - 1)
 
 
-def _places(like: Tensor) -> Tensor:
-    return torch.arange(BYTE, dtype=torch.uint8, device=like.device)
+@functools.cache
+def _spread(device: torch.device) -> Tensor:
+    """[256] int64, whose byte j, the least one first, is bit j of the place."""
+    bits = torch.arange(256)[:, None] >> torch.arange(BYTE) & 1
+    return bits.to(torch.uint8).view(torch.int64)[:, 0].to(device)

@@ -4,6 +4,7 @@
    in one call of the model, so that no architecture has to be known.
 2. On a CPU in float32 second factors are stored column by column: their rows are short (one number per component), and BLAS
    reads many short rows at two thirds of the speed of memory.
+3. Layers of few bits are multiplied by torch's kernels (`kernels.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rankwise.calibration.moments import find_sites
 from rankwise.calibration.signal import call, frozen
 from rankwise.errors import reason
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.runtime.kernels import with_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class JointLinear(nn.Linear):
 
 
 def optimize(model: Any) -> Any:
-    """Rearrange the factors of a compressed model for inference, in place; gives the model back.
+    """Rearrange the layers of a compressed model for inference, in place; gives the model back.
 
     Do it last, on the device and in the dtype that it will run with: weights moved or cast afterwards stop with an error. A
     model that is optimized already stays as it is. Saving it writes the same folder as before.
@@ -83,6 +85,7 @@ def optimize(model: Any) -> Any:
             layer.first = JointLinear.of(layer.first, joint, index)
     for layer in layers.values():
         arrange(layer)
+    with_kernels(model)
     return model
 
 
