@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -41,6 +41,7 @@ from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.memory import gigabytes
+from rankwise.options import CompressOptions
 from rankwise.plain import to_json
 from rankwise.progress import say, stage
 from rankwise.recipe import IN_MEMORY, Recipe
@@ -109,7 +110,7 @@ def compress(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    **options: Any,
+    **options: Unpack[CompressOptions],
 ) -> Compressed:
     """Compress a language model: remove `rate` of its parameters (0.2 unless told), the rank of every matrix learned.
 
@@ -128,21 +129,22 @@ def compress(
         memory goes block by block, as one does where `memory` is promised.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
+    fields: dict[str, Any] = {**options}
     if recipe is not None:
         read = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         asked = {"rate": rate, "calibration": calibration, "allocation": allocation, **options}
-        options = read.under({name: value for name, value in asked.items() if value is not None})
-        rate, calibration, allocation = (options.pop(name, None) for name in ("rate", "calibration", "allocation"))
+        fields = read.under({name: value for name, value in asked.items() if value is not None})
+        rate, calibration, allocation = (fields.pop(name, None) for name in ("rate", "calibration", "allocation"))
     if model is None:
         model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
     refuse_elsewhere(model)
     calibration = listed(calibration)
     artifact = Artifact.at(model)
     if artifact is not None:
-        options = artifact.options(calibration, options)
+        fields = artifact.options(calibration, fields)
         calibration, allocation = artifact.windows(), "mask-fisher" if allocation is None else allocation
     calibration = "self" if calibration is None else calibration
-    recipe, allocator = _recipe(rate, calibration, "llrc" if allocation is None else allocation, options)
+    recipe, allocator = _recipe(rate, calibration, "llrc" if allocation is None else allocation, fields)
     refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS

@@ -29,7 +29,7 @@ from rankwise.allocation.strs import STRS
 from rankwise.allocation.uniform import Uniform
 from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.errors import RankwiseError
-from rankwise.recipe import pairs
+from rankwise.options import pairs
 
 
 class Allocator(Protocol):
