@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rankwise.integration.quantizer import RankwiseConfig as RankwiseConfig
     from rankwise.pipeline import Compressed as Compressed
     from rankwise.pipeline import compress as compress
+    from rankwise.pipeline import plan as plan
+    from rankwise.plans import Plan as Plan
     from rankwise.recipe import Recipe as Recipe
     from rankwise.runtime.optimize import optimize as optimize
     from rankwise.runtime.pack import pack as pack
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Compressed",
+    "Plan",
     "RankwiseConfig",
     "RankwiseError",
     "Recipe",
@@ -35,11 +38,14 @@ __all__ = [
     "lora_targets",
     "optimize",
     "pack",
+    "plan",
 ]
 
 _HOMES = {
     "compress": "rankwise.pipeline",
     "Compressed": "rankwise.pipeline",
+    "plan": "rankwise.pipeline",
+    "Plan": "rankwise.plans",
     "Recipe": "rankwise.recipe",
     "RankwiseConfig": "rankwise.integration.quantizer",
     "decompose": "rankwise.decomposing",

@@ -79,7 +79,16 @@ def compress(
     recipe: Annotated[
         str | None, typer.Option(help="A recipe.yaml, or a folder with one: what is not said here is taken from it.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("compressed"),
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Instead of a rate: a plan, or a result folder or its ranks.json, edited or not."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop at the plan: print it with its predicted KL, and write it to -o where named.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The result folder (default: compressed); of a dry run the plan's file.")
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -92,10 +101,19 @@ def compress(
     """
     from rankwise import distributed
     from rankwise.pipeline import compress
+    from rankwise.pipeline import plan as choose
 
+    asked |= {"recipe": recipe, "plan": plan, "overwrite": overwrite, "resume": resume}
+    folder = output or Path("compressed")
     with _silent(as_json), _interruptible("the same command with --resume goes on from here"):
-        result = compress(model, recipe=recipe, output=output, overwrite=overwrite, resume=resume, **asked)
+        if dry_run:
+            chosen = choose(model, output=output, **asked)
+        else:
+            result = compress(model, output=folder, **asked)
     if distributed.rank() > 0:
+        return
+    if dry_run:
+        print(chosen.to_json() if as_json else chosen)
         return
     if as_json:
         print(to_json(result.report))
@@ -104,8 +122,8 @@ def compress(
     from rankwise.report.terminal import print_report
 
     print_report(result.report)
-    print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
-    print(f"what it cost, to look at: {output / PAGE}")
+    print(f"written to {folder}: import rankwise, then from_pretrained({str(folder)!r})")
+    print(f"what it cost, to look at: {folder / PAGE}")
 
 
 @command()

@@ -47,6 +47,7 @@ class ContestOptions(CalibrationOptions, total=False):
     scope: Literal["linear", "model"]
     rank_multiple: int
     form: Literal["pivoted", "pair"]
+    keep: dict[str, float]
 
 
 class CompressOptions(DecomposeOptions, ContestOptions, total=False):

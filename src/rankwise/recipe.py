@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
@@ -13,7 +13,7 @@ from rankwise.errors import RankwiseError, reason
 
 FILE = "recipe.yaml"  # in every result folder
 BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one form
-TARGETS = ("rate", "target_bytes", "target_speedup")
+TARGETS = ("rate", "target_bytes", "target_speedup", "ranks")
 METHOD = ("preset", "options", "decomposition")  # of an allocation
 LARGEST = 2**31  # of what is counted out: more would never end
 DEFAULT_RATE = 0.2
@@ -32,7 +32,15 @@ class Recipe(BaseModel):
     target_speedup: float | None = Field(
         None, gt=1, description="instead of a rate: how much faster to decode, on this machine, whose latencies are measured"
     )
+    ranks: dict[str, PositiveInt | None] | None = Field(
+        None, description="instead of a rate: the rank of every matrix, None for dense, as a plan has them"
+    )
     scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over: the matrices, or all")
+    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {},
+        description="what part of their parameters the matrices keep that match a pattern, as of include; 1 is dense, the last "
+        "pattern that matches counts, and the other matrices make up for the target",
+    )
     calibration: str = Field(
         "self",
         description="the text: a text or JSON-lines file, a folder, a data set's name, stdlib:train, or self: text that "
@@ -118,8 +126,13 @@ class Recipe(BaseModel):
 
     def under(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are asked for, and those of this recipe where nothing is: another target takes the place of its
-        target, another allocation that of its method. Raises `RankwiseError` where a text is missing that no source names."""
+        target, another allocation that of its method, and ranks are both. Raises `RankwiseError` where a text is missing that no
+        source names."""
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
+        if "ranks" in asked:
+            taken.add("keep")
+        elif self.ranks is not None and taken & {"rate", "allocation"}:
+            taken |= {"ranks", "allocation"}
         fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}
         if fields.get("calibration") == IN_MEMORY:
             raise RankwiseError("the recipe's calibration text was given in memory: give it again, or name one")

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from rankwise.allocation.plan import Budget, Shapes
+from rankwise.allocation.plan import Budget, Shapes, parameters
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.recipe import Recipe
 from rankwise.runtime.latency import Latency, TimedShape, measure
-from rankwise.stages import Run
+from rankwise.stages import Run, budget_of, kept_ranks
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,18 @@ class Target:
     def budget(self, run: Run) -> tuple[Shapes, Budget]:
         """The matrices with their costs, and what may be spent: parameters, or nanoseconds. Raises `RankwiseError`."""
         recipe, multiple = self.recipe, self.recipe.rank_multiple
+        if recipe.ranks is not None:
+            ranks = {name: recipe.ranks[name] for name in run.shapes}
+            return run.shapes, Budget(parameters(ranks, run.shapes), multiple)
+        if recipe.rate is not None:
+            return run.shapes, budget_of(run, recipe, recipe.rate)
         if self.latency is not None:
             assert recipe.target_speedup is not None
-            return self._time_budget(run, self.latency, recipe.target_speedup)
-        if recipe.target_bytes is not None:
-            return run.shapes, bytes_budget(run.model, run.shapes, recipe.target_bytes, multiple)
-        assert recipe.rate is not None
-        return run.shapes, Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), multiple)
+            shapes, budget = self._time_budget(run, self.latency, recipe.target_speedup)
+        else:
+            assert recipe.target_bytes is not None
+            shapes, budget = run.shapes, bytes_budget(run.model, run.shapes, recipe.target_bytes, multiple)
+        return shapes, budget.settling(kept_ranks(run.model, run.shapes, recipe), shapes)
 
     def _time_budget(self, run: Run, latency: Latency, speedup: float) -> tuple[Shapes, Budget]:
         multiple = self.recipe.rank_multiple

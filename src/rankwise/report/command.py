@@ -13,10 +13,12 @@ from rankwise.recipe import IN_MEMORY, Recipe
 
 
 def command_of(base_model: str, recipe: Mapping[str, Any], output: str) -> str | None:
-    """The `rankwise compress` line of a recipe, or None where the text or the options were Python objects."""
-    if recipe["calibration"] == IN_MEMORY or recipe["allocation"] not in ALLOCATORS:
-        return None
+    """The `rankwise compress` line of a recipe, or None where the text or the method is no option."""
     words = ["rankwise", "compress", *([] if base_model == bundled.NAME else [base_model])]
+    if recipe["calibration"] == IN_MEMORY or not (recipe.get("ranks") or recipe["allocation"] in ALLOCATORS):
+        return None
+    if recipe.get("ranks"):  # too many for a line
+        return shlex.join([*words, "--recipe", output, "--output", f"{output}-again"])
     for name, field in Recipe.model_fields.items():
         value = recipe.get(name, field.default)
         if isinstance(field.default, dict | tuple):
