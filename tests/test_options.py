@@ -18,7 +18,12 @@ WIDER = {"target_bytes": int | str | None, "include": Sequence[str], "exclude": 
 def test_every_field_is_a_keyword_of_its_type() -> None:
     keywords = get_type_hints(CompressOptions)
     assert keywords == {name: kind for name, kind in get_type_hints(Recipe).items() if name in keywords} | WIDER
-    assert Recipe.model_fields.keys() == keywords.keys() | {"rate", "calibration", "allocation", "ranks"}  # these have places of their own
+    assert Recipe.model_fields.keys() == keywords.keys() | {
+        "rate",
+        "calibration",
+        "allocation",
+        "ranks",
+    }  # these have places of their own
 
 
 @pytest.mark.parametrize("command", list(COMMANDS), ids=lambda command: command.__name__)

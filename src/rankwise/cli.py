@@ -119,7 +119,7 @@ def compress(
         print(to_json(result.report))
         return
     from rankwise.integration.result import PAGE
-    from rankwise.report.terminal import print_report
+    from rankwise.reporting.terminal import print_report
 
     print_report(result.report)
     print(f"written to {folder}: import rankwise, then from_pretrained({str(folder)!r})")
@@ -129,7 +129,7 @@ def compress(
 @command()
 def methods(as_json: AsJson = False) -> None:
     """List every method: what --allocation and --decomposition take, and when to use it."""
-    from rankwise.report.methods import all_methods, print_methods
+    from rankwise.reporting.methods import all_methods, print_methods
 
     found = all_methods()
     if as_json:
@@ -192,7 +192,7 @@ def evaluate(
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
     from rankwise.integration.result import EVALUATION
-    from rankwise.report.page import add_to_page, refuse_no_page
+    from rankwise.reporting.page import add_to_page, refuse_no_page
 
     if add_to_report:
         refuse_no_page(folder)
@@ -216,7 +216,7 @@ def evaluate(
     if as_json:
         print(to_json(report))
         return
-    from rankwise.report.evaluation import print_evaluation
+    from rankwise.reporting.evaluation import print_evaluation
 
     print_evaluation(report)
 
@@ -239,8 +239,8 @@ def compare(
     """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
     from rankwise.contest import hold_contest
     from rankwise.integration.result import PAGE
-    from rankwise.report.contest import print_contest
-    from rankwise.report.page import write_page
+    from rankwise.reporting.contest import print_contest
+    from rankwise.reporting.page import report
 
     try:
         wanted = [float(rate) for rate in rates.split(",")]
@@ -257,7 +257,7 @@ def compare(
             judge_samples=judge_samples,
             **asked,
         )
-    write_page([output], output / PAGE)
+    report([output], output / PAGE)
     if as_json:
         print(to_json(results))
         return
@@ -271,17 +271,17 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Write one page to look at and to show: what was gained, what it cost, which ranks, how to make it again."""
-    from rankwise.report.page import write_page
+    from rankwise.reporting import page
 
-    write_page(folders, output)
+    page.report(folders, output)
     print(f"written to {output}: open it in a browser")
 
 
 @command()
 def inspect(folder: Folder, as_json: AsJson = False) -> None:
     """Show the rank of every matrix."""
-    from rankwise.report.inspect import inspect
-    from rankwise.report.terminal import print_ranks
+    from rankwise.reporting.inspect import inspect
+    from rankwise.reporting.terminal import print_ranks
 
     with _silent(as_json):
         rows = inspect(folder)
@@ -308,7 +308,7 @@ def bench(
 ) -> None:
     """Measure speed and memory on this machine: prefill and decode, the ratio to the original and to the ideal."""
     from rankwise.integration.result import SPEED
-    from rankwise.report.page import add_to_page, refuse_no_page
+    from rankwise.reporting.page import add_to_page, refuse_no_page
     from rankwise.runtime.bench import bench
 
     if add_to_report:
@@ -325,7 +325,7 @@ def bench(
     if as_json:
         print(to_json(report))
         return
-    from rankwise.report.terminal import print_speed
+    from rankwise.reporting.terminal import print_speed
 
     print_speed(report)
 

@@ -49,8 +49,8 @@ from rankwise.plain import to_json
 from rankwise.plans import Plan
 from rankwise.progress import say, stage
 from rankwise.recipe import IN_MEMORY, Recipe
-from rankwise.report.page import page_of
-from rankwise.report.read import Result
+from rankwise.reporting.page import page_of
+from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.runtime.latency import Latency
 from rankwise.stages import Calibration

@@ -8,11 +8,12 @@ from typing import Any
 from rankwise.integration.result import read_ranks, read_shapes
 
 
-def inspect(folder: Path) -> list[dict[str, Any]]:
+def inspect(folder: str | Path) -> list[dict[str, Any]]:
     """One row per matrix: name, out_features, in_features, rank (None: dense), break-even rank, parameters before and after.
 
     Raises `RankwiseError` for a folder that rankwise did not write.
     """
+    folder = Path(folder)
     ranks = read_ranks(folder)
     rows = []
     for name, shape in read_shapes(folder, ranks).items():
