@@ -20,7 +20,7 @@ from typer.cli import get_docs_for_click
 from rankwise.allocation.allocator import ALLOCATORS
 from rankwise.cli import application
 from rankwise.decomposition.metric import METRICS
-from rankwise.report.methods import WHEN
+from rankwise.reporting.methods import WHEN
 
 HERE = Path(__file__).parent
 SECOND_FILES = {"llrc:paper": "rankwise.masks.gumbel", "ars": "rankwise.masks.hypernetwork", "ara": "rankwise.masks.staircase"}

@@ -147,6 +147,7 @@ def compress(
         folder = RunFolder.beside(output, resume, overwrite)
         overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
         refuse_output(output, overwrite, asked.model)
+    folder = replace(folder, known=None if asked.artifact is None else asked.artifact.results)
     asked, short = asked.within_memory()
     if asked.recipe.memory is not None:
         with _block_by_block(short):
@@ -197,6 +198,7 @@ def plan(
         if output.is_dir() or (output.exists() and not overwrite):
             raise RankwiseError(f"the plan's file {output} is there already: name another, or overwrite it (--overwrite)")
         folder = RunFolder.beside(output, resume, overwrite)
+    folder = replace(folder, known=None if asked.artifact is None else asked.artifact.results)
     asked, short = asked.within_memory()
     if asked.recipe.memory is not None:
         with _block_by_block(short):
@@ -275,8 +277,6 @@ def _chosen(asked: _Asked, folder: RunFolder, closer: bool = False, loadable: bo
     """
     recipe, metric, allocator, artifact = asked.recipe, asked.metric, asked.allocator, asked.artifact
     needs, clock = metric_named(metric).NEEDS, _Clock()
-    if artifact is not None:
-        folder = replace(folder, known=artifact.results)
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
     gradients = asked.trains or bool(GRADIENTS & needs)
     run = stages.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients)

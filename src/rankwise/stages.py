@@ -215,6 +215,9 @@ def refuse_out_of_reach(model: PreTrainedModel, shapes: Shapes, recipe: Recipe, 
     """Raises `RankwiseError` for a rate that cannot be reached, and for a plan or patterns to keep of other matrices."""
     if recipe.ranks is not None:
         Given(recipe.ranks).refuse_other(shapes)
+    for pattern in recipe.keep:
+        if not any(matches(name, model.get_submodule(name), pattern) for name in shapes):
+            raise RankwiseError(f"keep: the pattern {pattern!r} matches none of the {len(shapes)} matrices to compress")
     kept_ranks(model, shapes, recipe)
     for rate in rates:
         _budget_of(model, shapes, recipe, rate)
@@ -222,13 +225,10 @@ def refuse_out_of_reach(model: PreTrainedModel, shapes: Shapes, recipe: Recipe, 
 
 def kept_ranks(model: PreTrainedModel, shapes: Shapes, recipe: Recipe) -> Ranks:
     """The ranks that the recipe's `keep` settles: the largest that the fraction has room for. Raises `RankwiseError` for a
-    pattern that matches no matrix, and for a fraction below the smallest rank's."""
+    fraction below the smallest rank's."""
     ranks: Ranks = {}
     for pattern, fraction in recipe.keep.items():
-        matched = [name for name in shapes if matches(name, model.get_submodule(name), pattern)]
-        if not matched:
-            raise RankwiseError(f"keep: the pattern {pattern!r} matches none of the {len(shapes)} matrices to compress")
-        for name in matched:
+        for name in [name for name in shapes if matches(name, model.get_submodule(name), pattern)]:
             shape, multiple = shapes[name], recipe.rank_multiple
             room = min(shape.rank_within(int(fraction * shape.dense)), shape.largest_rank(multiple)) // multiple * multiple
             if room < multiple and fraction < 1:
