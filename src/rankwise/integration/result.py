@@ -134,6 +134,8 @@ def _asked(recipe: Recipe) -> str:
         return f"At most {recipe.target_bytes:,} bytes"
     if recipe.target_speedup is not None:
         return f"A speed-up of {recipe.target_speedup}"
+    if recipe.ranks is not None:
+        return "The ranks of a plan"
     return f"Rate {recipe.rate}"
 
 
