@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from main_job import HERE
@@ -102,7 +102,9 @@ def machine() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
 
 
-def contest_of(folder: Path, calibration: str, form: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def contest_of(
+    folder: Path, calibration: str, form: Literal["pivoted", "pair"], args: argparse.Namespace, work: Path
+) -> list[dict[str, Any]]:
     """Every method at every rate."""
     texts = texts_of(folder, args.data, work)
     rows = hold_contest(

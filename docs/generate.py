@@ -18,9 +18,9 @@ import typer
 from typer.cli import get_docs_for_click
 
 from rankwise.allocation.allocator import ALLOCATORS
-from rankwise.cli import app
+from rankwise.cli import application
 from rankwise.decomposition.metric import METRICS
-from rankwise.report.methods import WHEN
+from rankwise.reporting.methods import WHEN
 
 HERE = Path(__file__).parent
 SECOND_FILES = {"llrc:paper": "rankwise.masks.gumbel", "ars": "rankwise.masks.hypernetwork", "ara": "rankwise.masks.staircase"}
@@ -141,7 +141,7 @@ def copies() -> None:
 
 
 def command_line() -> None:
-    context = typer.Context(typer.main.get_command(app))
+    context = typer.Context(typer.main.get_command(application()))
     write("cli.md", get_docs_for_click(obj=context.command, ctx=context, name="rankwise", title="Command line"))
 
 

@@ -24,7 +24,7 @@ from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits, ne
 from rankwise.layers.lowrank import FORMS, layer_class
 from rankwise.layers.matrices import Shape
 from rankwise.layers.quantised import WIDTHS, QuantisedLinear, pack, unpack
-from rankwise.report.inspect import inspect
+from rankwise.reporting.inspect import inspect
 from rankwise.runtime.kernels import with_kernels
 
 WINDOWS = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(1))

@@ -21,13 +21,14 @@ from mkdocs.exceptions import Abort
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+import rankwise
 from rankwise import bundled, compress
 from rankwise.allocation.allocator import ALLOCATORS
 from rankwise.allocation.llrc import LLRC
 from rankwise.decomposition.metric import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", *(f"docs/guide/{p.name}" for p in sorted((ROOT / "docs" / "guide").glob("*.md")))]
+PAGES = ["README.md", "docs/api.md", *(f"docs/guide/{p.name}" for p in sorted((ROOT / "docs" / "guide").glob("*.md")))]
 BLOCK = re.compile(r"<!-- runs -->\n```(\w*)\n(.*?)```", re.DOTALL)
 NOT_RUN = ("pip install",)
 
@@ -93,6 +94,11 @@ def test_blocks_run(page: str, place: Path, small: Path, rankwise: Callable[...,
             assert command == "rankwise", line
             finished = rankwise(*arguments)
             assert finished.code == 0, f"{line}\n{finished.err}"
+
+
+def test_every_public_name_has_an_example() -> None:
+    examples = "".join(block for _, block in BLOCK.findall((ROOT / "docs" / "api.md").read_text()))
+    assert not [name for name in rankwise.__all__ if f"rankwise.{name}" not in examples]
 
 
 @pytest.fixture(scope="module")

@@ -273,3 +273,21 @@ def test_bad_questions(llama: Path, small_llama: Path, story: Path) -> None:
     ):
         with pytest.raises(RankwiseError, match=message):
             evaluate(small_llama, llama, **{"text": str(story), "length": 32, **options})
+
+
+def test_models_in_memory_are_judged_as_their_folders_are(llama: Path, small_llama: Path, story: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (small_llama, llama))
+    model.train()
+    found = evaluate(model, reference, str(story), tokenizer=tokenizer, length=32, samples=5)
+    folders = evaluate(small_llama, llama, str(story), length=32, samples=5)
+    told = {"rate", "calibration", "reference", "bytes_on_disk"}  # by files alone
+    assert {key: value for key, value in found.items() if key not in told} == {
+        key: value for key, value in folders.items() if key not in told
+    }
+    assert found["rate"] == found["achieved_rate"]["linear"]
+    assert model.training
+    with pytest.raises(RankwiseError, match="has no tokenizer: give one"):
+        evaluate(model, reference, str(story))
+    with pytest.raises(RankwiseError, match="was not compressed by rankwise"):
+        evaluate(reference, reference, str(story), tokenizer=tokenizer)

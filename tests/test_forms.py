@@ -30,7 +30,7 @@ from rankwise.layers.lowrank import (
     pivots_of,
 )
 from rankwise.layers.matrices import Shape
-from rankwise.report.inspect import inspect
+from rankwise.reporting.inspect import inspect
 from rankwise.testing.forms import (
     FORM_CASES,
     FORM_LAWS,

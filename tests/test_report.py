@@ -23,9 +23,9 @@ from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.spectra import thinned_spectra
 from rankwise.masks.layers import hard_mask
 from rankwise.masks.values import ValueTraining, train_values
-from rankwise.report.grid import places, short_names
-from rankwise.report.numbers import FORMATS
-from rankwise.report.view import grid
+from rankwise.reporting.grid import places, short_names
+from rankwise.reporting.numbers import FORMATS
+from rankwise.reporting.view import grid
 from rankwise.testing.allocators import tiny_student
 
 Run = Callable[..., Any]

@@ -18,33 +18,48 @@ if TYPE_CHECKING:
     from rankwise.integration.quantizer import RankwiseConfig as RankwiseConfig
     from rankwise.pipeline import Compressed as Compressed
     from rankwise.pipeline import compress as compress
+    from rankwise.pipeline import plan as plan
+    from rankwise.plans import Plan as Plan
     from rankwise.recipe import Recipe as Recipe
+    from rankwise.reporting.inspect import inspect as inspect
+    from rankwise.reporting.page import report as report
+    from rankwise.runtime.bench import bench as bench
     from rankwise.runtime.optimize import optimize as optimize
     from rankwise.runtime.pack import pack as pack
 
 __version__ = "0.1.0"
 __all__ = [
     "Compressed",
+    "Plan",
     "RankwiseConfig",
     "RankwiseError",
     "Recipe",
+    "bench",
     "compress",
     "decompose",
     "densify",
     "evaluate",
+    "inspect",
     "lora_targets",
     "optimize",
     "pack",
+    "plan",
+    "report",
 ]
 
 _HOMES = {
+    "bench": "rankwise.runtime.bench",
     "compress": "rankwise.pipeline",
     "Compressed": "rankwise.pipeline",
+    "plan": "rankwise.pipeline",
+    "report": "rankwise.reporting.page",
+    "Plan": "rankwise.plans",
     "Recipe": "rankwise.recipe",
     "RankwiseConfig": "rankwise.integration.quantizer",
     "decompose": "rankwise.decomposing",
     "densify": "rankwise.integration.densify",
     "evaluate": "rankwise.evaluation.evaluate",
+    "inspect": "rankwise.reporting.inspect",
     "lora_targets": "rankwise.integration.peft",
     "optimize": "rankwise.runtime.optimize",
     "pack": "rankwise.runtime.pack",

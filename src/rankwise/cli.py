@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,114 +15,85 @@ import typer
 
 from rankwise.errors import RankwiseError, is_out_of_memory
 from rankwise.launcher import rank
+from rankwise.options import (
+    CompressOptions,
+    ContestOptions,
+    DecomposeOptions,
+    LoadingOptions,
+    ReadingOptions,
+    with_options,
+)
 from rankwise.plain import to_json
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
 PATIENCE = 3  # seconds that other processes leave the first one to say what is wrong with all: with it torchrun ends them too
 OUT_OF_MEMORY = "shorter windows (--length) take less, compress goes block by block with --memory, and on from here with --resume"
 
-app = typer.Typer(
-    name="rankwise",
-    help="Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+HELP = "Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient."
 
-TextColumn = Annotated[
-    str | None,
-    typer.Option(help="The text's field in JSON lines, tables and data sets (default: text; else messages or conversations)."),
-]
-DatasetOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="Passed to datasets.load_dataset (name=, split=, data_files=, ...). Repeatable."),
-]
-Effort = Annotated[
-    str | None,
-    typer.Option(help="How much text is read, and so how long it takes: quick, default or thorough (262,144 tokens)."),
-]
-Form = Annotated[
-    str | None, typer.Option(help="Of a low-rank matrix: pivoted (rows and combinations of them; default) or pair (two factors).")
-]
+Command = Callable[..., None]
+COMMANDS: dict[Command, tuple[str, ...]] = {}  # and the fields of the recipe that each has options for
+
+Model = Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
 AddToReport = Annotated[bool, typer.Option("--add-to-report", help="Keep this in the folder, and show it on its page.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored (default).")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", callback=lambda wanted: _tell_more(wanted), help="Tell what is found on the way.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: the GPU where there is one (default).")]
 
 
-@app.callback()
+def command(*fields: str) -> Callable[[Command], Command]:
+    """A decorator for commands; `fields` are those of the recipe that the command takes as keywords."""
+
+    def add(function: Command) -> Command:
+        COMMANDS[function] = fields
+        return function
+
+    return add
+
+
+def application(called: Collection[str] | None = None) -> typer.Typer:
+    """The command line. The options that come from the recipe, which takes a moment to load, are there for the commands that
+    are called; by default for all."""
+    app = typer.Typer(name="rankwise", help=HELP, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(rankwise)
+    for function, fields in COMMANDS.items():
+        app.command()(with_options(function, fields if called is None or function.__name__ in called else ()))
+    return app
+
+
 def rankwise(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _tell_version(wanted), help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    """The options of rankwise itself."""
 
 
-@app.command()
+@command("rate", "calibration", "allocation", *CompressOptions.__annotations__)
 def compress(
-    model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Fraction of parameters to remove (default: 0.2).")] = None,
-    target_bytes: Annotated[str | None, typer.Option(help="Instead: what the checkpoint may take, as 1.5GB or 800MiB.")] = None,
-    target_speedup: Annotated[
-        float | None, typer.Option(help="Instead: how much faster to decode, on this machine, whose latencies are measured.")
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("compressed"),
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="The text: a text or JSON-lines file, a folder, a data set's name, stdlib:train, or self: text that the "
-            "model writes itself (the default; text like that of your use is better)."
-        ),
-    ] = None,
-    effort: Effort = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of calibration text (default: as the effort says).")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's context, at most 2048).")] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="What the rate is counted over: linear (the matrices; default) or model (all).")
-    ] = None,
-    decomposition: Annotated[
-        str | None, typer.Option(help="The metric, see rankwise methods (default: the allocation's own).")
-    ] = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(
-            help="How ranks are chosen, see rankwise methods: a name, with preset and options where wanted, as llrc:paper or "
-            "'kl-knapsack points=3' (default: llrc; of an artifact mask-fisher: seconds)."
-        ),
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="Of the allocation, the same as NAME:PRESET.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the allocation. Repeatable.")
-    ] = None,
-    rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
-    form: Form = None,
-    bits: Annotated[
-        str | None, typer.Option(help="stored: as the model's numbers are (default); mixed: as few as fit --target-bytes best.")
-    ] = None,
+    model: Model = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe.yaml, or a folder with one: what is not said here is taken from it.")
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Compress only these: a glob over paths, a class, or re:EXPRESSION. Repeatable."),
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
-    text_column: TextColumn = None,
-    dataset_option: DatasetOption = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    memory: Annotated[
+    plan: Annotated[
         str | None,
-        typer.Option(help="What the run may take, as 8GB: it goes block by block, as it does without where memory is short."),
+        typer.Option(help="Instead of a rate: a plan, or a result folder or its ranks.json, edited or not."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn: same seed, same ranks (default: 0).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop at the plan: print it with its predicted KL, and write it to -o where named.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The result folder (default: compressed); of a dry run the plan's file.")
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
+    **asked: Any,
 ) -> None:
     """Compress MODEL and write a folder that transformers loads like any other.
 
@@ -130,58 +101,35 @@ def compress(
     """
     from rankwise import distributed
     from rankwise.pipeline import compress
-    from rankwise.recipe import pairs
+    from rankwise.pipeline import plan as choose
 
+    asked |= {"recipe": recipe, "plan": plan, "overwrite": overwrite, "resume": resume}
+    folder = output or Path("compressed")
     with _silent(as_json), _interruptible("the same command with --resume goes on from here"):
-        result = compress(
-            model,
-            rate,
-            calibration=calibration,
-            allocation=allocation,
-            recipe=recipe,
-            output=output,
-            overwrite=overwrite,
-            resume=resume,
-            **_given(
-                target_bytes=target_bytes,
-                target_speedup=target_speedup,
-                effort=effort,
-                samples=samples,
-                length=length,
-                scope=scope,
-                decomposition=decomposition,
-                preset=preset,
-                options=pairs(option),
-                rank_multiple=rank_multiple,
-                form=form,
-                bits=bits,
-                include=tuple(include or ()),
-                exclude=tuple(exclude or ()),
-                text_column=text_column,
-                dataset_options=pairs(dataset_option),
-                dtype=dtype,
-                device=device,
-                memory=memory,
-                seed=seed,
-            ),
-        )
+        if dry_run:
+            chosen = choose(model, output=output, **asked)
+        else:
+            result = compress(model, output=folder, **asked)
     if distributed.rank() > 0:
+        return
+    if dry_run:
+        print(chosen.to_json() if as_json else chosen)
         return
     if as_json:
         print(to_json(result.report))
         return
     from rankwise.integration.result import PAGE
-    from rankwise.report.terminal import print_report
+    from rankwise.reporting.terminal import print_report
 
     print_report(result.report)
-    print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
-    print(f"what it cost, to look at: {output / PAGE}")
+    print(f"written to {folder}: import rankwise, then from_pretrained({str(folder)!r})")
+    print(f"what it cost, to look at: {folder / PAGE}")
 
 
-@app.command()
+@command()
 def methods(as_json: AsJson = False) -> None:
     """List every method: what --allocation and --decomposition take, and when to use it."""
-    from rankwise.report.methods import all_methods, print_methods
+    from rankwise.reporting.methods import all_methods, print_methods
 
     found = all_methods()
     if as_json:
@@ -190,56 +138,25 @@ def methods(as_json: AsJson = False) -> None:
         print_methods(found)
 
 
-@app.command()
+@command("calibration", *DecomposeOptions.__annotations__)
 def decompose(
-    model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
+    model: Model = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The artifact's folder.")] = Path("decomposed"),
-    calibration: Annotated[str | None, typer.Option(help="The text, as of compress.")] = None,
-    effort: Effort = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    decomposition: Annotated[str | None, typer.Option(help="The metric, see rankwise methods (default: kronecker).")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only these, as of compress. Repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave these dense, likewise. Repeatable.")] = None,
-    text_column: TextColumn = None,
-    dataset_option: DatasetOption = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn (default: 0).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    **asked: Any,
 ) -> None:
     """Write one folder for every rate: compress makes any of them from it within seconds."""
     from rankwise.decomposing import decompose
-    from rankwise.recipe import pairs
 
     with _silent(), _interruptible("the same command with --resume goes on from here"):
-        artifact = decompose(
-            model,
-            output,
-            calibration=calibration,
-            overwrite=overwrite,
-            resume=resume,
-            **_given(
-                effort=effort,
-                samples=samples,
-                length=length,
-                decomposition=decomposition,
-                include=tuple(include or ()),
-                exclude=tuple(exclude or ()),
-                text_column=text_column,
-                dataset_options=pairs(dataset_option),
-                dtype=dtype,
-                device=device,
-                seed=seed,
-            ),
-        )
+        artifact = decompose(model, output, overwrite=overwrite, resume=resume, **asked)
     print(f"{len(artifact.shapes)} matrices decomposed, written to {output}: rankwise compress {output} --rate ...")
 
 
-@app.command()
+@command(*ReadingOptions.__annotations__)
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
+    folder: Folder,
     reference: Annotated[str | None, typer.Option(help="The original model; without it, the bundled one.")] = None,
     text: Annotated[
         list[str] | None,
@@ -259,17 +176,14 @@ def evaluate(
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the drawing (default: 0).")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
     cache: Annotated[
         Path | None, typer.Option(help="Where results are kept (default: $RANKWISE_CACHE, or rankwise in the user's cache).")
     ] = None,
-    text_column: TextColumn = None,
-    dataset_option: DatasetOption = None,
-    dtype: Dtype = None,
-    device: Device = None,
     add_to_report: AddToReport = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
+    **reading: Any,
 ) -> None:
     """Measure what compression cost, original and compressed on the same tokens: perplexity, KL, agreement, tasks, generations.
 
@@ -278,8 +192,7 @@ def evaluate(
     from rankwise import bundled
     from rankwise.evaluation.evaluate import evaluate
     from rankwise.integration.result import EVALUATION
-    from rankwise.recipe import pairs
-    from rankwise.report.page import add_to_page, refuse_no_page
+    from rankwise.reporting.page import add_to_page, refuse_no_page
 
     if add_to_report:
         refuse_no_page(folder)
@@ -293,56 +206,41 @@ def evaluate(
             shots=shots,
             prompts=prompt or (),
             cache=cache,
-            **_given(
-                length=length,
-                samples=samples,
-                seed=seed,
-                text_column=text_column,
-                dataset_options=pairs(dataset_option),
-                dtype=dtype,
-                device=device,
-            ),
+            length=length,
+            samples=samples,
+            seed=seed,
+            **reading,
         )
     if add_to_report:
         add_to_page(folder, EVALUATION, report)
     if as_json:
         print(to_json(report))
         return
-    from rankwise.report.evaluation import print_evaluation
+    from rankwise.reporting.evaluation import print_evaluation
 
     print_evaluation(report)
 
 
-@app.command()
+@command("calibration", *ContestOptions.__annotations__)
 def compare(
-    model: Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")] = None,
+    model: Model = None,
     rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
     text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the page.")] = Path("contest"),
     allocations: Annotated[
         str, typer.Option(help="With commas between, options after spaces: 'llrc, kl-knapsack points=3' (default: all).")
     ] = "",
     decompositions: Annotated[str, typer.Option(help="With commas between (default: each allocation's own).")] = "",
-    calibration: Annotated[str | None, typer.Option(help="The calibration text, as of compress.")] = None,
-    effort: Effort = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     judge_samples: Annotated[int | None, typer.Option(help="Windows of each text to judge on (default: all).")] = None,
-    scope: Annotated[str | None, typer.Option(help="linear (default) or model.")] = None,
-    rank_multiple: Annotated[int | None, typer.Option(help="Every rank is a multiple of this (default: 1).")] = None,
-    form: Form = None,
-    text_column: TextColumn = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn (default: 0).")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the page.")] = Path("contest"),
     as_json: AsJson = False,
     verbose: Verbose = False,
+    **asked: Any,
 ) -> None:
     """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
     from rankwise.contest import hold_contest
     from rankwise.integration.result import PAGE
-    from rankwise.report.contest import print_contest
-    from rankwise.report.page import write_page
+    from rankwise.reporting.contest import print_contest
+    from rankwise.reporting.page import report
 
     try:
         wanted = [float(rate) for rate in rates.split(",")]
@@ -356,22 +254,10 @@ def compare(
             output,
             allocations=_names(allocations),
             decompositions=_names(decompositions),
-            calibration=calibration,
             judge_samples=judge_samples,
-            **_given(
-                effort=effort,
-                samples=samples,
-                length=length,
-                scope=scope,
-                rank_multiple=rank_multiple,
-                form=form,
-                text_column=text_column,
-                dtype=dtype,
-                device=device,
-                seed=seed,
-            ),
+            **asked,
         )
-    write_page([output], output / PAGE)
+    report([output], output / PAGE)
     if as_json:
         print(to_json(results))
         return
@@ -379,23 +265,23 @@ def compare(
     print(f"written to {output}: open {output / PAGE} in a browser")
 
 
-@app.command()
+@command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders, and folders that compare wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Write one page to look at and to show: what was gained, what it cost, which ranks, how to make it again."""
-    from rankwise.report.page import write_page
+    from rankwise.reporting import page
 
-    write_page(folders, output)
+    page.report(folders, output)
     print(f"written to {output}: open it in a browser")
 
 
-@app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")], as_json: AsJson = False) -> None:
+@command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
     """Show the rank of every matrix."""
-    from rankwise.report.inspect import inspect
-    from rankwise.report.terminal import print_ranks
+    from rankwise.reporting.inspect import inspect
+    from rankwise.reporting.terminal import print_ranks
 
     with _silent(as_json):
         rows = inspect(folder)
@@ -405,9 +291,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that rankwise 
         print_ranks(rows)
 
 
-@app.command()
+@command(*LoadingOptions.__annotations__)
 def bench(
-    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
+    folder: Folder,
     reference: Annotated[str | None, typer.Option(help="The original model, for the ratios.")] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,16",
     prompt: Annotated[
@@ -416,14 +302,13 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of each, in turn; medians count.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
     add_to_report: AddToReport = False,
     as_json: AsJson = False,
+    **loading: Any,
 ) -> None:
     """Measure speed and memory on this machine: prefill and decode, the ratio to the original and to the ideal."""
     from rankwise.integration.result import SPEED
-    from rankwise.report.page import add_to_page, refuse_no_page
+    from rankwise.reporting.page import add_to_page, refuse_no_page
     from rankwise.runtime.bench import bench
 
     if add_to_report:
@@ -432,7 +317,7 @@ def bench(
         sizes = [int(size) for size in batches.split(",")]
     except ValueError:
         raise RankwiseError(f"--batches {batches!r}: numbers with commas between, as 1,16") from None
-    options = _given(prompt=prompt, new_tokens=new_tokens, repeats=repeats, threads=threads, dtype=dtype, device=device)
+    options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads, **loading}
     with _silent(as_json):
         report = bench(folder, reference, batches=sizes, **options)
     if add_to_report:
@@ -440,16 +325,16 @@ def bench(
     if as_json:
         print(to_json(report))
         return
-    from rankwise.report.terminal import print_speed
+    from rankwise.reporting.terminal import print_speed
 
     print_speed(report)
 
 
-@app.command()
+@command()
 def densify(
-    folder: Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")],
+    folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the plain dense equivalent: same outputs, no gain in size, needs no rankwise."""
     from rankwise.integration.densify import densify
@@ -493,11 +378,6 @@ def _interruptible(way_on: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given; the defaults of the others stand where they are used."""
-    return {name: value for name, value in options.items() if value not in (None, (), {})}
-
-
 def _tell_version(wanted: bool) -> None:
     if wanted:
         from rankwise import __version__
@@ -526,7 +406,7 @@ def main() -> None:
     if others:
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(application(sys.argv[1:2])(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
     except RankwiseError as error:

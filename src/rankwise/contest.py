@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -26,6 +26,7 @@ from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
+from rankwise.options import ContestOptions
 from rankwise.plain import to_json
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest, write_whole
@@ -75,13 +76,13 @@ def hold_contest(
     decompositions: Sequence[str] = (),
     calibration: str | None = None,
     judge_samples: int | None = None,
-    **options: Any,
+    **options: Unpack[ContestOptions],
 ) -> list[dict[str, Any]]:
     """Compress `model` by every method at every rate, judge each on held-out `texts`, and write `output`/results.json.
 
     texts: the first one is the headline; its figures stand at the top of a result, the others' under "texts".
     judge_samples: windows of each text, drawn at random; all of them by default.
-    options: as of `Recipe`, `allocation` apart. What `output` holds from an earlier contest is not computed again.
+    options: as of `Recipe`. What `output` holds from an earlier contest is not computed again.
     Returns one result per method and rate. Raises `RankwiseError`.
     """
     if distributed.size() > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from rankwise.integration.checkpoint import refuse_elsewhere, refuse_output, wri
 from rankwise.integration.result import save_model
 from rankwise.layers.matrices import stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
+from rankwise.options import DecomposeOptions
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.run_folder import RunFolder, write_tensors
 from rankwise.stages import Calibration
@@ -34,7 +35,7 @@ def decompose(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    **options: Any,
+    **options: Unpack[DecomposeOptions],
 ) -> Artifact:
     """Write the artifact of a language model to `output`: `compress` and `from_pretrained` make it any rate within seconds.
 
@@ -46,7 +47,7 @@ def decompose(
     refuse_elsewhere(model)
     calibration = "self" if calibration is None else listed(calibration)
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
-    recipe = Recipe.of(**{"calibration": source, "decomposition": "kronecker"} | options)
+    recipe = Recipe.of(**{"calibration": source, "decomposition": "kronecker", **options})
     refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rankwise
 from rankwise import bundled, distributed, stages, streaming
 from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, known_as, spelled
+from rankwise.allocation.given import Given
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.data import listed
@@ -39,17 +41,23 @@ from rankwise.integration.quantizer import attach
 from rankwise.integration.rehearsal import refuse_unloadable
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
-from rankwise.layers.matrices import stacked_on_failure
+from rankwise.layers.matrices import Shape, stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE
+from rankwise.masks.student import Student
 from rankwise.memory import gigabytes
+from rankwise.options import CompressOptions
 from rankwise.plain import to_json
+from rankwise.plans import Plan
 from rankwise.progress import say, stage
 from rankwise.recipe import IN_MEMORY, Recipe
-from rankwise.report.page import page_of
-from rankwise.report.read import Result
+from rankwise.reporting.page import page_of
+from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
+from rankwise.runtime.latency import Latency
 from rankwise.stages import Calibration
+from rankwise.streaming.stream import Stream
+from rankwise.streaming.student import StreamedStudent
 from rankwise.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -108,10 +116,11 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     allocation: str | Allocator | None = None,
     recipe: Recipe | str | Path | None = None,
+    plan: Plan | str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    **options: Any,
+    **options: Unpack[CompressOptions],
 ) -> Compressed:
     """Compress a language model: remove `rate` of its parameters (0.2 unless told), the rank of every matrix learned.
 
@@ -125,63 +134,168 @@ def compress(
     allocation: a name, with preset and options where wanted ("llrc:paper", "kl-knapsack points=3"), or an allocator; by default
         "llrc", of an artifact "mask-fisher", whose prices are in it.
     recipe: what is not said here, from a recipe, its file or a result folder.
+    plan: instead of a rate, the ranks, as they are: a plan, its file, or the `ranks.json` of a result, edited or not. Matrices
+        keep their first components; values that a run has trained are no part of its plan. What is not said here comes from
+        the plan's recipe.
     output: where to write the result; with `resume`, an interrupted run goes on from what it had computed.
     options: any other field of `Recipe`, with `target_bytes` and `target_speedup` instead of a rate. A run that does not fit in
         memory goes block by block, as one does where `memory` is promised.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
-    if recipe is not None:
-        read = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
-        asked = {"rate": rate, "calibration": calibration, "allocation": allocation, **options}
-        options = read.under({name: value for name, value in asked.items() if value is not None})
-        rate, calibration, allocation = (options.pop(name, None) for name in ("rate", "calibration", "allocation"))
-    if model is None:
-        model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
-    refuse_elsewhere(model)
-    calibration = listed(calibration)
-    artifact = Artifact.at(model)
-    if artifact is not None:
-        options = artifact.options(calibration, options)
-        calibration, allocation = artifact.windows(), "mask-fisher" if allocation is None else allocation
-    calibration = "self" if calibration is None else calibration
-    recipe, allocator = _recipe(rate, calibration, allocation, options)
-    refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
-    metric = str(recipe.decomposition)
-    needs = metric_named(metric).NEEDS
+    asked = _asked(model, rate, calibration, tokenizer, allocation, recipe, plan, options)
     folder = RunFolder()
     if output is not None:
-        folder = RunFolder.beside(Path(output), resume, overwrite)
+        output = Path(output)
+        folder = RunFolder.beside(output, resume, overwrite)
         overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
-        refuse_output(Path(output), overwrite, model)
-    if artifact is not None:
-        folder = replace(folder, known=artifact.results)
+        refuse_output(output, overwrite, asked.model)
+    folder = replace(folder, known=None if asked.artifact is None else asked.artifact.results)
+    asked, short = asked.within_memory()
+    if asked.recipe.memory is not None:
+        with _block_by_block(short):
+            return _compress_streamed(asked, output, overwrite, folder, short)
+    closer = asked.recipe.effort != "quick"  # matrices are measured by themselves in the end
+    with _chosen(asked, folder, closer, loadable=output is not None) as found:
+        run, student, masks = found.run, found.student, found.chosen.masks
+        costs, tokens = costs_of_each(student, masks, run.data.measuring) if closer else ({}, 0)
+        samples = sample_texts(student, masks, run.data.measuring, run.tokenizer)
+        spectra = thinned_spectra(student.decompositions, masks)
+        found.clock.lap("looking closer")
+    report = found.report()
+    layers = student.decompositions, masks, run.experts, found.recipe.form, found.chosen.bits, student.in_bits
+    attach(run.model, factorise(run.model, *layers))
+    report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
+    result = Compressed(run.model, found.chosen.ranks, report, found.recipe, run.tokenizer, spectra)
+    if output is not None and distributed.rank() == 0:
+        folder.finish()
+        with stage(f"writing {output}"):
+            result.save(output, overwrite)
+        folder.remove()
+    return result
 
-    if (idle := distributed.idle_gpus(recipe.device)) is not None:
-        logger.warning(idle)
-    trains = not isinstance(allocator, FORWARD_ONLY)
-    short = None if recipe.memory else shortage(model, calibration, recipe, [metric], trains)
-    if short is not None:
-        recipe = recipe.model_copy(update={"memory": gigabytes(short.promise)})
-    if recipe.memory is not None:
-        try:
-            return _compress_streamed(model, calibration, tokenizer, recipe, allocator, output, overwrite, folder, short)
-        except InMemoryOnlyError as error:
-            why = f"the run {short}, and cannot go block by block: {error}; or shorter windows (--length)" if short else ""
-            raise RankwiseError(why or f"memory: {error}: leave it out") from None
-    clock = _Clock()
+
+@torch.inference_mode(False)
+def plan(
+    model: str | Path | PreTrainedModel | None = None,
+    rate: float | None = None,
+    *,
+    calibration: Calibration | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    allocation: str | Allocator | None = None,
+    recipe: Recipe | str | Path | None = None,
+    plan: Plan | str | Path | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Unpack[CompressOptions],
+) -> Plan:
+    """Choose the ranks as `compress` does, predict what they cost, and stop there; a model in memory stays as it is.
+
+    output: the file to write the plan to; a run block by block keeps its results beside it. plan: to predict what an edited
+    one costs. All others as of `compress`, `RankwiseError` too.
+    """
+    asked = _asked(model, rate, calibration, tokenizer, allocation, recipe, plan, options)
+    if asked.recipe.bits == "mixed":
+        raise RankwiseError("a plan holds ranks and no bits yet: compress with bits=mixed, its report says what was chosen")
+    folder = RunFolder()
+    if output is not None:
+        output = Path(output)
+        if output.is_dir() or (output.exists() and not overwrite):
+            raise RankwiseError(f"the plan's file {output} is there already: name another, or overwrite it (--overwrite)")
+        folder = RunFolder.beside(output, resume, overwrite)
+    folder = replace(folder, known=None if asked.artifact is None else asked.artifact.results)
+    asked, short = asked.within_memory()
+    if asked.recipe.memory is not None:
+        with _block_by_block(short):
+            made = _chosen_streamed(asked, folder, short).plan()
+    else:
+        with _chosen(asked, folder) as found:
+            made = found.plan()
+        stack_experts(found.run.model, found.run.experts)
+    if output is not None and distributed.rank() == 0:
+        made.save(output)
+        folder.remove()
+    return made
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for, as far as it is known without the model."""
+
+    model: str | Path | PreTrainedModel
+    calibration: Calibration
+    tokenizer: PreTrainedTokenizerBase | None
+    recipe: Recipe
+    allocator: Allocator
+    artifact: Artifact | None
+
+    @property
+    def metric(self) -> str:
+        return str(self.recipe.decomposition)
+
+    @property
+    def trains(self) -> bool:
+        return not isinstance(self.allocator, FORWARD_ONLY)
+
+    def within_memory(self) -> tuple[_Asked, Shortage | None]:
+        """The same with a promise of memory where the run does not fit without, and why."""
+        if (idle := distributed.idle_gpus(self.recipe.device)) is not None:
+            logger.warning(idle)
+        if self.recipe.memory:
+            return self, None
+        short = shortage(self.model, self.calibration, self.recipe, [self.metric], self.trains)
+        if short is None:
+            return self, None
+        return replace(self, recipe=self.recipe.model_copy(update={"memory": gigabytes(short.promise)})), short
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A run whose ranks are chosen and measured. matrices: those that it began with."""
+
+    recipe: Recipe
+    run: stages.Run
+    student: Student
+    chosen: Allocation
+    comparison: Comparison
+    clock: _Clock
+    matrices: dict[str, Shape]
+    latency: Latency | None = None
+
+    def report(self) -> dict[str, Any]:
+        """Plain values, for JSON; the model is still dense, in the dtype it is stored in."""
+        size = Size.of(self.run.model, self.run.shapes, self.chosen.ranks, self.chosen.bits)
+        report = _report(self.recipe, self.run, size, self.comparison, self.chosen, self.clock)
+        return report | ({} if self.latency is None else {"predicted_speedup": self.latency.speedup(self.chosen.ranks)})
+
+    def plan(self) -> Plan:
+        """One rank for every matrix, those that the text did not reach too."""
+        ranks = {name: self.chosen.ranks.get(name) for name in self.matrices}
+        return Plan(ranks, self.matrices, self.comparison.kl, self.run.base, self.recipe)
+
+
+@contextmanager
+def _chosen(asked: _Asked, folder: RunFolder, closer: bool = False, loadable: bool = False) -> Iterator[_Chosen]:
+    """The way up to the measurement, in memory; while inside, the model is as it computes.
+
+    closer: whether each matrix is measured by itself afterwards; loadable: whether the result is to be written.
+    """
+    recipe, metric, allocator, artifact = asked.recipe, asked.metric, asked.allocator, asked.artifact
+    needs, clock = metric_named(metric).NEEDS, _Clock()
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
-    run = stages.start(model, calibration, tokenizer, recipe, rates, folder, identity, trains or bool(GRADIENTS & needs))
+    gradients = asked.trains or bool(GRADIENTS & needs)
+    run = stages.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients)
     with stacked_on_failure(run.model, run.experts):
-        if output is not None:
+        if loadable:
             refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
         run = stages.in_metric(run, metric)
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)
+        matrices = dict(run.shapes)
         target = Target.of(run, recipe)
-        alone = 0 if recipe.effort == "quick" else len(run.shapes)  # matrices that are measured by themselves in the end
         clock.lap("loading")
         with widened(run.model):
-            clock.estimate = Estimate.of(run, metric, allocator, alone)
+            clock.estimate = Estimate.of(run, metric, allocator, len(run.shapes) if closer else 0)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
@@ -202,71 +316,121 @@ def compress(
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
             clock.lap("measuring")
-            costs, tokens = costs_of_each(student, chosen.masks, run.data.measuring) if alone else ({}, 0)
-            samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
-            spectra = thinned_spectra(student.decompositions, chosen.masks)
-            clock.lap("looking closer")
-        size = Size.of(run.model, run.shapes, chosen.ranks, chosen.bits)
-
-    layers = student.decompositions, chosen.masks, run.experts, recipe.form, chosen.bits, student.in_bits
-    attach(run.model, factorise(run.model, *layers))
-    report = _report(recipe, run, size, comparison, chosen, clock)
-    report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
-    if target.latency is not None:
-        report["predicted_speedup"] = target.latency.speedup(chosen.ranks)
-    result = Compressed(run.model, chosen.ranks, report, recipe, run.tokenizer, spectra)
-    if output is not None and distributed.rank() == 0:
-        folder.finish()
-        with stage(f"writing {output}"):
-            result.save(output, overwrite)
-        folder.remove()
-    return result
+            yield _Chosen(recipe, run, student, chosen, comparison, clock, matrices, target.latency)
 
 
-def _compress_streamed(
-    model: str | Path | PreTrainedModel,
-    calibration: Calibration,
-    tokenizer: PreTrainedTokenizerBase | None,
-    recipe: Recipe,
-    allocator: Allocator,
-    output: str | Path | None,
-    overwrite: bool,
-    folder: RunFolder,
-    short: Shortage | None,
-) -> Compressed:
-    """`compress` with one block in memory at a time; the result is in `output` only. short: why, where it was not asked for.
+@dataclass(frozen=True)
+class _Streamed(_Chosen):
+    """The same, block by block."""
 
-    Raises `InMemoryOnlyError` for what cannot be done so.
-    """
-    if recipe.rate is None:
+    student: StreamedStudent
+    stream: Stream = field(kw_only=True)
+
+
+@contextmanager
+def _block_by_block(short: Shortage | None) -> Iterator[None]:
+    """What does not go block by block inside is refused with the reason why it should. short: where it was not asked for."""
+    try:
+        yield
+    except InMemoryOnlyError as error:
+        why = f"the run {short}, and cannot go block by block: {error}; or shorter windows (--length)" if short else ""
+        raise RankwiseError(why or f"memory: {error}: leave it out") from None
+
+
+def _chosen_streamed(asked: _Asked, folder: RunFolder, short: Shortage | None) -> _Streamed:
+    """As `_chosen`, with one block in memory at a time. Raises `InMemoryOnlyError` for what cannot be done so."""
+    recipe, metric, clock = asked.recipe, asked.metric, _Clock()
+    if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
-    if output is None:
+    if folder.path is None:
         raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
-    metric, clock = str(recipe.decomposition), _Clock()
-    stream = streaming.start(model, calibration, tokenizer, recipe, allocator, folder)
+    stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder)
     if short is not None and distributed.rank() == 0:
         logger.warning("%s: working block by block", short)
-    refuse_unloadable(stream.run.model, stream.run.shapes, stream.run.experts, recipe.form)
+    run, matrices = stream.run, dict(stream.run.shapes)
+    refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
     clock.lap("loading")
     student = streaming.student_of(stream, streaming.decompose_all(stream, metric), metric)
     clock.lap("decomposition")
-    run = stream.run
-    chosen = stages.allocate(run, student, metric, allocator, stages.budget_of(run, recipe, recipe.rate))
+    _, budget = Target(recipe).budget(run)
+    chosen = stages.allocate(run, student, metric, asked.allocator, budget)
     clock.lap("allocation")
     comparison = streaming.measure(stream, student, chosen)
     stream.narrow()
     distributed.wait()  # the others read the run folder too
     clock.lap("measuring")
-    size = Size.of(run.model, run.shapes, chosen.ranks)
-    report = _report(recipe, run, size, comparison, chosen, clock)
-    if distributed.rank() == 0:
+    return _Streamed(recipe, run, student, chosen, comparison, clock, matrices, stream=stream)
+
+
+def _compress_streamed(
+    asked: _Asked, output: Path | None, overwrite: bool, folder: RunFolder, short: Shortage | None
+) -> Compressed:
+    """`compress` with one block in memory at a time; the result is in `output` only. short: why, where it was not asked for."""
+    found = _chosen_streamed(asked, folder, short)
+    run, chosen, recipe, report = found.run, found.chosen, found.recipe, found.report()
+    if output is not None and distributed.rank() == 0:
         folder.finish()
-        compressed, values = streaming.factorise(stream, student, chosen, recipe.form)
-        with saving_from(stream.blocks.block_of, values):
-            files = to_look_at(Path(output).name, report, thinned_spectra(student.decompositions, chosen.masks))
-            write_result(Path(output), compressed, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
+        compressed, values = streaming.factorise(found.stream, found.student, chosen, recipe.form)
+        with saving_from(found.stream.blocks.block_of, values):
+            files = to_look_at(output.name, report, thinned_spectra(found.student.decompositions, chosen.masks))
+            write_result(output, compressed, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
         folder.remove()
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
+
+
+def _asked(
+    model: str | Path | PreTrainedModel | None,
+    rate: float | None,
+    calibration: Calibration | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    allocation: str | Allocator | None,
+    recipe: Recipe | str | Path | None,
+    plan: Plan | str | Path | None,
+    options: CompressOptions,
+) -> _Asked:
+    """The keywords of `compress` with defaults, recipe, plan and artifact taken into account. Raises `RankwiseError`."""
+    asked: dict[str, Any] = {"rate": rate, "calibration": calibration, "allocation": allocation, **options}
+    fields = {name: value for name, value in asked.items() if value is not None}
+    if plan is not None:
+        if "allocation" in fields or "keep" in fields:
+            raise RankwiseError("a plan names every rank itself: leave out allocation and keep")
+        plan = plan if isinstance(plan, Plan) else Plan.read(plan)
+        fields["ranks"] = dict(plan.ranks)
+        recipe = plan.recipe if recipe is None else recipe
+    if recipe is not None:
+        fields = (recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)).under(fields)
+    calibration = fields.pop("calibration", None)
+    if model is None:
+        model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
+    refuse_elsewhere(model)
+    calibration = listed(calibration)
+    artifact = Artifact.at(model)
+    usual = "mixed" if fields.get("bits") == "mixed" else "llrc" if artifact is None else "mask-fisher"
+    allocation = fields.pop("allocation", usual)
+    if fields.get("ranks") is not None:
+        allocation = Given(dict(Recipe.of(ranks=fields["ranks"]).ranks or {}))
+        fields = {name: value for name, value in fields.items() if name not in ("preset", "options")}
+    if artifact is not None:
+        fields = artifact.options(calibration, fields)
+        calibration = artifact.windows()
+    calibration = "self" if calibration is None else calibration
+    settled, allocator = _recipe(calibration, allocation, fields)
+    refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
+    return _Asked(model, calibration, tokenizer, settled, allocator, artifact)
+
+
+def refuse_bits(recipe: Recipe) -> None:
+    """Raises `RankwiseError` where bits are to be chosen, and something that cannot stand beside it is asked for."""
+    if (recipe.bits == "mixed") != (recipe.allocation == "mixed"):
+        raise RankwiseError(
+            f"bits={recipe.bits} and allocation={recipe.allocation}: --bits mixed chooses ranks and bits by itself"
+        )
+    if recipe.bits == "mixed" and (recipe.target_bytes is None or recipe.memory is not None):
+        raise RankwiseError("bits=mixed spends bytes, with the model in memory: ask for target_bytes, and for no memory")
+    if recipe.bits == "mixed" and recipe.keep:
+        raise RankwiseError(
+            "bits=mixed chooses for every matrix: ask for no keep, or exclude matrices that are to stay as they are"
+        )
 
 
 def with_tables(chosen: Allocation, in_bits: Mapping[str, nn.Module]) -> Allocation:
@@ -275,25 +439,16 @@ def with_tables(chosen: Allocation, in_bits: Mapping[str, nn.Module]) -> Allocat
     return replace(chosen, masks=chosen.masks | dict.fromkeys(tables), bits=chosen.bits | dict.fromkeys(tables, BYTE))
 
 
-def _recipe(
-    rate: float | None, calibration: Calibration, allocation: str | Allocator | None, options: dict[str, Any]
-) -> tuple[Recipe, Allocator]:
+def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
-    if allocation is None:
-        allocation = "mixed" if options.get("bits") == "mixed" else "llrc"
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     name, preset, own = spelled(allocation) if isinstance(allocation, str) else known_as(allocation)
     asked, more = options.get("preset", preset), options.get("options", {})
     if preset not in ("default", asked):
         raise RankwiseError(f"allocation {allocation!r} and preset {asked!r} are two presets: name one")
     options = options | {"preset": asked, "options": {**own, **more} if isinstance(more, Mapping) else more}
-    recipe = Recipe.of(**{"rate": rate, "calibration": source, "allocation": name} | options)
-    if (recipe.bits == "mixed") != (recipe.allocation == "mixed"):
-        raise RankwiseError(
-            f"bits={recipe.bits} and allocation={recipe.allocation}: --bits mixed chooses ranks and bits by itself"
-        )
-    if recipe.bits == "mixed" and (recipe.target_bytes is None or recipe.memory is not None):
-        raise RankwiseError("bits=mixed spends bytes, with the model in memory: ask for target_bytes, and for no memory")
+    recipe = Recipe.of(**{"calibration": source, "allocation": name} | options)
+    refuse_bits(recipe)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     return recipe.model_copy(

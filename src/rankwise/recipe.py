@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
@@ -13,7 +13,7 @@ from rankwise.errors import RankwiseError, reason
 
 FILE = "recipe.yaml"  # in every result folder
 BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one form
-TARGETS = ("rate", "target_bytes", "target_speedup")
+TARGETS = ("rate", "target_bytes", "target_speedup", "ranks")
 METHOD = ("preset", "options", "decomposition")  # of an allocation
 LARGEST = 2**31  # of what is counted out: more would never end
 DEFAULT_RATE = 0.2
@@ -25,15 +25,33 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rate: float | None = Field(None, gt=0, lt=1, description="fraction of parameters to remove")
-    target_bytes: ByteSize | None = Field(None, gt=0, description="what the checkpoint may take, as 1.5GB; instead of a rate")
-    target_speedup: float | None = Field(None, gt=1, description="of decoding on this machine; instead of a rate")
-    scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over")
-    calibration: str = Field("self", description="the text: a file, a folder, a data set's name, self, stdlib:train")
-    text_column: str = Field("text", description="the text's field in JSON lines and data sets")
-    dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset")
+    rate: float | None = Field(None, gt=0, lt=1, description="fraction of parameters to remove; 0.2 where no target is named")
+    target_bytes: ByteSize | None = Field(
+        None, gt=0, description="instead of a rate: what the checkpoint may take, as 1.5GB or 800MiB"
+    )
+    target_speedup: float | None = Field(
+        None, gt=1, description="instead of a rate: how much faster to decode, on this machine, whose latencies are measured"
+    )
+    ranks: dict[str, PositiveInt | None] | None = Field(
+        None, description="instead of a rate: the rank of every matrix, None for dense, as a plan has them"
+    )
+    scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over: the matrices, or all")
+    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {},
+        description="what part of their parameters the matrices keep that match a pattern, as of include; 1 is dense, the last "
+        "pattern that matches counts, and the other matrices make up for the target",
+    )
+    calibration: str = Field(
+        "self",
+        description="the text: a text or JSON-lines file, a folder, a data set's name, stdlib:train, or self: text that "
+        "the model writes itself (text like that of your use is better)",
+    )
+    text_column: str = Field(
+        "text", description="the text's field in JSON lines, tables and data sets, where there are no messages or conversations"
+    )
+    dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset, as name=, split= or data_files=")
     effort: Literal["quick", "default", "thorough"] = Field(
-        "default", description="how much text is read, and so how long it takes: quick, default, thorough"
+        "default", description="how much text is read, and so how long it takes; thorough is 262,144 tokens"
     )
     samples: int | None = Field(
         None, ge=1, le=LARGEST, description="windows of calibration text; by default as many as the effort says"
@@ -41,22 +59,38 @@ class Recipe(BaseModel):
     length: int | None = Field(
         None, ge=2, le=LARGEST, description="tokens of a window; by default the model's context, at most 2048"
     )
-    decomposition: str | None = Field(None, description="the metric; by default the allocation's own")
-    allocation: str = Field("llrc", description="how ranks are chosen")
-    preset: str = Field("default", description="which defaults of the allocation")
+    decomposition: str | None = Field(
+        None, description="the metric, see rankwise methods; by default the allocation's own, kronecker for decompose"
+    )
+    allocation: str = Field(
+        "llrc",
+        description="how ranks are chosen, see rankwise methods: a name, with preset and options where wanted, as llrc:paper or "
+        "'kl-knapsack points=3'; of an artifact by default mask-fisher, which takes seconds",
+    )
+    preset: str = Field("default", description="which defaults of the allocation, the same as NAME:PRESET")
     options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
     rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
     bits: Literal["stored", "mixed"] = Field(
         "stored",
-        description="of every number: as the model is stored, or as few as fit the target's bytes best, with ranks (mixed)",
+        description="what numbers are written in: as the model's are (stored), or as few bits as fit target-bytes best (mixed)",
     )
-    form: Literal["pivoted", "pair"] = Field("pivoted", description="of a matrix of low rank: pivoted rows, or a pair of factors")
-    include: tuple[str, ...] = Field((), description="only matrices that match: a glob, a class, or re: and an expression")
-    exclude: tuple[str, ...] = Field((), description="matrices to leave dense, likewise")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the model")
-    device: str = Field("auto", description="where to compute")
-    memory: str | None = Field(None, description="what the run may take, as 8GB: it then goes block by block")
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything drawn")
+    form: Literal["pivoted", "pair"] = Field(
+        "pivoted", description="of a matrix of low rank: rows and combinations of them, or a pair of factors"
+    )
+    include: tuple[str, ...] = Field(
+        (), description="compress only the matrices that match: a glob over paths, a class, or re: and an expression"
+    )
+    exclude: tuple[str, ...] = Field((), description="leave the matrices that match dense, patterns as of include")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what the model is loaded as; auto is how its weights are stored"
+    )
+    device: str = Field(
+        "auto", description="where to compute: cpu, cuda, cuda:1 and the like; auto is the GPU where there is one"
+    )
+    memory: str | None = Field(
+        None, description="what the run may take, as 8GB: it goes block by block, as it does by itself where memory is short"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything drawn: the same seed gives the same ranks")
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
@@ -96,20 +130,14 @@ class Recipe(BaseModel):
 
     def under(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are asked for, and those of this recipe where nothing is: another target takes the place of its
-        target, another allocation that of its method. Raises `RankwiseError` where a text is missing that no source names."""
+        target, another allocation that of its method, and ranks are both. Raises `RankwiseError` where a text is missing that no
+        source names."""
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
+        if "ranks" in asked:
+            taken.add("keep")
+        elif self.ranks is not None and taken & {"rate", "allocation"}:
+            taken |= {"ranks", "allocation"}
         fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}
         if fields.get("calibration") == IN_MEMORY:
             raise RankwiseError("the recipe's calibration text was given in memory: give it again, or name one")
         return fields | dict(asked)
-
-
-def pairs(items: Iterable[str] | None) -> dict[str, Any]:
-    """KEY=VALUE strings as a dict. Raises `RankwiseError` for one that is not."""
-    found = {}
-    for item in items or ():
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise RankwiseError(f"{item!r} is not KEY=VALUE")
-        found[key] = value
-    return found

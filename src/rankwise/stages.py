@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed
 from rankwise.allocation.allocator import Allocator
+from rankwise.allocation.given import Given
 from rankwise.allocation.offer import Offer
-from rankwise.allocation.plan import Budget, Shapes
+from rankwise.allocation.plan import Budget, Ranks, Shapes
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.batches import refuse_unfit, refuse_without_gradients, sides
 from rankwise.calibration.chat import Conversation, conversation, count_conversations, opening
@@ -42,7 +43,7 @@ from rankwise.integration.checkpoint import (
     resolve_device,
 )
 from rankwise.layers.linear import bias_of, weight_of
-from rankwise.layers.matrices import Shape, find_matrices, stacked_on_failure, unstack_experts
+from rankwise.layers.matrices import Shape, find_matrices, matches, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
 from rankwise.layers.tables import tables_of
@@ -98,8 +99,7 @@ def start(
         shapes, left_dense = find_matrices(dense, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
         for note in notes_of(sum(shape.dense for shape in shapes.values()), dense.num_parameters()):
             logger.warning(note)
-        for rate in rates:
-            Budget.of(shapes, rate, recipe.scope, dense.num_parameters(), recipe.rank_multiple)
+        refuse_out_of_reach(dense, shapes, recipe, rates)
         if gradients:
             refuse_without_gradients(dense, shapes)
         of_model = fingerprint(dense) if folder.path and identity is None else ""
@@ -207,7 +207,39 @@ def in_metric(run: Run, metric: str) -> Run:
 
 def budget_of(run: Run, recipe: Recipe, rate: float) -> Budget:
     """What `rate` leaves to spend. Raises `RankwiseError` for a rate that cannot be reached."""
-    return Budget.of(run.shapes, rate, recipe.scope, run.model.num_parameters(), recipe.rank_multiple)
+    return _budget_of(run.model, run.shapes, recipe, rate)
+
+
+def _budget_of(model: PreTrainedModel, shapes: Shapes, recipe: Recipe, rate: float) -> Budget:
+    budget = Budget.of(shapes, rate, recipe.scope, model.num_parameters(), recipe.rank_multiple)
+    return budget.settling(kept_ranks(model, shapes, recipe), shapes)
+
+
+def refuse_out_of_reach(model: PreTrainedModel, shapes: Shapes, recipe: Recipe, rates: Iterable[float]) -> None:
+    """Raises `RankwiseError` for a rate that cannot be reached, and for a plan or patterns to keep of other matrices."""
+    if recipe.ranks is not None:
+        Given(recipe.ranks).refuse_other(shapes)
+    for pattern in recipe.keep:
+        if not any(matches(name, model.get_submodule(name), pattern) for name in shapes):
+            raise RankwiseError(f"keep: the pattern {pattern!r} matches none of the {len(shapes)} matrices to compress")
+    kept_ranks(model, shapes, recipe)
+    for rate in rates:
+        _budget_of(model, shapes, recipe, rate)
+
+
+def kept_ranks(model: PreTrainedModel, shapes: Shapes, recipe: Recipe) -> Ranks:
+    """The ranks that the recipe's `keep` settles: the largest that the fraction has room for. Raises `RankwiseError` for a
+    fraction below the smallest rank's."""
+    ranks: Ranks = {}
+    for pattern, fraction in recipe.keep.items():
+        for name in [name for name in shapes if matches(name, model.get_submodule(name), pattern)]:
+            shape, multiple = shapes[name], recipe.rank_multiple
+            room = min(shape.rank_within(int(fraction * shape.dense)), shape.largest_rank(multiple)) // multiple * multiple
+            if room < multiple and fraction < 1:
+                least = shape.parameters(multiple) / shape.dense
+                raise RankwiseError(f"keep: {pattern}={fraction} is less than rank {multiple} of {name} takes, {least:.2%}")
+            ranks[name] = None if fraction == 1 else room
+    return {name: ranks[name] for name in shapes if name in ranks}
 
 
 def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
@@ -297,20 +329,29 @@ def allocate(
 ) -> Allocation:
     """The allocator's answer; the masks are the truth, the ranks are counted from them.
 
+    Of matrices that the budget settles it is not asked: it chooses the others as if these were dense.
+
     shapes: the matrices where they cost something else than parameters. offers: what they may be written as, where bits are to be
     chosen too.
     """
     costs = run.shapes if shapes is None else shapes
+    settled = {name: rank for name, rank in budget.settled.items() if name in costs}
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
-        before, since = dict(student.effort), time.perf_counter() + student.spared
-        chosen = allocator.allocate(Problem(costs, spectra, budget, student, offers or {}))
-        effort = {"seconds": round(time.perf_counter() + student.spared - since, 2)}
-        effort |= {name: tokens - before[name] for name, tokens in student.effort.items()}
+        asked, problem = student, Problem(costs, spectra, budget, student, offers or {})
+        if settled:
+            asked = replace(student, decompositions={n: d for n, d in student.decompositions.items() if n not in settled})
+            others = {name: shape for name, shape in costs.items() if name not in settled}
+            problem = Problem(others, {name: spectra[name] for name in others}, budget.of_others(costs), asked)
+        before, since = dict(asked.effort), time.perf_counter() + asked.spared
+        chosen = allocator.allocate(problem)
+        effort = {"seconds": round(time.perf_counter() + asked.spared - since, 2)}
+        effort |= {name: tokens - before[name] for name, tokens in asked.effort.items()}
         text = json.dumps({"history": chosen.history, "effort": effort, "bits": chosen.bits})
+        masks = chosen.masks | Allocation.of_prefixes(settled, spectra).masks
         return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)} | {
-            name: mask for name, mask in chosen.masks.items() if mask is not None
+            name: mask for name, mask in masks.items() if mask is not None
         }
 
     saved = run.folder.together("allocation", digest(run.identity, *costs.items(), metric, allocator, budget), choose)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from rankwise.allocation.plan import Budget, Shapes
+from rankwise.allocation.plan import Budget, Shapes, parameters
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.layers.quantised import WIDTHS
 from rankwise.layers.tables import table_bytes, tables_of
 from rankwise.recipe import Recipe
 from rankwise.runtime.latency import Latency, TimedShape, measure
-from rankwise.stages import Run
+from rankwise.stages import Run, budget_of, kept_ranks
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,19 @@ class Target:
     def budget(self, run: Run) -> tuple[Shapes, Budget]:
         """The matrices with their costs, and what may be spent: parameters, or nanoseconds. Raises `RankwiseError`."""
         recipe, multiple = self.recipe, self.recipe.rank_multiple
+        if recipe.ranks is not None:
+            ranks = {name: recipe.ranks[name] for name in run.shapes}
+            return run.shapes, Budget(parameters(ranks, run.shapes), multiple)
+        if recipe.rate is not None:
+            return run.shapes, budget_of(run, recipe, recipe.rate)
         if self.latency is not None:
             assert recipe.target_speedup is not None
-            return self._time_budget(run, self.latency, recipe.target_speedup)
-        if recipe.target_bytes is not None:
-            budget = mixed_budget if recipe.bits == "mixed" else bytes_budget
-            return run.shapes, budget(run.model, run.shapes, recipe.target_bytes, multiple)
-        assert recipe.rate is not None
-        return run.shapes, Budget.of(run.shapes, recipe.rate, recipe.scope, run.model.num_parameters(), multiple)
+            shapes, budget = self._time_budget(run, self.latency, recipe.target_speedup)
+        else:
+            assert recipe.target_bytes is not None
+            budget_of_bytes = mixed_budget if recipe.bits == "mixed" else bytes_budget
+            shapes, budget = run.shapes, budget_of_bytes(run.model, run.shapes, recipe.target_bytes, multiple)
+        return shapes, budget.settling(kept_ranks(run.model, run.shapes, recipe), shapes)
 
     def _time_budget(self, run: Run, latency: Latency, speedup: float) -> tuple[Shapes, Budget]:
         multiple = self.recipe.rank_multiple

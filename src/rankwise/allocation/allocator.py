@@ -18,6 +18,7 @@ from rankwise.allocation.effective_rank import EffectiveRank
 from rankwise.allocation.energy import Energy
 from rankwise.allocation.error_bound import ErrorBound, UniformError
 from rankwise.allocation.evolutionary import Evolutionary
+from rankwise.allocation.given import Given
 from rankwise.allocation.heavy_tail import HeavyTail
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc import LLRC
@@ -30,7 +31,7 @@ from rankwise.allocation.strs import STRS
 from rankwise.allocation.uniform import Uniform
 from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.errors import RankwiseError
-from rankwise.recipe import pairs
+from rankwise.options import pairs
 
 
 class Allocator(Protocol):
@@ -75,7 +76,7 @@ PAPERS = {  # what the papers call them
     "dobi-svd": "dobi",
 }
 
-FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, Mixed, STRS)
+FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, Mixed, STRS, Given)
 """Those that ask the student for no more than weights, factors, spectra and `divergence`."""
 DIFFERENTIATING = (MaskFisher, ZeroSum, LLRC)
 """Those that ask it for gradients too, as far as it can give them with its model on disk."""

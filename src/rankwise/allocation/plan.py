@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,10 +19,14 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Budget:
-    """Parameters that the compressible matrices may keep, and the multiple that every rank must be of."""
+    """Parameters that the compressible matrices may keep, and the multiple that every rank must be of.
+
+    settled: the ranks of matrices about which no allocator is asked.
+    """
 
     parameters: int
     multiple: int = 1
+    settled: Ranks = field(default_factory=dict)
 
     @classmethod
     def of(cls, shapes: Shapes, rate: float, scope: str, model_parameters: int, multiple: int = 1) -> Budget:
@@ -45,6 +49,31 @@ class Budget:
                 f"parameters in scope {scope!r}; ask for at most {reachable}"
             )
         return cls(dense - removed, multiple)
+
+    def settling(self, ranks: Ranks, costs: Shapes) -> Budget:
+        """This budget with the ranks of some matrices settled. Raises `RankwiseError` where the others cannot make up for it."""
+        if not ranks:
+            return self
+        left = self.parameters - parameters(ranks, costs)
+        others = [shape for name, shape in costs.items() if name not in ranks]
+        least, dense = (sum(shape.parameters(rank) for shape in others) for rank in (self.multiple, None))
+        if not others:
+            raise RankwiseError("keep settles every matrix: leave some to the target, or apply a plan")
+        if left < least:
+            raise RankwiseError(
+                f"keep leaves {max(left, 0):,} to the {len(others)} other matrices, which take {least:,} at least: keep less, "
+                "or remove less"
+            )
+        if left > dense:
+            raise RankwiseError(
+                f"keep alone removes {left - dense:,} more than the target does: keep more, or ask for a higher rate"
+            )
+        return replace(self, settled=ranks)
+
+    def of_others(self, costs: Shapes) -> Budget:
+        """What is left for the matrices that are not settled."""
+        settled = {name: rank for name, rank in self.settled.items() if name in costs}
+        return Budget(self.parameters - parameters(settled, costs), self.multiple)
 
 
 def parameters(ranks: Mapping[str, int | None], shapes: Shapes) -> int:

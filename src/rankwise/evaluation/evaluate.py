@@ -1,4 +1,4 @@
-"""`rankwise evaluate`: a compressed folder against the model it was made from, on any text."""
+"""`rankwise evaluate`: a compressed model against the one it was made from, on any text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.calibration.chat import count_conversations
+from rankwise.calibration.signal import frozen
 from rankwise.calibration.text import refuse_unused
 from rankwise.calibration.tokens import refuse_foreign, window_length, windows_of
 from rankwise.errors import RankwiseError
@@ -20,17 +22,18 @@ from rankwise.evaluation.size import Size
 from rankwise.evaluation.tasks import load_tasks
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
 from rankwise.integration.files import weight_files
-from rankwise.integration.result import read_ranks, read_recipe, read_shapes
-from rankwise.layers.matrices import unstack_experts
+from rankwise.integration.result import ranks_in, read_ranks, read_recipe, read_shapes, shapes_in
+from rankwise.layers.matrices import stack_experts, unstack_experts
 from rankwise.layers.precision import widened
 from rankwise.run_folder import RunFolder
 
 
 def evaluate(
-    path: str | Path,
-    reference: str | Path,
+    model: str | Path | PreTrainedModel,
+    reference: str | Path | PreTrainedModel,
     text: str | Sequence[str],
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
     shots: int | None = None,
@@ -44,8 +47,11 @@ def evaluate(
     device: str = "auto",
     cache: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Compare the compressed folder `path` with `reference` in one run, both on the same tokens and items.
+    """Compare the compressed `model` with `reference` in one run, both on the same tokens and items.
 
+    model, reference: a folder that rankwise wrote and the original's folder or name, or either in memory, which stays as it is,
+        where it is and in its dtype.
+    tokenizer: for a reference in memory.
     text: one text or several (see `read_judging_text`): all of each in non-overlapping windows of `length` tokens (default: the
         reference's context, at most 2048), or `samples` of them, drawn at random. The first one is the headline, its figures
         stand at the top; every text's are under "texts", with the gap to the first (see `gaps`).
@@ -59,21 +65,27 @@ def evaluate(
     if not texts:
         raise RankwiseError("name a text to judge on")
     refuse_unused(filter(None, map(own_source, texts)), text_column, dataset_options)
-    documents = {name: read_judging_text(name, text_column, dataset_options) for name in texts}
-    conversations = {name: count_conversations(found.documents) for name, found in documents.items()}
-    config = load_config(reference)
-    refuse_compressed(reference, config)
-    ranks = read_ranks(Path(path))
-    shapes = read_shapes(Path(path), ranks)  # that there are such matrices, before any long work
-    recipe = read_recipe(Path(path))
-    tokenizer = load_tokenizer(reference)
+    documents = {source: read_judging_text(source, text_column, dataset_options) for source in texts}
+    conversations = {source: count_conversations(found.documents) for source, found in documents.items()}
+    name, path = name_of(reference), name_of(model)
+    config = reference.config if isinstance(reference, PreTrainedModel) else load_config(reference)
+    refuse_compressed(name, config)
+    if isinstance(model, PreTrainedModel):
+        ranks, recipe = ranks_in(model), None
+        shapes = shapes_in(model.config, ranks, path)
+    else:
+        ranks, recipe = read_ranks(Path(model)), read_recipe(Path(model))
+        shapes = read_shapes(Path(model), ranks)  # that there are such matrices, before any long work
+    if tokenizer is None and not isinstance(reference, PreTrainedModel):
+        tokenizer = load_tokenizer(reference)
     if tokenizer is None:
-        raise RankwiseError(f"{reference} has no tokenizer")
+        raise RankwiseError(f"{name} has no tokenizer: give one")
     asked = load_tasks(tasks, limit, shots) if tasks else None
     folder = RunFolder.cache(Path(cache) if cache else None)
-    compressed, dense = load_compressed(path, dtype, device), load_model(reference, config, dtype, device)
+    compressed = model if isinstance(model, PreTrainedModel) else load_compressed(model, dtype, device)
+    dense = reference if isinstance(reference, PreTrainedModel) else load_model(reference, config, dtype, device)
     if not _made_from(compressed, dense):
-        raise RankwiseError(f"{reference} is not the model that {path} was made from")
+        raise RankwiseError(f"{name} is not the model that {path} was made from")
     if asked and not dense.can_generate():
         raise RankwiseError(f"tasks need a model that predicts text, not a {type(dense).__name__}")
     length = window_length(dense, length)
@@ -84,7 +96,7 @@ def evaluate(
         refuse_foreign(dense, part)
     given = tokenised(dense, tokenizer, prompts)
     pair = Pair(dense, compressed, tokenizer, folder)
-    with widened(dense, compressed):
+    with frozen(dense), frozen(compressed), widened(dense, compressed):
         measured = {name: pair.compare(part) for name, part in windows.items()}
         first = windows[texts[0]]
         extra: dict[str, Any] = {"hidden_states": pair.hidden_measures(first)}
@@ -92,14 +104,15 @@ def evaluate(
             extra["generations"] = pair.generations(given or prompts_of(first))
         if asked:
             extra["tasks"] = pair.tasks(asked)
-    unstack_experts(dense)
+    experts = unstack_experts(dense)
     size = Size.of(dense, shapes, ranks)
+    stack_experts(dense, experts)
     return {
-        "reference": str(reference),
+        "reference": name,
         "rate": (recipe and recipe.rate) or size.achieved("linear"),
         "scope": recipe.scope if recipe else "linear",
         **size.to_dict(),
-        "bytes_on_disk": {"reference": weights_on_disk(Path(reference)), "compressed": weights_on_disk(Path(path))},
+        "bytes_on_disk": {"reference": weights_on_disk(reference), "compressed": weights_on_disk(model)},
         "text": texts[0],
         "calibration": recipe.calibration if recipe else None,
         "length": length,
@@ -121,6 +134,15 @@ def _made_from(compressed: Any, dense: Any) -> bool:
     return torch.allclose(ours, theirs, rtol=2**-7, atol=1e-6)
 
 
-def weights_on_disk(folder: Path) -> int | None:
+def name_of(model: str | Path | PreTrainedModel) -> str:
+    """What a model is called, in memory as its config says."""
+    if not isinstance(model, PreTrainedModel):
+        return str(model)
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def weights_on_disk(model: str | Path | PreTrainedModel) -> int | None:
     """Bytes of the files that hold the folder's weights; None for a model that is not a local folder."""
-    return sum(file.stat().st_size for file in weight_files(folder)) if folder.is_dir() else None
+    if isinstance(model, PreTrainedModel) or not Path(model).is_dir():
+        return None
+    return sum(file.stat().st_size for file in weight_files(Path(model)))

@@ -24,13 +24,13 @@ from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.linear import is_linear, weight_of
 from rankwise.layers.matrices import Shape, unstack_experts
 from rankwise.plain import to_json
-from rankwise.recipe import Recipe
+from rankwise.recipe import TARGETS, Recipe
 from rankwise.run_folder import digest, read_tensors
 
 FILE, RESULTS, WINDOWS, PRICES = "decomposed.json", "decomposed", "windows.safetensors", "prices.safetensors"
 FORMAT_VERSION = 1
 FREE = frozenset(
-    {"rate", "target_bytes", "target_speedup", "scope", "allocation", "preset", "options", "rank_multiple", "form", "device"}
+    {*TARGETS, "scope", "keep", "allocation", "preset", "options", "rank_multiple", "form", "device"}
 )  # not settled by decomposing
 
 

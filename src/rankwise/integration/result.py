@@ -16,9 +16,10 @@ from rankwise.integration.artifact import FILE as ARTIFACT
 from rankwise.integration.beside import copy_beside
 from rankwise.integration.checkpoint import load_config, quantization_of, refuse_foreign, skeleton, written_whole
 from rankwise.integration.files import read_json, refuse_odd_files
+from rankwise.integration.quantizer import METHOD
 from rankwise.layers.linear import is_linear
 from rankwise.layers.lowrank import PairLinear
-from rankwise.layers.matrices import Shape, unstack_experts
+from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.plain import shown, to_json
 from rankwise.recipe import FILE as RECIPE
 from rankwise.recipe import Recipe
@@ -101,13 +102,30 @@ def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shap
     weights in the folder are not those that its config describes."""
     config = load_config(folder)
     refuse_foreign(folder, config)
+    return shapes_in(config, ranks, folder / RANKS)
+
+
+def ranks_in(model: PreTrainedModel) -> dict[str, int | None]:
+    """The ranks of a compressed model in memory, None for the dense ones of the matrices that may be compressed unless told.
+    Raises `RankwiseError` for a model that rankwise has not compressed."""
+    stored = quantization_of(model.config)
+    if stored.get("quant_method") != METHOD:
+        raise RankwiseError(f"the {type(model).__name__} was not compressed by rankwise: its config has no ranks")
+    empty = skeleton(model.config)
+    unstack_experts(empty)
+    return {**dict.fromkeys(find_matrices(empty)[0]), **stored["ranks"]}
+
+
+def shapes_in(config: Any, ranks: Mapping[str, int | None], where: object) -> dict[str, Shape]:
+    """The shape of every matrix in `ranks`, which are those in `where`. Raises `RankwiseError` for one that the config's model
+    does not have."""
     model, quantization = skeleton(config), quantization_of(config)
     form, affine = quantization.get("form", PairLinear.form), quantization.get("affine", False)
     unstack_experts(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     unknown = sorted(ranks.keys() - linear.keys())
     if unknown:
-        raise RankwiseError(f"{folder / RANKS} has a rank for {unknown[0]}, a matrix that {type(model).__name__} does not have")
+        raise RankwiseError(f"{where} has a rank for {unknown[0]}, a matrix that {type(model).__name__} does not have")
     return {name: Shape.of(linear[name], form, affine) for name in ranks}
 
 
@@ -116,6 +134,8 @@ def _asked(recipe: Recipe) -> str:
         return f"At most {recipe.target_bytes:,} bytes"
     if recipe.target_speedup is not None:
         return f"A speed-up of {recipe.target_speedup}"
+    if recipe.ranks is not None:
+        return "The ranks of a plan"
     return f"Rate {recipe.rate}"
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, DIFFERENTIATING, FORWARD_ONLY, Allocator
-from rankwise.allocation.plan import Budget
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import frozen
 from rankwise.calibration.text import read_documents
@@ -109,8 +108,7 @@ def start(
     for name in [name for name in shapes if blocks.block_of(name) is None]:
         left_dense[name] = "it is outside of the blocks, which alone are compressed block by block"
         del shapes[name]
-    assert recipe.rate is not None
-    Budget.of(shapes, recipe.rate, recipe.scope, empty.num_parameters(), recipe.rank_multiple)
+    stages.refuse_out_of_reach(empty, shapes, recipe, [recipe.rate] if recipe.rate else [])
     refuse_whole_runs(recipe, allocator, empty, shapes)
     tokenizer = tokenizer or load_tokenizer(model)
     data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")

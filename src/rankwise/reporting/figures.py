@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rankwise.plain import shown
-from rankwise.report.grid import Place
+from rankwise.reporting.grid import Place
 
 SVG = "http://www.w3.org/2000/svg"
 INK, QUIET, LINE = "#010101", "#010102", "#010103"  # stand for the variables of the same name

@@ -8,21 +8,22 @@ from typing import Any
 
 from rankwise import bundled
 from rankwise.allocation.allocator import ALLOCATORS, OF_BYTES
+from rankwise.options import flag
 from rankwise.recipe import IN_MEMORY, Recipe
-
-REPEATED = {"include": "--include", "exclude": "--exclude", "options": "--option", "dataset_options": "--dataset-option"}
 
 
 def command_of(base_model: str, recipe: Mapping[str, Any], output: str) -> str | None:
-    """The `rankwise compress` line of a recipe, or None where the text or the options were Python objects."""
-    if recipe["calibration"] == IN_MEMORY or recipe["allocation"] not in ALLOCATORS | OF_BYTES:
-        return None
+    """The `rankwise compress` line of a recipe, or None where the text or the method is no option."""
     words = ["rankwise", "compress", *([] if base_model == bundled.NAME else [base_model])]
+    if recipe["calibration"] == IN_MEMORY or not (recipe.get("ranks") or recipe["allocation"] in ALLOCATORS | OF_BYTES):
+        return None
+    if recipe.get("ranks"):  # too many for a line
+        return shlex.join([*words, "--recipe", output, "--output", f"{output}-again"])
     for name, field in Recipe.model_fields.items():
         value = recipe.get(name, field.default)
-        if name in REPEATED:
+        if isinstance(field.default, dict | tuple):
             items = [f"{key}={item}" for key, item in value.items()] if isinstance(value, Mapping) else value
-            words += [word for item in items for word in (REPEATED[name], str(item))]
+            words += [word for item in items for word in (flag(name), str(item))]
         elif value != field.default or name == "calibration":
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [flag(name), str(value)]
     return shlex.join([*words, "--output", output])

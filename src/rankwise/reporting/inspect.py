@@ -9,12 +9,13 @@ from rankwise.integration.checkpoint import load_config, quantization_of
 from rankwise.integration.result import read_ranks, read_shapes
 
 
-def inspect(folder: Path) -> list[dict[str, Any]]:
+def inspect(folder: str | Path) -> list[dict[str, Any]]:
     """One row per matrix: name, out_features, in_features, rank (None: dense), bits of a number (None: as the model's floats),
     break-even rank, parameters before and after.
 
     Raises `RankwiseError` for a folder that rankwise did not write.
     """
+    folder = Path(folder)
     ranks = read_ranks(folder)
     bits = quantization_of(load_config(folder)).get("bits", {})
     rows = []

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Column, Table
 
 from rankwise.plain import shown
-from rankwise.report.terminal import plain_console, print_report
+from rankwise.reporting.terminal import plain_console, print_report
 
 Format = Callable[[float], str]
 

@@ -11,7 +11,7 @@ from typing import Any
 from rankwise.contest import RESULTS
 from rankwise.errors import RankwiseError
 from rankwise.integration.result import EVALUATION, REPORT, SPECTRA, SPEED
-from rankwise.report.inspect import inspect
+from rankwise.reporting.inspect import inspect
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,18 @@ from markupsafe import Markup, escape
 from rankwise.errors import RankwiseError
 from rankwise.integration.result import PAGE
 from rankwise.plain import plain, to_json
-from rankwise.report.numbers import FORMATS
-from rankwise.report.read import Contest, Result, read_folder
-from rankwise.report.view import contest_view, overview, result_view
+from rankwise.reporting.numbers import FORMATS
+from rankwise.reporting.read import Contest, Result, read_folder
+from rankwise.reporting.view import contest_view, overview, result_view
 
 PERPLEXITIES = {"reference_perplexity", "perplexity"}  # null only where it is infinite: JSON has no number for that
 
 
-def write_page(folders: Sequence[Path], output: Path) -> None:
-    """The report of these folders as one file. Raises `RankwiseError` for a folder without results or a file that cannot be."""
-    found = [read_folder(folder) for folder in folders]
-    _write(output, page_of([r for r in found if isinstance(r, Result)], [c for c in found if isinstance(c, Contest)]))
+def report(folders: Sequence[str | Path], output: str | Path) -> None:
+    """Write the page of these folders, results and contests, to one file. Raises `RankwiseError` for a folder that has no
+    results, and where the file cannot be written."""
+    found = [read_folder(Path(folder)) for folder in folders]
+    _write(Path(output), page_of([r for r in found if isinstance(r, Result)], [c for c in found if isinstance(c, Contest)]))
 
 
 def refuse_no_page(folder: Path) -> None:
@@ -35,10 +36,10 @@ def refuse_no_page(folder: Path) -> None:
         raise RankwiseError(f"{folder} is no result of rankwise compress: there is no report to add to")
 
 
-def add_to_page(folder: Path, name: str, report: Mapping[str, Any]) -> None:
+def add_to_page(folder: Path, name: str, measured: Mapping[str, Any]) -> None:
     """Keep an evaluation or the measured speed of a result in its folder, as `name`, and write its page anew."""
-    _write(folder / name, to_json(report, indent=1) + "\n")
-    write_page([folder], folder / PAGE)
+    _write(folder / name, to_json(measured, indent=1) + "\n")
+    report([folder], folder / PAGE)
 
 
 def _write(output: Path, text: str) -> None:

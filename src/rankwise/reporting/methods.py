@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rankwise.allocation.allocator import ALLOCATORS, PAPERS
 from rankwise.decomposition.metric import METRICS
-from rankwise.report.terminal import plain_console
+from rankwise.reporting.terminal import plain_console
 
 WHEN: dict[str, dict[str, str]] = yaml.safe_load((Path(__file__).parent / "when.yaml").read_text(encoding="utf-8"))
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from rankwise.plain import shown
-from rankwise.report.terminal import plain_console
+from rankwise.reporting.terminal import plain_console
 
 Results = Sequence[Mapping[str, Any]]
 

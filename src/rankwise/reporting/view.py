@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape
-from rankwise.report import figures
-from rankwise.report.command import command_of
-from rankwise.report.contest import by_method
-from rankwise.report.evaluation import blind_tasks
-from rankwise.report.grid import Place, places, short_names
-from rankwise.report.numbers import brief, percent
-from rankwise.report.read import Contest, Result
+from rankwise.reporting import figures
+from rankwise.reporting.command import command_of
+from rankwise.reporting.contest import by_method
+from rankwise.reporting.evaluation import blind_tasks
+from rankwise.reporting.grid import Place, places, short_names
+from rankwise.reporting.numbers import brief, percent
+from rankwise.reporting.read import Contest, Result
 
 LINES = 24  # of a chart of spectra, at most
 

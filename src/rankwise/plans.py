@@ -1,0 +1,154 @@
+"""A plan: what was chosen for every matrix, before anything is done with it. It is printed, saved, edited and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.allocation.plan import Ranks, parameters
+from rankwise.errors import RankwiseError
+from rankwise.integration.files import read_json
+from rankwise.integration.result import RANKS
+from rankwise.layers.matrices import Shape
+from rankwise.plain import to_json
+from rankwise.recipe import FILE as RECIPE
+from rankwise.recipe import Recipe
+from rankwise.run_folder import digest, write_whole
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank, or None for dense, for every matrix of a model; no tensors.
+
+    shapes: the matrices', empty where ranks alone were read. kl: what the plan is predicted to cost, KL(original || compressed)
+    in nats per token on calibration text that nothing was chosen on; None where nobody has measured these ranks.
+    base_model: the name of the model it was made for. recipe: what was asked for.
+    """
+
+    ranks: Ranks
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    kl: float | None = None
+    base_model: str | None = None
+    recipe: Recipe | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        """The plan in a file that `save` wrote, or the ranks of a result folder or its `ranks.json`, edited or not.
+
+        Beside ranks alone a `recipe.yaml` is read too. A predicted KL is that of the ranks it was measured with: of edited ones
+        it is not known. Raises `RankwiseError` for a file that is neither.
+        """
+        file = Path(path) / RANKS if Path(path).is_dir() else Path(path)
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise RankwiseError(f"{file} is no plan: it is not an object of matrices and their ranks")
+        if not isinstance(content.get("ranks"), dict):
+            beside = file.with_name(RECIPE)
+            return cls(_ranks(content, file), recipe=Recipe.read(file.parent) if beside.is_file() else None)
+        if content.get("format_version") != FORMAT_VERSION:
+            version = content.get("format_version")
+            raise RankwiseError(f"{file} has format {version!r}, this rankwise reads {FORMAT_VERSION}: make the plan again")
+        ranks = _ranks(content["ranks"], file)
+        try:
+            recipe = None if content["recipe"] is None else Recipe.of(**content["recipe"])
+            shapes = {name: Shape(*shape) for name, shape in content["shapes"].items()}
+            kl = content["kl"] if content["measured"] == digest(ranks) else None
+            return cls(ranks, shapes, kl, content["base_model"], recipe)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RankwiseError(f"{file} cannot be read as a plan: {error!r}") from None
+
+    def save(self, file: str | Path) -> None:
+        """Write the plan as JSON, one matrix a line: `ranks` is what to edit. Raises `RankwiseError` where that fails."""
+        write_whole(Path(file), lambda path: path.write_text(self.to_json() + "\n", encoding="utf-8"))
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        about = {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "kl": self.kl,
+            "measured": digest(dict(self.ranks)),
+            "recipe": self.recipe and self.recipe.model_dump(mode="json"),
+            "shapes": {name: astuple(shape) for name, shape in self.shapes.items()},
+        }
+        rest = "".join(f',\n "{name}": {to_json(value)}' for name, value in about.items())
+        return f'{{\n "ranks": {to_json(self.ranks, indent=1)}{rest}\n}}'
+
+    def edited(self, ranks: Ranks) -> Plan:
+        """The plan with other ranks for these matrices; what it costs is not known."""
+        return replace(self, ranks={**self.ranks, **ranks}, kl=None)
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters that the matrices keep; None where shapes are not known."""
+        return parameters(self.ranks, self.shapes) if self.shapes else None
+
+    def __sub__(self, other: Plan) -> Difference:
+        """What changes from `other` to this plan. Raises `RankwiseError` for plans of different matrices."""
+        alone = self.ranks.keys() ^ other.ranks.keys()
+        if alone:
+            raise RankwiseError(f"these are plans of different matrices: only one of them has {min(alone)}")
+        changed = {name: (other.ranks[name], rank) for name, rank in self.ranks.items() if rank != other.ranks[name]}
+        return Difference(changed, self.shapes or other.shapes)
+
+    def __str__(self) -> str:
+        head, kept = f"plan for {self.base_model or 'a model'}", self.parameters
+        if kept is not None:
+            dense = sum(shape.dense for shape in self.shapes.values())
+            head += f": {kept:,} of {dense:,} parameters kept ({kept / dense:.1%})"
+        head += ", nobody has measured its KL" if self.kl is None else f", predicted KL {self.kl:.5f} nats per token"
+        return "\n".join([head, *_table((name, _shown(rank), self._kept(name)) for name, rank in self.ranks.items())])
+
+    def _kept(self, name: str) -> str:
+        shape = self.shapes.get(name)
+        return "" if shape is None else f"{shape.parameters(self.ranks[name]) / shape.dense:.0%} of {shape.dense:,}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changes from one plan to another. ranks: of each matrix that changes, before and after, None for dense."""
+
+    ranks: dict[str, tuple[int | None, int | None]]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters that each of these matrices gains; empty where shapes are not known."""
+        of = {name: self.shapes[name].parameters for name in self.ranks if name in self.shapes}
+        return {name: of[name](after) - of[name](before) for name, (before, after) in self.ranks.items() if name in of}
+
+    def __str__(self) -> str:
+        gained = self.parameters
+        if not self.ranks:
+            return "the plans have the same ranks"
+        head = f"{len(self.ranks)} matrices change" + (f", {sum(gained.values()):+,} parameters" if gained else "")
+        rows = (
+            (name, f"{_shown(before)} -> {_shown(after)}", f"{gained[name]:+,}" if name in gained else "")
+            for name, (before, after) in self.ranks.items()
+        )
+        return "\n".join([head, *_table(rows)])
+
+
+def _ranks(found: Mapping[str, Any], file: Path) -> Ranks:
+    for name, rank in found.items():
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise RankwiseError(f"{file} has {rank!r} for {name}: a rank is a positive number, or null for dense")
+    return dict(found)
+
+
+def _shown(rank: int | None) -> str:
+    return "dense" if rank is None else str(rank)
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """The rows as lines, names to the left and the rest to the right of columns of equal width."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]).rstrip()
+        for name, *cells in rows
+    ]
