@@ -27,6 +27,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of a tiny result takes longer than all the rest of it: only tests marked `page` have it drawn."""
+    if request.node.get_closest_marker("page") is None:
+        monkeypatch.setattr("rankwise.pipeline.page_of", lambda _: "")
+
+
 def pytest_configure() -> None:
     import torch
 

@@ -60,6 +60,7 @@ def run_without_rankwise(script: str, *arguments: Any) -> subprocess.CompletedPr
     return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.page  # of every architecture
 @every
 def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     result = compressed(name)

@@ -28,6 +28,7 @@ from rankwise.report.numbers import FORMATS
 from rankwise.report.view import grid
 from rankwise.testing.allocators import tiny_student
 
+pytestmark = pytest.mark.page
 Run = Callable[..., Any]
 SECTIONS = [
     "Where the ranks went",
