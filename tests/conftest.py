@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import settings
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "COLUMNS": "200"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+settings.register_profile("thorough", max_examples=300)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHARACTERS = string.ascii_letters + string.digits + " .,;:!?'\n"
