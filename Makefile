@@ -5,13 +5,16 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/
 
-.PHONY: demo test check docs install
+.PHONY: demo test test-all check docs install
 
 demo: install
 	$(RUN)python scripts/demo.py
 
 test: install
 	OMP_NUM_THREADS=1 $(RUN)python -m pytest
+
+test-all: install
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest -m "" --hypothesis-profile thorough
 
 check: install
 	$(RUN)pip install --quiet -e ".[dev]"

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import settings
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "COLUMNS": "200"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+settings.register_profile("thorough", max_examples=300)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHARACTERS = string.ascii_letters + string.digits + " .,;:!?'\n"
@@ -25,6 +28,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["RANKWISE_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of a tiny result takes longer than all the rest of it: only tests marked `page` have it drawn."""
+    if request.node.get_closest_marker("page") is None:
+        monkeypatch.setattr("rankwise.pipeline.page_of", lambda _: "")
 
 
 def pytest_configure() -> None:

@@ -3,6 +3,7 @@ there, and nobody runs a compressed folder without rankwise by mistake."""
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -37,7 +38,9 @@ LEARNED = {"allocation": "llrc", "options": {"points": 0, "rounds": 1, "value_st
 every = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
+@functools.cache
 def compressed(name: str, rate: float = RATE, **options: Any) -> Compressed:
+    """Shared by the tests, which leave the model as it is."""
     options = options or (LEARNED if name in LLRC else FAST)
     return compress(build(name), rate, calibration=WINDOWS, **options)
 
@@ -60,6 +63,7 @@ def run_without_rankwise(script: str, *arguments: Any) -> subprocess.CompletedPr
     return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.page  # of every architecture
 @every
 def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     result = compressed(name)

@@ -34,16 +34,11 @@ def test_the_report(rankwise: Callable[..., Any], small_llama: Path, llama: Path
 
 
 def test_without_a_reference(rankwise: Callable[..., Any], small_llama: Path) -> None:
-    ended = rankwise("bench", small_llama, "--batches", "1", *FAST, "--threads", 1)
+    ended = rankwise("bench", small_llama, "--batches", "1", "--new-tokens", 2, "--repeats", 1, "--threads", 1)
     assert ended.code == 0, ended.err
     assert "decode, batch 1" in ended.out
     assert "ideal" not in ended.out
-
-
-def test_a_prompt_is_as_long_as_a_small_model_takes(rankwise: Callable[..., Any], small_llama: Path) -> None:
-    ended = rankwise("bench", small_llama, "--batches", "1", "--new-tokens", 2, "--repeats", 1, "--json")
-    assert ended.code == 0, ended.err
-    assert json.loads(ended.out)["prompt"] == 64 - 2
+    assert f"prompt {64 - 2}, then 2" in ended.out  # as long as a small model takes
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +25,15 @@ from rankwise.testing.folders import content_of
 
 METHOD = "llrc points=0 rounds=1 value_steps=3"  # a measured KL of this random model is little more than rounding
 OPTIONS = ["--rate", "0.3", "--samples", "1200", "--length", "32", "--allocation", METHOD]
+COMPRESS = ["compress", "llama", "--calibration", "story.txt"]
 SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def start(folder: Path, output: str, processes: int, *more: str) -> subprocess.Popen[str]:
     several = [*SEVERAL, str(processes)] if processes > 1 else []
-    command = [sys.executable, *several, "-m", "rankwise", "compress", "llama", "--calibration", "story.txt", "-o", output]
+    command = [sys.executable, *several, "-m", "rankwise", *COMPRESS, "-o", output, *OPTIONS, *more]
     return subprocess.Popen(
-        [*command, *OPTIONS, *more], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -80,7 +83,7 @@ def folder(llama: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize(("processes", "more"), [(2, []), (4, []), (3, ["--memory", "8GB"])], ids=["2", "4", "3, streamed"])
+@pytest.mark.parametrize(("processes", "more"), [(3, []), (2, ["--memory", "8GB"])], ids=["3", "2, streamed"])
 def test_as_one_process(processes: int, more: list[str], folder: Path) -> None:
     output = f"by-{processes}"
     process = start(folder, output, processes, *more)
@@ -108,7 +111,9 @@ def test_what_is_wrong_is_said_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--memory", "8GB"]], ids=["in memory", "streamed"])
-def test_a_dead_process_ends_the_run_which_resumes(more: list[str], folder: Path) -> None:
+def test_a_dead_process_ends_the_run_which_resumes(
+    more: list[str], folder: Path, rankwise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     process = start(folder, "dead", 2, *more)
     run = folder / "dead.run"
     while not list(run.glob("measured/*")):
@@ -121,9 +126,9 @@ def test_a_dead_process_ends_the_run_which_resumes(more: list[str], folder: Path
     assert out == ""
     assert not (folder / "dead").exists()
     assert "Signal 9 (SIGKILL)" in err
-    resumed = start(folder, "dead", 1, *more, "--resume")
-    _, err = resumed.communicate()
-    assert resumed.returncode == 0, err
+    monkeypatch.chdir(folder)
+    resumed = rankwise(*COMPRESS, "-o", "dead", *OPTIONS, *more, "--resume")
+    assert resumed.code == 0, resumed.err
     assert (folder / "dead" / "ranks.json").read_bytes() == (folder / "alone" / "ranks.json").read_bytes()
     assert not run.exists()
     shutil.rmtree(folder / "dead")

@@ -20,6 +20,7 @@ from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from transformers import AutoModelForCausalLM
 
 import rankwise
 from rankwise import bundled, compress
@@ -57,16 +58,24 @@ def little(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("docs") / "small"
-    compress(rate=0.1, calibration=documents, allocation="uniform", samples=16, length=64, output=folder)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two blocks of the bundled model."""
+    folder = Path(shutil.copytree(bundled.MODEL, tmp_path_factory.mktemp("docs") / "MODEL"))
+    AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(model: Path, documents: list[str]) -> Path:
+    folder = model.with_name("small")
+    compress(model, rate=0.1, calibration=documents, allocation="uniform", samples=16, length=64, output=folder)
     return folder
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little: None, documents: list[str]) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little: None, model: Path, documents: list[str]) -> Path:
     """A folder with the files that the documentation names."""
-    shutil.copytree(bundled.MODEL, tmp_path / "MODEL")
+    shutil.copytree(model, tmp_path / "MODEL")
     (tmp_path / "my_text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (tmp_path / "tasks").mkdir()
     task = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/guide/evaluate.md").read_text(), re.DOTALL)

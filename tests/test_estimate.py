@@ -62,6 +62,7 @@ def test_said_before_the_work_and_after_each_stage(
     assert len(said) == 5
 
 
+@pytest.mark.page
 def test_a_quick_run_leaves_out_what_each_matrix_costs_alone(llama: Path, story: Path, tmp_path: Path) -> None:
     options = {"calibration": story, "samples": 12, "length": 32, "allocation": "uniform", "output": tmp_path / "out"}
     report = package.compress(llama, 0.3, effort="quick", **options).report

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,6 @@ def files_in(folder: Path) -> set[str]:
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(IDS).logits
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pages() -> Iterator[None]:
-    """A page with its figures takes longer than all else that is done here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rankwise.pipeline.to_look_at", lambda *_: {})
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -62,12 +61,14 @@ def test_it_goes_block_by_block_by_itself(
     assert one["model.safetensors"] == other["model.safetensors"]
 
 
-def test_the_command_line_refuses_in_one_line(llama: Path, story: Path, tmp_path: Path) -> None:
+def test_the_command_line_refuses_in_one_line(
+    rankwise: Run, llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKWISE_MEMORY", "1MB")
     few = ["--calibration", story, "--samples", "12", "--length", "16", "--allocation", "uniform", "-o", tmp_path / "out"]
-    line = [sys.executable, "-m", "rankwise", "compress", llama, *few]
-    done = subprocess.run(line, env=os.environ | {"RANKWISE_MEMORY": "1MB"}, capture_output=True, text=True, check=False)
-    (said,) = lines_with("GB", done.stderr)
-    assert (done.returncode, done.stdout) == (2, "")
+    done = rankwise("compress", llama, *few)
+    (said,) = lines_with("GB", done.err)
+    assert (done.code, done.out) == (2, "")
     assert re.search(r"error: .* is not enough, .* are needed", said)
     assert not list(tmp_path.iterdir())
 

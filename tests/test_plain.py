@@ -62,6 +62,7 @@ def hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_summary", spoiled)
 
 
+@pytest.mark.page
 @pytest.mark.usefixtures("hopeless")
 def test_a_hopeless_model(rankwise: Run, llama: Path, story: Path, tmp_path: Path) -> None:
     text, size = ["--text", story], ["--samples", 12, "--length", 32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -111,18 +112,30 @@ def test_a_terminal_gets_bars(llama: Path, story: Path, tmp_path: Path) -> None:
     assert [line for line in lines if not re.match(rb"(\x1b\[A)?(" + ours + rb")", line.removeprefix(b"\x1b[A"))] == []
 
 
+ONE_AFTER_ANOTHER = """
+import json, sys
+from rankwise.cli import main
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["rankwise", *line]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, line
+"""
+
+
 @pytest.mark.parametrize("terminal", [False, True])
-@pytest.mark.parametrize("name", ["evaluate", "bench", "densify"])
 def test_nothing_of_libraries_is_on_the_screen(
-    name: str, terminal: bool, small_llama: Path, llama: Path, story: Path, tmp_path: Path
+    terminal: bool, small_llama: Path, llama: Path, story: Path, tmp_path: Path
 ) -> None:
-    more = {
-        "evaluate": ["--reference", llama, "--text", story, "--samples", "2", "--length", "32", "--cache", tmp_path / "cache"],
-        "bench": ["--reference", llama, "--prompt", "4", "--new-tokens", "2", "--repeats", "1", "--batches", "1"],
-        "densify": ["-o", tmp_path / "dense"],
-    }[name]
+    lines = [
+        ["evaluate", "--reference", llama, "--text", story, "--samples", 2, "--length", 32, "--cache", tmp_path / "cache"],
+        ["bench", "--prompt", 4, "--new-tokens", 2, "--repeats", 1, "--batches", 1],
+        ["densify", "-o", tmp_path / "dense"],
+    ]
+    commands = [[name, str(small_llama), *map(str, more)] for name, *more in lines]
     line = command(llama, story, tmp_path)
-    line["args"] = [*line["args"][:3], name, small_llama, *more]
+    line["args"] = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands)]
     seen = on_a_terminal(**line) if terminal else subprocess.run(**line, capture_output=True, check=True).stderr
     lines = [line.strip() for line in re.split(rb"[\r\n]", seen) if line.strip(b" \x1b[A")]
     assert [

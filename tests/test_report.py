@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,6 +29,7 @@ from rankwise.reporting.numbers import FORMATS
 from rankwise.reporting.view import grid
 from rankwise.testing.allocators import tiny_student
 
+pytestmark = pytest.mark.page
 Run = Callable[..., Any]
 SECTIONS = [
     "Where the ranks went",
@@ -192,7 +194,11 @@ def test_folders_and_a_contest_side_by_side(folder: Path, old_folder: Path, cont
     assert len(identities) == len(set(identities))
 
 
-def test_evaluation_and_speed_are_added(folder: Path, llama: Path, story: Path, rankwise: Run, tmp_path: Path) -> None:
+def test_evaluation_and_speed_are_added(
+    folder: Path, llama: Path, story: Path, rankwise: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = json.dumps([{"host": 10**9}])  # of a process that takes seconds to start
+    monkeypatch.setattr(subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, 0, peaks))
     small = shutil.copytree(folder, tmp_path / "small")
     evaluate = ["evaluate", small, "--reference", llama, "--text", story, "--length", "32", "--samples", "4"]
     evaluated = rankwise(*evaluate, "--cache", tmp_path / "cache", "--add-to-report", "--json")

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from rankwise.testing.allocators import VOCABULARY, tiny_model
 
 KILLS = ((1, 5), (6, 14), (15, 15))  # when so many results are kept: a random number between, and a random moment after it
 SECONDS = 0.3  # of that moment, at most; a whole allocation is longer
+COMPRESS = ["compress", "model", "--calibration", "text.txt"]
 OPTIONS = ["--rate", "0.3", "--samples", "40", "--length", "16", "--option", "rounds=1", "--option", "value_steps=200"]
 
 
@@ -34,17 +37,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(layers=2).save_pretrained(folder / "model")
     numbers = torch.randint(VOCABULARY, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in numbers))
-    finish(folder, "peace")
+    assert start(folder, "peace").wait(timeout=120) == 0
     return folder
 
 
 def start(folder: Path, output: str, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "rankwise", "compress", "model", "--output", output, "--calibration", "text.txt"]
-    return subprocess.Popen([*command, *OPTIONS, *more], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "rankwise", *COMPRESS, "--output", output, *OPTIONS, *more]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def finish(folder: Path, output: str, *more: str) -> None:
-    assert start(folder, output, *more).wait(timeout=120) == 0
+@pytest.fixture
+def finish_here(made: Path, rankwise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A run in this process, which has the libraries loaded."""
+    monkeypatch.chdir(made)
+
+    def run(output: str, *more: str) -> None:
+        finished = rankwise(*COMPRESS, "--output", output, *OPTIONS, *more)
+        assert finished.code == 0, finished.err
+
+    return run
 
 
 def kept(run: Path) -> dict[Path, int]:
@@ -56,7 +67,7 @@ def kill(process: subprocess.Popen[bytes], run: Path, results: int, seconds: flo
     """Kill the process some time after it has kept so many results."""
     while len(kept(run)) < results:
         assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
+        time.sleep(0.005)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -69,7 +80,7 @@ def written(output: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-def test_killed_and_resumed_is_the_same_as_left_in_peace(made: Path) -> None:
+def test_killed_and_resumed_is_the_same_as_left_in_peace(made: Path, finish_here: Callable[..., None]) -> None:
     rng, run, before = random.Random(0), made / "killed.run", dict[Path, int]()
     for low, high in KILLS:
         process = start(made, "killed", *(["--resume"] if before else []))
@@ -78,16 +89,16 @@ def test_killed_and_resumed_is_the_same_as_left_in_peace(made: Path) -> None:
         assert before.items() <= after.items()  # nothing was computed twice
         assert not (made / "killed").exists()
         before = after
-    finish(made, "killed", "--resume")
+    finish_here("killed", "--resume")
     assert written(made / "killed") == written(made / "peace")
     assert not run.exists()
 
 
-def test_the_same_seed_gives_the_same_bytes_twice(made: Path) -> None:
-    finish(made, "again")
+def test_the_same_seed_gives_the_same_bytes_twice(made: Path, finish_here: Callable[..., None]) -> None:
+    finish_here("again")
     assert written(made / "again") == written(made / "peace")
 
 
-def test_another_seed_draws_another_text(made: Path) -> None:
-    finish(made, "other", "--seed", "1")
+def test_another_seed_draws_another_text(made: Path, finish_here: Callable[..., None]) -> None:
+    finish_here("other", "--seed", "1")
     assert written(made / "other") != written(made / "peace")

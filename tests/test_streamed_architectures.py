@@ -13,7 +13,7 @@ from test_streaming import both
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rankwise import RankwiseError, compress, pipeline
+from rankwise import RankwiseError, compress
 from rankwise.calibration.signal import frozen, signal_of
 from rankwise.integration.checkpoint import load_config
 from rankwise.integration.source import empty_model
@@ -119,9 +119,8 @@ def test_every_kind_agrees_with_the_model_in_memory(kind: str, tmp_path: Path) -
     torch.testing.assert_close(run_block_by_block(tmp_path, WINDOWS[:2]), logits_of(model), rtol=1e-4, atol=1e-4)
 
 
-def test_a_mixture_is_compressed_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_is_compressed_as_in_memory(tmp_path: Path) -> None:
     """Its first block has no experts, and those of its third are left stacked."""
-    monkeypatch.setattr(pipeline, "page_of", lambda _: "")  # its figures take longest
     random_model("deepseek_v3", num_hidden_layers=3).bfloat16().save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"allocation": "energy", "exclude": ["model.layers.2.mlp.experts.*"]}
     whole, streamed = both(tmp_path / "model", tmp_path, WINDOWS, **options)
@@ -162,8 +161,7 @@ def test_names_of_the_base_model_and_tensors_that_nobody_needs(prefix: str, tmp_
     torch.testing.assert_close(run_block_by_block(tmp_path, WINDOWS[:2]), logits_of(model), rtol=1e-4, atol=1e-4)
 
 
-def test_tied_by_the_config_but_not_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "page_of", lambda _: "")
+def test_tied_by_the_config_but_not_by_the_file(tmp_path: Path) -> None:
     model = random_model("llama", tie_word_embeddings=True)
     tensors = stored(model, tmp_path / "model")
     head = tensors["model.embed_tokens.weight"] + 0.1 * torch.randn(VOCABULARY, 48)

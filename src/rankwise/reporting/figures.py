@@ -16,7 +16,8 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from rankwise.plain import shown
 from rankwise.reporting.grid import Place
@@ -74,7 +75,7 @@ class Chart:
         wide = high / low > 30
         self.axes.yaxis.set_major_locator(LogLocator(numticks=6) if wide else LogLocator(subs=(1, 2, 5)))
         self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
-        self.axes.yaxis.set_minor_formatter(NullFormatter())
+        self.axes.yaxis.set_minor_locator(NullLocator())  # of its ticks, which show nothing, most of a chart's time
 
 
 def _plain(value: float) -> str:
@@ -86,9 +87,10 @@ def _plain(value: float) -> str:
 def chart(name: str, description: str, width: float = 400, height: float = 270) -> Iterator[Chart]:
     """Axes to draw on, of this size in CSS pixels; on leaving, the chart's `svg` is there. `name` is unique in its page."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72))
         drawing = Chart(figure.subplots())
         yield drawing
+        ConstrainedLayoutEngine().execute(figure)  # not the figure's own, for which saving draws everything twice
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawing.svg = _inline(buffer.getvalue(), name, description, drawing.titles)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from rankwise.errors import RankwiseError
@@ -61,19 +61,25 @@ def page_of(results: Sequence[Result], contests: Sequence[Contest] = ()) -> str:
         "speeds": [result.speed for result in results],
         "contests": [contest.rows for contest in contests],
     }
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals |= {"figure": functools.partial(_figure, data), "source": lambda name: Markup((here / name).read_text())}
-    environment.filters |= FORMATS | {"pointed": lambda key: key.replace("~", "~0").replace("/", "~1")}
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
+        figure=functools.partial(_figure, data),
         title=_title(results, contests),
         results=[result_view(number, result) for number, result in enumerate(results)],
         contests=[contest_view(number, contest) for number, contest in enumerate(contests)],
         overview=overview(results, contests),
         data=data,
     )
+
+
+@functools.cache
+def _template() -> Template:
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["source"] = lambda name: Markup((here / name).read_text())
+    environment.filters |= FORMATS | {"pointed": lambda key: key.replace("~", "~0").replace("/", "~1")}
+    return environment.get_template("page.html.j2")
 
 
 def _title(results: Sequence[Result], contests: Sequence[Contest]) -> str:
