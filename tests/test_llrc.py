@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import build
 
+from rankwise import compress
 from rankwise.allocation import llrc
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc import LLRC, choose, in_nats
@@ -95,3 +97,16 @@ def test_what_it_reads_is_foretold() -> None:
     allocator.allocate(problem)
     for told, read in ((forward, student.effort["forward_tokens"]), (back, student.effort["backward_tokens"])):
         assert 0.8 * read <= told <= 4 * read  # rounds may end early
+
+
+def test_what_runs_without_gradients_stays_dense() -> None:
+    """As the indexers of sparse attention do, which choose what is read."""
+    model = build("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.forward = torch.no_grad()(mlp.forward)
+    windows = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(0))
+    options = {"points": 0, "rounds": 1, "value_steps": 0}
+    report = compress(model, 0.2, calibration=windows, options=options, effort="quick").report
+    left = {name.rpartition(".")[0] for name in report["left_dense"] if "mlp" in name}
+    assert left == {"model.layers.0.mlp"}
+    assert any(report["ranks"].values())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import build
+from test_optimize import whisper
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -52,6 +53,17 @@ def test_a_model_computes_in_float32_inside_and_is_the_same_afterwards() -> None
     after = model.state_dict()
     assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items())
     assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("without_units")
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_sounds_are_read_in_the_dtype_that_the_model_computes_in(stored: torch.dtype) -> None:
+    model = whisper().to(stored).eval()
+    sound, text = torch.randn(12, 1, 8, 32).bfloat16(), torch.randint(3, 90, (12, 1, 8))
+    batches = [{"input_features": x, "decoder_input_ids": y} for x, y in zip(sound, text, strict=True)]
+    result = package.compress(model, 0.3, calibration=batches, allocation="uniform", effort="quick")
+    assert result.report["kl"] > 0
+    assert {p.dtype for p in result.model.parameters()} == {stored}
 
 
 @pytest.mark.usefixtures("without_units")

@@ -257,6 +257,8 @@ def _input_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> C
 
 def _output_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> Callable[..., Tensor]:
     def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # the model chooses by it, as the indexers of sparse attention do: it has no gradient
+            return output
         if not output.requires_grad:  # the graph begins at the first matrix, as no weight asks for a gradient,
             output = output.detach().requires_grad_(True).clone()  # and at a copy, which may be changed in place
         x = inputs[0].detach() if "fisher" in needs else None

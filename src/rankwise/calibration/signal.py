@@ -82,9 +82,11 @@ def token_mask(batch: Batch) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 
-def inputs_of(batch: Batch, device: torch.device) -> Batch:
-    """What a model on `device` is called with: neither labels nor draws."""
-    return {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DRAWS)}
+def inputs_of(model: Any, batch: Batch, device: torch.device) -> Batch:
+    """What a model on `device` is called with: neither labels nor draws, and pictures and sounds in the model's own dtype, which
+    may be wider than the one it is stored in, and than theirs."""
+    given = {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", DRAWS)}
+    return {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 
 @contextmanager
@@ -105,7 +107,7 @@ def unpadded(model: Any, batch: Batch) -> Iterator[None]:
 def call(model: nn.Module, batch: Batch, device: torch.device | None = None, **options: Any) -> Any:
     """The model's own output object for `batch`; the inputs go to `device`, by default that of the model."""
     with unpadded(model, batch):
-        return model(**inputs_of(batch, device or device_of(model)), **options)
+        return model(**inputs_of(model, batch, device or device_of(model)), **options)
 
 
 def few_tokens(batch: Batch) -> Batch:
