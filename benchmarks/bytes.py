@@ -1,7 +1,7 @@
 """The best model in so many bytes: low rank, fewer bits and both together, at the same bytes of the same matrices.
 
-    python benchmarks/bytes.py [--models SmolLM2-135M-Instruct MGM-9M] [--bits 6.25 4.25 3.25 2.75 2.5] [--samples 64]
-                               [--judge-samples 32]
+    python benchmarks/bytes.py [--models SmolLM2-135M-Instruct MGM-9M] [--bits 6.25 4.25 3.25 2.75 2.5] [--alike 8 4 3 2]
+                               [--texts WikiText-2 C4] [--samples 64] [--judge-samples 32]
 
 Every plan is made from one set of statistics and judged on the same windows: all matrices rounded to nearest, or by GPTQ, at each
 number of bits, groups of 64; a number of bits for every matrix; a rank or a number of bits for every matrix (`--bits mixed`);
@@ -58,6 +58,7 @@ class Contest:
     def __init__(self, folder: Path, args: argparse.Namespace, work: Path) -> None:
         texts = texts_of(folder, args.data, work)
         calibration = texts.pop("c4", "self")
+        texts = {name: path for name, path in texts.items() if not args.texts or name in args.texts}
         self.recipe = Recipe.of(rate=0.5, length=LENGTH, samples=args.samples, dtype="bfloat16", calibration=calibration)
         self.run = stages.start(folder, calibration, None, self.recipe, [], RunFolder(work / "bytes"))
         with widened(self.run.model):
@@ -124,12 +125,12 @@ def dense_only(offer: Offer) -> Offer:
     return replace(offer, ways=[offer.ways[i] for i in at], bytes=offer.bytes[at], errors=offer.errors[at])
 
 
-def plans(contest: Contest, sizes: list[float]) -> list[tuple[str, float, Callable[[], Allocation]]]:
+def plans(contest: Contest, sizes: list[float], widths: list[int]) -> list[tuple[str, float, Callable[[], Allocation]]]:
     """Each way at each size, and what makes the plan."""
     dense = {name: dense_only(offer) for name, offer in contest.offers.items()}
     found: list[tuple[str, float, Callable[[], Allocation]]] = []
     for way in ("gptq", "nearest"):
-        found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in sorted(WIDTHS, reverse=True)]  # type: ignore[misc]
+        found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in widths]  # type: ignore[misc]
     for bits in sizes:
         found.append(("mixed", bits, lambda bits=bits: contest.allocated(bits, Mixed(), contest.offers)))  # type: ignore[misc]
         found.append(("bits", bits, lambda bits=bits: contest.allocated(bits, Mixed(), dense)))  # type: ignore[misc]
@@ -163,6 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M"])
     parser.add_argument("--bits", nargs="+", type=float, default=[6.25, 5.25, 4.25, 3.75, 3.25, 2.75, 2.5])
+    parser.add_argument("--alike", nargs="+", type=int, default=sorted(WIDTHS, reverse=True), help="bits of all matrices alike")
+    parser.add_argument("--texts", nargs="+", default=[], help="to judge on; all of the model's by default")
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
     parser.add_argument("--judge-samples", type=int, default=32)
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
@@ -172,7 +175,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for model in args.models:
         contest, rows = Contest(args.real_models / model, args, args.work / model), []
-        for way, bits, plan in plans(contest, args.bits):
+        for way, bits, plan in plans(contest, args.bits, args.alike):
             rows.append(contest.row(way, plan()))
             print(
                 f"{way} {bits}: {rows[-1]['bits']:.2f} bits, { ({n: round(t['kl'], 4) for n, t in rows[-1]['texts'].items()}) }",
