@@ -12,7 +12,6 @@ from typing import Any, Unpack
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
@@ -43,7 +42,6 @@ from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import Shape, stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import BYTE
 from rankwise.masks.student import Student
 from rankwise.memory import gigabytes
 from rankwise.options import CompressOptions
@@ -311,7 +309,7 @@ def _chosen(asked: _Asked, folder: RunFolder, closer: bool = False, loadable: bo
             chosen = stages.allocate(run, student, metric, allocator, budget, shapes, offers)
         if chosen.bits:
             student.in_bits = stages.written_in_bits(run, statistics, student.decompositions, metric, chosen, recipe.form)
-            chosen = with_tables(chosen, student.in_bits)
+            chosen = stages.with_tables(chosen, student.in_bits)
         with widened(run.model):
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
@@ -419,26 +417,6 @@ def _asked(
     return _Asked(model, calibration, tokenizer, settled, allocator, artifact)
 
 
-def refuse_bits(recipe: Recipe) -> None:
-    """Raises `RankwiseError` where bits are to be chosen, and something that cannot stand beside it is asked for."""
-    if (recipe.bits == "mixed") != (recipe.allocation == "mixed"):
-        raise RankwiseError(
-            f"bits={recipe.bits} and allocation={recipe.allocation}: --bits mixed chooses ranks and bits by itself"
-        )
-    if recipe.bits == "mixed" and (recipe.target_bytes is None or recipe.memory is not None):
-        raise RankwiseError("bits=mixed spends bytes, with the model in memory: ask for target_bytes, and for no memory")
-    if recipe.bits == "mixed" and recipe.keep:
-        raise RankwiseError(
-            "bits=mixed chooses for every matrix: ask for no keep, or exclude matrices that are to stay as they are"
-        )
-
-
-def with_tables(chosen: Allocation, in_bits: Mapping[str, nn.Module]) -> Allocation:
-    """The answer with the vocabulary's tables in it, of which it knows nothing."""
-    tables = [name for name in in_bits if name not in chosen.bits]
-    return replace(chosen, masks=chosen.masks | dict.fromkeys(tables), bits=chosen.bits | dict.fromkeys(tables, BYTE))
-
-
 def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]) -> tuple[Recipe, Allocator]:
     """The recipe with the decomposition settled, and its allocator."""
     source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
@@ -448,7 +426,6 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
         raise RankwiseError(f"allocation {allocation!r} and preset {asked!r} are two presets: name one")
     options = options | {"preset": asked, "options": {**own, **more} if isinstance(more, Mapping) else more}
     recipe = Recipe.of(**{"calibration": source, "allocation": name} | options)
-    refuse_bits(recipe)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     return recipe.model_copy(

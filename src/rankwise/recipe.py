@@ -14,6 +14,7 @@ from rankwise.errors import RankwiseError, reason
 FILE = "recipe.yaml"  # in every result folder
 BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one form
 TARGETS = ("rate", "target_bytes", "target_speedup", "ranks")
+MIXED = "mixed"  # where ranks and bits are chosen together
 METHOD = ("preset", "options", "decomposition")  # of an allocation
 LARGEST = 2**31  # of what is counted out: more would never end
 DEFAULT_RATE = 0.2
@@ -98,8 +99,10 @@ class Recipe(BaseModel):
         targets = [name for name in TARGETS if fields.get(name) is not None]
         if len(targets) > 1:
             raise RankwiseError(f"{' and '.join(targets)} are two targets: ask for one")
+        if fields.get("bits") == MIXED:
+            fields = {"allocation": MIXED} | fields
         try:
-            return cls(**fields if targets else {**fields, "rate": DEFAULT_RATE})
+            recipe = cls(**fields if targets else {**fields, "rate": DEFAULT_RATE})
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
@@ -107,6 +110,19 @@ class Recipe(BaseModel):
                 raise RankwiseError(f"unknown option {name!r}; there are {', '.join(cls.model_fields)}") from None
             meaning = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
+        if recipe.bits == MIXED or recipe.allocation == MIXED:
+            recipe._refuse_beside_bits()
+        return recipe
+
+    def _refuse_beside_bits(self) -> None:
+        """Raises `RankwiseError` for what cannot stand beside bits that are chosen."""
+        if not self.bits == self.allocation == MIXED:
+            asked = f"bits={self.bits} and allocation={self.allocation}"
+            raise RankwiseError(f"{asked}: bits=mixed chooses ranks and bits by itself, name no other allocation")
+        if self.target_bytes is None or self.memory is not None:
+            raise RankwiseError("bits=mixed spends bytes, with the model in memory: ask for target_bytes, and for no memory")
+        if self.keep:
+            raise RankwiseError("bits=mixed chooses for every matrix: leave out keep, or exclude what is to stay as it is")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -134,7 +150,7 @@ class Recipe(BaseModel):
         source names."""
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
         if "ranks" in asked:
-            taken.add("keep")
+            taken |= {"keep", "bits"}
         elif self.ranks is not None and taken & {"rate", "allocation"}:
             taken |= {"ranks", "allocation"}
         fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}

@@ -45,7 +45,7 @@ from rankwise.integration.checkpoint import (
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.matrices import Shape, find_matrices, matches, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import WIDTHS
+from rankwise.layers.quantised import BYTE, WIDTHS
 from rankwise.layers.tables import tables_of
 from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Kept, Student
@@ -300,6 +300,12 @@ def written_in_bits(
             layer = factorised(decompositions[name], mask, bias_of(linear), form).to(weight_of(linear).dtype)
             layers[name] = low_rank_in_bits(layer, bits)
     return layers
+
+
+def with_tables(chosen: Allocation, in_bits: Mapping[str, nn.Module]) -> Allocation:
+    """The answer with the vocabulary's tables in it, of which it knows nothing."""
+    tables = [name for name in in_bits if name not in chosen.bits]
+    return replace(chosen, masks=chosen.masks | dict.fromkeys(tables), bits=chosen.bits | dict.fromkeys(tables, BYTE))
 
 
 def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:

@@ -30,7 +30,7 @@ from rankwise.run_folder import digest, read_tensors
 FILE, RESULTS, WINDOWS, PRICES = "decomposed.json", "decomposed", "windows.safetensors", "prices.safetensors"
 FORMAT_VERSION = 1
 FREE = frozenset(
-    {*TARGETS, "scope", "keep", "allocation", "preset", "options", "rank_multiple", "form", "device"}
+    {*TARGETS, "scope", "keep", "allocation", "preset", "options", "rank_multiple", "form", "bits", "device"}
 )  # not settled by decomposing
 
 
