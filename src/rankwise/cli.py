@@ -26,7 +26,7 @@ from rankwise.options import (
 from rankwise.plain import to_json
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
-PATIENCE = 3  # seconds that other processes leave the first one to say what is wrong with all: with it torchrun ends them too
+PATIENCE = 3  # seconds the other processes wait: the first one reports the error, and torchrun then ends them all
 OUT_OF_MEMORY = "shorter windows (--length) take less, compress goes block by block with --memory, and on from here with --resume"
 
 HELP = "Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient."

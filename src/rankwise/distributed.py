@@ -26,7 +26,7 @@ from rankwise.launcher import size as size
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # with the slowest: one may decompose for long; of one that dies torchrun tells at once
+PATIENCE = timedelta(days=1)  # a slow process may decompose for hours; when one dies, torchrun ends the others at once
 TO_JOIN = timedelta(minutes=10)  # where no launcher sees to it that all of them come
 
 
@@ -87,7 +87,7 @@ def idle_gpus(device: str) -> str | None:
 
 
 def dealt(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of the items: every so manieth."""
+    """This process's share of the items: with n processes, every n-th one."""
     return items[rank() :: size()]
 
 

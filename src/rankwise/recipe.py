@@ -16,7 +16,7 @@ BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one 
 TARGETS = ("rate", "target_bytes", "target_speedup", "ranks")
 MIXED = "mixed"  # where ranks and bits are chosen together
 METHOD = ("preset", "options", "decomposition")  # of an allocation
-LARGEST = 2**31  # of what is counted out: more would never end
+LARGEST = 2**31  # the largest number of windows or tokens: a run over more would never end
 DEFAULT_RATE = 0.2
 IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
 

@@ -129,7 +129,7 @@ class RunFolder:
     """Results on disk; with no path, nothing is kept.
 
     shared: several processes may use it at once, which at worst compute the same twice.
-    known: another run folder, finished: what it holds is read from there, and nothing written to it.
+    known: another, finished run folder; its results are used, and it is never written to.
     """
 
     path: Path | None = None

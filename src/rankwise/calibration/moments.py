@@ -50,7 +50,7 @@ class Moments:
         return self.second - self.count * torch.outer(self.mean, self.mean)
 
     def holds(self, needs: Collection[str]) -> bool:
-        """Whether any token was seen, and every moment that `needs` names: not so where text or gradient did not reach."""
+        """Whether every moment in `needs` was collected, from one token at least; text or gradients may not have reached it."""
         return self.count > 0 and all(getattr(self, need) is not None for need in needs)
 
 

@@ -25,7 +25,7 @@ from rankwise.runtime.optimize import arrange
 from rankwise.runtime.timing import alternating
 
 POINTS = 6  # ranks measured per shape
-COLD = 2**26  # bytes that are gone round at most, so that a weight is not found in a cache where a model's would not be
+COLD = 2**26  # bytes of weights used in turn, more than a cache holds: a whole model does not fit into it either
 REPEATS = 40
 PROMPT = 16
 
