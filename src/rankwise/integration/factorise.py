@@ -30,13 +30,15 @@ def factorise(
     ranks: dict[str, int] = {}
     affine = False
     for name, mask in masks.items():
-        if name in written:
+        if mask is not None:
+            decomposition = decompositions[name]
+            layer = written.get(name) or folded(model.get_submodule(name), decomposition, mask, form)
+            model.set_submodule(name, layer)
+            if not is_whole(mask):
+                ranks[name] = int(mask.count_nonzero())
+                affine = affine or decomposition.centre is not None
+        elif name in written:
             model.set_submodule(name, written[name])
-        elif mask is not None:
-            model.set_submodule(name, folded(model.get_submodule(name), decompositions[name], mask, form))
-        if mask is not None and not is_whole(mask):
-            ranks[name] = int(mask.count_nonzero())
-            affine = affine or decompositions[name].centre is not None
     changed = (*ranks, *written)
     kept = [path for path in experts if any(name.startswith(f"{path}.") for name in changed)]
     stack_experts(model, set(experts) - set(kept))

@@ -244,7 +244,8 @@ def _put(model: Any, path: str, layer: nn.Module) -> None:
 
 def tied_tables(model: Any, config: RankwiseConfig) -> dict[str, str]:
     """Tensor of a table in few bits -> that of the table which it is tied to, as the dense ones share their weight."""
-    own = type(model)._tied_weights_keys if model.config.get_text_config().tie_word_embeddings else None
+    ties = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    own = type(model)._tied_weights_keys if ties else None
     paths = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in (own or {}).items()}
     both = {target: source for target, source in paths.items() if {target, source} <= config.bits.keys()}
     return {f"{target}.{name}": f"{source}.{name}" for target, source in both.items() for name in ("codes", "scales")}
