@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rankwise import RankwiseError, compress, densify, optimize
+from rankwise import RankwiseError, bench, compress, densify, lora_targets, optimize
 from rankwise.allocation.mixed import kl_of_errors
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker
@@ -180,6 +181,24 @@ def test_every_matrix_of_few_bits_is_guarded(made: tuple[Path, Any, Path]) -> No
     assert result.report["bits"]
     for name in result.report["bits"]:
         assert stored[f"{name}.weight"].numel() == 0
+
+
+def test_what_a_loaded_model_goes_through(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    folder, result, original = made
+    with torch.no_grad():
+        wanted = result.model(IDS).logits
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(copy.deepcopy(loaded)(IDS).logits, wanted)
+        assert torch.equal(torch.compile(loaded, fullgraph=True, backend="eager")(IDS).logits, wanted)
+        on_cpu = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+        places = dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk"}
+        offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offloaded")
+        assert torch.equal(offloaded(IDS).logits, wanted)
+    with pytest.raises(RankwiseError, match="rankwise densify"):
+        lora_targets(loaded, "q_proj")
+    measured = bench(folder, original, batches=[1], prompt=8, new_tokens=2, repeats=1)
+    assert {row["ideal"] for row in measured["speed"]} == {1.0}
+    assert measured["weight_bytes"]["compressed"] < 0.5 * measured["weight_bytes"]["reference"]
 
 
 @pytest.mark.parametrize("bits", [[], {"model.layers.0.self_attn.q_proj": 7}, {"model.layers.0.self_attn.q_proj": "4"}])

@@ -11,16 +11,23 @@ from torch import nn
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import holds_matrix
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.quantised import QuantisedLinear
 
 
 def lora_targets(model: nn.Module, *names: str) -> list[str]:
     """For `LoraConfig(target_modules=...)`: the linear layers called `names` and, where one is low-rank, its two factors.
 
-    names: as one writes for the dense model: "q_proj", "v_proj". Raises `RankwiseError` for a name that no linear layer has.
+    names: as one writes for the dense model: "q_proj", "v_proj". Raises `RankwiseError` for a name that no linear layer has, and
+    for layers of few bits, which PEFT does not adapt.
     """
     targets = []
     for name in names:
         layers = [(path, module) for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+        of_bits = [path for path, module in layers if any(isinstance(m, QuantisedLinear) for m in module.modules())]
+        if of_bits:
+            raise RankwiseError(
+                f"{of_bits[0]} is written in few bits, which PEFT does not adapt: adapt what rankwise densify writes"
+            )
         low_rank = [f"{path}.{factor}" for path, m in layers if isinstance(m, LowRankLinear) for factor in ("first", "second")]
         dense = [path for path, module in layers if holds_matrix(module)]
         if not low_rank + dense:

@@ -231,7 +231,8 @@ def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
     for path in config.written:
         if not path.startswith(tuple(f"{expert}." for expert in config.experts)):
             layer: Any = model.get_submodule(path)
-            shapes[f"{path}.weight"] = (layer.out_features, 0)
+            rows = layer.num_embeddings if isinstance(layer, QuantisedEmbedding) else layer.out_features
+            shapes[f"{path}.weight"] = (rows, 0)
     return {name: torch.empty(*shape[:-1], 0) for name, shape in shapes.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Self
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a whole number
 GROUP = 64  # weights of a row that share a scale; with 8 bits all of a row do
 BYTE = 8
+# [256] int64, whose byte j, the least one first, is bit j of the place
+SPREAD = (torch.arange(256)[:, None] >> torch.arange(BYTE) & 1).to(torch.uint8).view(torch.int64)[:, 0]
 
 
 class QuantisedLinear(nn.Module):
@@ -88,7 +89,7 @@ class QuantisedEmbedding(nn.Module):
 
     def __init__(self, rows: int, n: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.out_features, self.embedding_dim, self.bits = rows, n, BYTE
+        self.num_embeddings, self.embedding_dim, self.bits = rows, n, BYTE
         self.register_buffer("codes", torch.zeros(rows, n, dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.zeros(rows, 1, device=device, dtype=dtype))
 
@@ -109,7 +110,7 @@ class QuantisedEmbedding(nn.Module):
         return self.codes[ids] * self.scales[ids]
 
     def extra_repr(self) -> str:
-        return f"{self.out_features}, {self.embedding_dim}, bits={self.bits}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
 
 
 def group_of(bits: int, in_features: int) -> int:
@@ -144,15 +145,8 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """Undo `pack`: [m, n] int8. The eight bits of a byte are looked up as eight bytes, which one number of 64 bits holds."""
     if bits == BYTE:
         return packed
-    spread = _spread(packed.device)
+    spread = SPREAD.to(packed.device)
     eights = spread[packed[:, 0].int()]
     for plane in range(1, bits):
         eights |= spread[packed[:, plane].int()] << plane
     return eights.view(torch.int8)[:, :in_features] - 2 ** (bits - 1)
-
-
-@functools.cache
-def _spread(device: torch.device) -> Tensor:
-    """[256] int64, whose byte j, the least one first, is bit j of the place."""
-    bits = torch.arange(256)[:, None] >> torch.arange(BYTE) & 1
-    return bits.to(torch.uint8).view(torch.int64)[:, 0].to(device)

@@ -27,6 +27,7 @@ from rankwise.evaluation.memory import peak_memory
 from rankwise.integration.checkpoint import load_config, load_model, refuse_compressed
 from rankwise.layers.linear import holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.quantised import QuantisedLinear
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
 
@@ -103,7 +104,7 @@ def bench(
         "new_tokens": new_tokens,
         "repeats": repeats,
         "speed": rows,
-        "weight_bytes": {role: sum(p.nbytes for p in model.parameters()) for role, model in models.items()},
+        "weight_bytes": {role: weight_bytes(model) for role, model in models.items()},
         "peak_memory_bytes": {
             role: {str(load.batch): peak for load, peak in zip(loads, own, strict=True)} for role, own in peaks.items()
         },
@@ -150,19 +151,33 @@ def times(models: Sequence[Any], load: Load, repeats: int) -> dict[str, list[lis
     return {"prefill": seconds[: len(models)], "decode": seconds[len(models) :]}
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the model's tensors as they are stored, tied ones once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+
+
 def ideal_speedup(model: nn.Module) -> dict[str, float]:
     """Dense over compressed weights that a token of prefill and one of decoding is multiplied with."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     low_rank = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     factors = {id(factor) for layer in low_rank for factor in layer.children()}
-    linear = [module for module in model.modules() if holds_matrix(module)]
+    linear = [module for module in model.modules() if _multiplies(module)]
     others = [module for module in linear if module is not head and id(module) not in factors]
     stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]  # of experts
-    same = sum(weight_of(module).numel() for module in others) + sum(stack.numel() for stack in stacks)
+    same = sum(map(_numbers, others)) + sum(stack.numel() for stack in stacks)
     dense = same + sum(layer.in_features * layer.out_features for layer in low_rank)
-    compressed = same + sum(weight_of(factor).numel() for layer in low_rank for factor in layer.children())
-    last = weight_of(head).numel() if head is not None and holds_matrix(head) else 0
+    compressed = same + sum(_numbers(factor) for layer in low_rank for factor in layer.children())
+    last = _numbers(head) if head is not None and _multiplies(head) else 0
     return {"prefill": dense / compressed, "decode": (dense + last) / (compressed + last)}
+
+
+def _multiplies(module: nn.Module) -> bool:
+    return holds_matrix(module) or isinstance(module, QuantisedLinear)
+
+
+def _numbers(module: Any) -> int:
+    """Of the module's matrix, whatever they are written in."""
+    return module.in_features * module.out_features if isinstance(module, QuantisedLinear) else weight_of(module).numel()
 
 
 def print_peaks(path: str, loads: list[list[int]], threads: int, dtype: str, device: str) -> None:
