@@ -125,15 +125,17 @@ def dense_only(offer: Offer) -> Offer:
     return replace(offer, ways=[offer.ways[i] for i in at], bytes=offer.bytes[at], errors=offer.errors[at])
 
 
-def plans(contest: Contest, sizes: list[float], widths: list[int]) -> list[tuple[str, float, Callable[[], Allocation]]]:
+def plans(
+    contest: Contest, sizes: list[float], widths: list[int], mixed: Mixed
+) -> list[tuple[str, float, Callable[[], Allocation]]]:
     """Each way at each size, and what makes the plan."""
     dense = {name: dense_only(offer) for name, offer in contest.offers.items()}
     found: list[tuple[str, float, Callable[[], Allocation]]] = []
     for way in ("gptq", "nearest"):
         found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in widths]  # type: ignore[misc]
     for bits in sizes:
-        found.append(("mixed", bits, lambda bits=bits: contest.allocated(bits, Mixed(), contest.offers)))  # type: ignore[misc]
-        found.append(("bits", bits, lambda bits=bits: contest.allocated(bits, Mixed(), dense)))  # type: ignore[misc]
+        found.append(("mixed", bits, lambda bits=bits: contest.allocated(bits, mixed, contest.offers)))  # type: ignore[misc]
+        found.append(("bits", bits, lambda bits=bits: contest.allocated(bits, mixed, dense)))  # type: ignore[misc]
         if bits >= 5:
             found.append(("rank", bits, lambda bits=bits: contest.allocated(bits, KLKnapsack(points=2), {})))  # type: ignore[misc]
     return found
@@ -164,7 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M"])
     parser.add_argument("--bits", nargs="+", type=float, default=[6.25, 5.25, 4.25, 3.75, 3.25, 2.75, 2.5])
-    parser.add_argument("--alike", nargs="+", type=int, default=sorted(WIDTHS, reverse=True), help="bits of all matrices alike")
+    parser.add_argument("--tokens", type=int, help="that a matrix is measured on; by default as --bits mixed takes")
+    parser.add_argument("--alike", nargs="*", type=int, default=sorted(WIDTHS, reverse=True), help="bits of all matrices alike")
     parser.add_argument("--texts", nargs="+", default=[], help="to judge on; all of the model's by default")
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
     parser.add_argument("--judge-samples", type=int, default=32)
@@ -174,14 +177,14 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for model in args.models:
-        contest, rows = Contest(args.real_models / model, args, args.work / model), []
-        for way, bits, plan in plans(contest, args.bits, args.alike):
-            rows.append(contest.row(way, plan()))
-            print(
-                f"{way} {bits}: {rows[-1]['bits']:.2f} bits, { ({n: round(t['kl'], 4) for n, t in rows[-1]['texts'].items()}) }",
-                flush=True,
-            )
-            results[model] = rows
+        contest = Contest(args.real_models / model, args, args.work / model)
+        rows = {(row["way"], round(row["bits"], 1)): row for row in results.get(model, [])}
+        for way, bits, plan in plans(contest, args.bits, args.alike, Mixed(tokens=args.tokens)):
+            row = contest.row(way, plan())
+            rows[way, round(row["bits"], 1)] = row
+            costs = ", ".join(f"{name} {found['kl']:.4f}" for name, found in row["texts"].items())
+            print(f"{way} {bits}: {row['bits']:.2f} bits, KL {costs}", flush=True)
+            results[model] = list(rows.values())
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             RESULTS.with_suffix(".md").write_text(table(results))
 

@@ -360,7 +360,9 @@ def allocate(
             name: mask for name, mask in masks.items() if mask is not None
         }
 
-    saved = run.folder.together("allocation", digest(run.identity, *costs.items(), metric, allocator, budget), choose)
+    offered = [(name, offer.ways, offer.bytes.tolist(), offer.errors.tolist()) for name, offer in (offers or {}).items()]
+    key = digest(run.identity, *costs.items(), metric, allocator, budget, *offered)
+    saved = run.folder.together("allocation", key, choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))
