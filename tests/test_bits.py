@@ -251,6 +251,8 @@ def test_a_mixture_of_experts_and_a_transposed_layer(tmp_path: Path) -> None:
         (["--target-bytes", "150kB", "--memory", "4GB"], "with the model in memory"),
         (["--target-bytes", "150kB", "--keep", "*.q_proj=0.5"], "leave out keep"),
         (["--target-bytes", "150kB", "--dry-run"], "no bits yet"),
+        (["--target-bytes", "150kB", "--decomposition", "svd"], "second moment of the inputs"),
+        (["--target-bytes", "150kB", "--decomposition", "activation"], "second moment of the inputs"),
         (["--target-bytes", "1kB"], "cannot be reached"),
         (["--target-bytes", "1GB"], "no more than"),
     ],

@@ -48,7 +48,7 @@ from rankwise.options import CompressOptions
 from rankwise.plain import to_json
 from rankwise.plans import Plan
 from rankwise.progress import say, stage
-from rankwise.recipe import IN_MEMORY, Recipe
+from rankwise.recipe import IN_MEMORY, MIXED, Recipe
 from rankwise.reporting.page import page_of
 from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
@@ -193,7 +193,7 @@ def plan(
     one costs. All others as of `compress`, `RankwiseError` too.
     """
     asked = _asked(model, rate, calibration, tokenizer, allocation, recipe, plan, options)
-    if asked.recipe.bits == "mixed":
+    if asked.recipe.bits == MIXED:
         raise RankwiseError("a plan holds ranks and no bits yet: compress with bits=mixed, its report says what was chosen")
     folder = RunFolder()
     if output is not None:
@@ -301,7 +301,7 @@ def _chosen(asked: _Asked, folder: RunFolder, closer: bool = False, loadable: bo
             clock.lap("decomposition")
         shapes, budget = target.budget(run)
         offers = {}
-        if recipe.bits == "mixed":
+        if recipe.bits == MIXED:
             offers = stages.offers_of(run, statistics, student.decompositions, metric, budget.multiple)
         else:
             del statistics  # float64: for a large model more than everything else
@@ -403,7 +403,7 @@ def _asked(
     refuse_elsewhere(model)
     calibration = listed(calibration)
     artifact = Artifact.at(model)
-    usual = "mixed" if fields.get("bits") == "mixed" else "llrc" if artifact is None else "mask-fisher"
+    usual = MIXED if fields.get("bits") == MIXED else "llrc" if artifact is None else "mask-fisher"
     allocation = fields.pop("allocation", usual)
     if fields.get("ranks") is not None:
         allocation = Given(dict(Recipe.of(ranks=fields["ranks"]).ranks or {}))
@@ -428,9 +428,12 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
     recipe = Recipe.of(**{"calibration": source, "allocation": name} | options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
-    return recipe.model_copy(
-        update={"decomposition": allocation.decomposition if recipe.decomposition is None else recipe.decomposition}
-    ), allocation
+    metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
+    if recipe.bits == MIXED and "second" not in metric_named(metric).NEEDS:
+        raise RankwiseError(
+            f"bits=mixed rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
+        )
+    return recipe.model_copy(update={"decomposition": metric}), allocation
 
 
 def _report(

@@ -13,7 +13,7 @@ from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.layers.quantised import WIDTHS
 from rankwise.layers.tables import table_bytes, tables_of
-from rankwise.recipe import Recipe
+from rankwise.recipe import MIXED, Recipe
 from rankwise.runtime.latency import Latency, TimedShape, measure
 from rankwise.stages import Run, budget_of, kept_ranks
 
@@ -54,7 +54,7 @@ class Target:
             shapes, budget = self._time_budget(run, self.latency, recipe.target_speedup)
         else:
             assert recipe.target_bytes is not None
-            budget_of_bytes = mixed_budget if recipe.bits == "mixed" else bytes_budget
+            budget_of_bytes = mixed_budget if recipe.bits == MIXED else bytes_budget
             shapes, budget = run.shapes, budget_of_bytes(run.model, run.shapes, recipe.target_bytes, multiple)
         return shapes, budget.settling(kept_ranks(run.model, run.shapes, recipe), shapes)
 
