@@ -230,6 +230,17 @@ def test_ranks_and_bits_are_both_chosen_where_both_pay(tmp_path: Path) -> None:
         assert torch.equal(loaded(IDS).logits, result.model(IDS).logits)  # type: ignore[misc]
 
 
+def test_ranks_stand_beside_bits_only_where_that_is_measured_to_be_better() -> None:
+    """The plan with the least KL on the selection text is the one that is kept."""
+    for part in 0.2, 0.26, 0.4:
+        model = build("llama")
+        dense = sum(parameter.nbytes for parameter in model.parameters())
+        result = compress(model, target_bytes=int(part * dense), **QUICK)
+        kls = {record["step"]: record["kl"] for record in result.report["history"]}
+        better = kls["bits or ranks"] < kls.get("bits alone", torch.inf)
+        assert any(result.ranks.values()) <= better
+
+
 def test_a_mixture_of_experts_and_a_transposed_layer(tmp_path: Path) -> None:
     for name in ("mixtral", "gpt2"):
         model = build(name)

@@ -300,17 +300,12 @@ def _chosen(asked: _Asked, folder: RunFolder, closer: bool = False, loadable: bo
             student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
             clock.lap("decomposition")
         shapes, budget = target.budget(run)
-        offers = {}
         if recipe.bits == MIXED:
-            offers = stages.offers_of(run, statistics, student.decompositions, metric, budget.multiple)
-        else:
-            del statistics  # float64: for a large model more than everything else
+            chosen = stages.choose_in_bits(run, student, statistics, metric, allocator, budget, shapes, recipe.form)
+        del statistics  # float64: for a large model more than everything else
         with widened(run.model):
-            chosen = stages.allocate(run, student, metric, allocator, budget, shapes, offers)
-        if chosen.bits:
-            student.in_bits = stages.written_in_bits(run, statistics, student.decompositions, metric, chosen, recipe.form)
-            chosen = stages.with_tables(chosen, student.in_bits)
-        with widened(run.model):
+            if recipe.bits != MIXED:
+                chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
             clock.lap("measuring")

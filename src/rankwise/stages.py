@@ -286,6 +286,36 @@ def offers_of(
     return {name: offer(name) for name in progress(run.shapes, "rounding")}
 
 
+def choose_in_bits(
+    run: Run,
+    student: Student,
+    statistics: Statistics,
+    metric: str,
+    allocator: Allocator,
+    budget: Budget,
+    shapes: Shapes,
+    form: str,
+) -> Allocation:
+    """The better one of two plans by their KL on the selection text, as what each matrix costs alone does not tell which: a rank
+    or a number of bits for every matrix, and bits alone. The student has the layers in bits from here on."""
+    offers = offers_of(run, statistics, student.decompositions, metric, budget.multiple)
+
+    def plan(what: str, offered: Mapping[str, Offer]) -> tuple[float, Allocation, Mapping[str, nn.Module]]:
+        with widened(run.model):
+            chosen = allocate(run, student, metric, allocator, budget, shapes, offered)
+        layers = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
+        judge, chosen = replace(student, in_bits=layers), with_tables(chosen, layers)
+        with widened(run.model):
+            kl = judge.divergence(chosen.masks)
+        return kl, replace(chosen, history=[*chosen.history, {"step": what, "kl": kl}]), layers
+
+    plans = [plan("bits or ranks", offers)]
+    if any(plans[0][1].ranks.values()):
+        plans.append(plan("bits alone", {name: offer.of_bits() for name, offer in offers.items()}))
+    _, chosen, student.in_bits = min(plans, key=lambda found: found[0])
+    return replace(chosen, history=[record for _, each, _ in plans for record in each.history])
+
+
 def written_in_bits(
     run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, chosen: Allocation, form: str
 ) -> dict[str, nn.Module]:

@@ -38,6 +38,11 @@ class Offer:
         errors = [rounding[bits] if rank is None else tail[rank] + rounding[bits] for rank, bits in ways]
         return cls(ways, np.array([shape.stored_bytes(*way, dtype) for way in ways]), np.array(errors))
 
+    def of_bits(self) -> Offer:
+        """The ways of the dense matrix alone."""
+        dense = [rank is None for rank, _ in self.ways]
+        return Offer([way for way, kept in zip(self.ways, dense, strict=True) if kept], self.bytes[dense], self.errors[dense])
+
 
 def tail_of(spectrum: Tensor) -> Floats:
     """[k + 1]: the squared error of each rank."""

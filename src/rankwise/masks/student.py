@@ -162,7 +162,8 @@ class Student:
             tokens = [self.effort[name] - before[name] for name in before]
             return found | {EFFORT: torch.tensor([*tokens, time.perf_counter() - since], dtype=torch.float64)}
 
-        of = (*(part for item in masks.items() for part in item), *(tensor for batch in batches for tensor in batch.values()))
+        written = (tensor for name in masks if name in self.in_bits for tensor in self.in_bits[name].state_dict().values())
+        of = (*(part for item in masks.items() for part in item), *written, *(t for batch in batches for t in batch.values()))
         found = dict(self.kept(what, of, compute))
         *tokens, seconds = found.pop(EFFORT).tolist()
         self.effort.update({name: before[name] + int(more) for name, more in zip(before, tokens, strict=True)})
