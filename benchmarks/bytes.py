@@ -17,7 +17,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class Contest:
         else:
             decompositions = self.student.decompositions
             layers = stages.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
-        self.student.in_bits = layers
+        self.student.shipped = layers
         dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
         held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())
         found = {}
@@ -105,7 +104,7 @@ class Contest:
                     run.identity, way, *chosen.bits.items(), *(p for i in chosen.masks.items() for p in i), name, len(batches)
                 )
                 found[name] = stages.cached_comparison(run, self.student, chosen, batches, key).to_dict()
-        self.student.in_bits = {}
+        self.student.shipped = {}
         return {
             "way": way,
             "bits": 8 * held / self.numbers,
@@ -120,16 +119,11 @@ class Contest:
         }
 
 
-def dense_only(offer: Offer) -> Offer:
-    at = [i for i, (rank, _) in enumerate(offer.ways) if rank is None]
-    return replace(offer, ways=[offer.ways[i] for i in at], bytes=offer.bytes[at], errors=offer.errors[at])
-
-
 def plans(
     contest: Contest, sizes: list[float], widths: list[int], mixed: Mixed
 ) -> list[tuple[str, float, Callable[[], Allocation]]]:
     """Each way at each size, and what makes the plan."""
-    dense = {name: dense_only(offer) for name, offer in contest.offers.items()}
+    dense = {name: offer.of_bits() for name, offer in contest.offers.items()}
     found: list[tuple[str, float, Callable[[], Allocation]]] = []
     for way in ("gptq", "nearest"):
         found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in widths]  # type: ignore[misc]

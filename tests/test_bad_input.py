@@ -193,8 +193,8 @@ def test_bad_input(line: str, message: str, bad: Path, rankwise: Callable[..., A
     def long_work(*_: Any, **__: Any) -> None:
         pytest.fail("the long work has begun")
 
-    for where in ("stages.collect_statistics", "stages.sampled_windows", "evaluation.pair.compare"):
-        if where != "stages.sampled_windows" or "bert" not in line:
+    for where in ("stages.collect_statistics", "stages.own_windows", "evaluation.pair.compare"):
+        if where != "stages.own_windows" or "bert" not in line:
             monkeypatch.setattr(f"rankwise.{where}", long_work)
     monkeypatch.chdir(bad)
     arguments = line.split()

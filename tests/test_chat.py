@@ -136,20 +136,21 @@ def test_a_model_without_a_template_says_what_to_do(rankwise: Run, llama: Path, 
     assert "no chat template: take the model that was made for chat" in finished.err
 
 
-def test_an_instruct_model_writes_dialogues(instruct: Path, llama: Path, tmp_path: Path) -> None:
+def test_an_instruct_model_writes_dialogues_and_other_text(instruct: Path, llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(instruct)
     begun = tokenizer("<s><user>", add_special_tokens=False)["input_ids"]
     assert opening(tokenizer, 32) == begun
     options: dict[str, Any] = {"samples": 12, "length": 32}
     package.decompose(instruct, tmp_path / "instruct", **options)
     package.decompose(llama, tmp_path / "base", **options)
-    for name, beginning in (("instruct", begun), ("base", [1])):
+    for name, dialogues in (("instruct", 6), ("base", 0)):
         windows = package.decomposing.Artifact.at(tmp_path / name).windows()
         assert windows.shape == (12, 32)
-        assert (windows[:, : len(beginning)] == windows.new_tensor(beginning)).all()
-        assert len(windows[:, len(beginning)].unique()) > 3
+        assert (windows[:, 0] == 1).all()
+        assert len(windows[:, len(begun)].unique()) > 3
+        assert (windows[:, : len(begun)] == windows.new_tensor(begun)).all(1).sum() == dialogues
     report = package.compress(tmp_path / "instruct", 0.3).report
-    assert report["conversations"] == 12
+    assert report["conversations"] == 6
 
 
 @pytest.mark.parametrize(

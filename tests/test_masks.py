@@ -23,10 +23,11 @@ from rankwise.decomposition.solver import decompose
 from rankwise.layers.linear import bias_of, swapped, weight_of
 from rankwise.layers.lowrank import FORMS, PairLinear
 from rankwise.masks import student as student_module
+from rankwise.masks.descent import Descent
 from rankwise.masks.gumbel import cycle, gumbel_sigmoid, total_variation
 from rankwise.masks.layers import MaskedLinear, Masks, WeightedLinear, factorised, folded, hard_mask, is_whole
 from rankwise.masks.student import Student
-from rankwise.masks.values import ValueTraining, train_values
+from rankwise.masks.values import train_values
 from rankwise.testing.allocators import VOCABULARY, tiny_student
 
 ATTENTION = "model.layers.0.self_attn."
@@ -158,7 +159,7 @@ def test_training_values_lowers_the_kl_and_touches_nothing_else() -> None:
     masks = some_masks(student)
     kept = {name: torch.ones(len(student.decompositions[name].spectrum)) if m is None else m.clone() for name, m in masks.items()}
     before = [t.clone() for t in everything(student)]
-    trained = train_values(student, masks, ValueTraining(steps=30))
+    trained = train_values(student, masks, Descent(steps=30))
     assert student.divergence(trained, student.training) < 0.97 * student.divergence(masks, student.training)
     assert masks[DENSE] is None
     assert is_whole(trained[DENSE])
@@ -197,7 +198,7 @@ def everything(student: Student) -> list[Tensor]:
 def test_training_no_values_changes_nothing() -> None:
     student = tiny_student("svd")
     masks = some_masks(student)
-    for options, given in ((ValueTraining(steps=0), masks), (ValueTraining(steps=3), dict.fromkeys(masks))):
+    for options, given in ((Descent(steps=0), masks), (Descent(steps=3), dict.fromkeys(masks))):
         trained = train_values(student, given, options)
         for name, mask in given.items():
             got = trained[name]

@@ -22,8 +22,9 @@ from rankwise import compress
 from rankwise.evaluation.costs import costs_of_each, first_tokens
 from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.spectra import thinned_spectra
+from rankwise.masks.descent import Descent
 from rankwise.masks.layers import hard_mask
-from rankwise.masks.values import ValueTraining, train_values
+from rankwise.masks.values import train_values
 from rankwise.reporting.grid import places, short_names
 from rankwise.reporting.numbers import FORMATS
 from rankwise.reporting.view import grid
@@ -356,7 +357,7 @@ def test_losses_of_value_training_are_told() -> None:
     student = tiny_student("svd")
     masks = {name: hard_mask(4, len(d.spectrum)) for name, d in student.decompositions.items()}
     losses: list[float] = []
-    train_values(student, masks, ValueTraining(steps=30), losses)
+    train_values(student, masks, Descent(steps=30), losses)
     assert len(losses) == 30
     assert sum(losses[-10:]) < sum(losses[:10])  # ten batches: the same text at the end as at the start
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rankwise.pipeline import plan as plan
     from rankwise.plans import Plan as Plan
     from rankwise.recipe import Recipe as Recipe
+    from rankwise.refining import refine as refine
     from rankwise.reporting.inspect import inspect as inspect
     from rankwise.reporting.page import report as report
     from rankwise.runtime.bench import bench as bench
@@ -44,6 +45,7 @@ __all__ = [
     "optimize",
     "pack",
     "plan",
+    "refine",
     "report",
 ]
 
@@ -52,6 +54,7 @@ _HOMES = {
     "compress": "rankwise.pipeline",
     "Compressed": "rankwise.pipeline",
     "plan": "rankwise.pipeline",
+    "refine": "rankwise.refining",
     "report": "rankwise.reporting.page",
     "Plan": "rankwise.plans",
     "Recipe": "rankwise.recipe",

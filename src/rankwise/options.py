@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_origin
 
 from rankwise.errors import RankwiseError
+
+T = TypeVar("T")
 
 
 class LoadingOptions(TypedDict, total=False):
@@ -24,15 +27,20 @@ class ReadingOptions(LoadingOptions, total=False):
     dataset_options: dict[str, str]
 
 
-class CalibrationOptions(ReadingOptions, total=False):
-    """What every run on a calibration text takes."""
+class RefineOptions(ReadingOptions, total=False):
+    """What every run on a calibration text takes, `refine` too."""
 
     effort: Literal["quick", "default", "thorough"]
     samples: int | None
     length: int | None
+    seed: int
+
+
+class CalibrationOptions(RefineOptions, total=False):
+    """What every run that chooses matrices takes."""
+
     include: Sequence[str]
     exclude: Sequence[str]
-    seed: int
 
 
 class DecomposeOptions(CalibrationOptions, total=False):
@@ -56,6 +64,7 @@ class CompressOptions(DecomposeOptions, ContestOptions, total=False):
     target_bytes: int | str | None
     target_speedup: float | None
     bits: Literal["stored", "mixed"]
+    refine: str | None
     preset: str
     options: dict[str, Any]
     memory: str | None
@@ -125,3 +134,18 @@ def pairs(items: Iterable[str], form: str = "KEY=VALUE", split: Any = str.partit
             raise RankwiseError(f"{item!r} is not {form}")
         found[key] = value
     return found
+
+
+def made_of(cls: type[T], options: Mapping[str, Any], whose: str) -> T:
+    """A method with its own options: a dataclass that checks its fields. Raises `RankwiseError` for an option that there is not
+    and for a value of the wrong type, which says `whose` they are."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(cls).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(f.name for f in dataclasses.fields(cls)) or "none"  # type: ignore[arg-type]
+        raise RankwiseError(
+            f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of {whose}: {first['msg']}; its options are {known}"
+        ) from None

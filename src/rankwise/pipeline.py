@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import Shape, stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
+from rankwise.masks.layers import folded
 from rankwise.masks.student import Student
 from rankwise.memory import gigabytes
 from rankwise.options import CompressOptions
@@ -49,6 +50,7 @@ from rankwise.plain import to_json
 from rankwise.plans import Plan
 from rankwise.progress import say, stage
 from rankwise.recipe import IN_MEMORY, MIXED, Recipe
+from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.reporting.page import page_of
 from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
@@ -156,11 +158,13 @@ def compress(
     with _chosen(asked, folder, closer, loadable=output is not None) as found:
         run, student, masks = found.run, found.student, found.chosen.masks
         costs, tokens = costs_of_each(student, masks, run.data.measuring) if closer else ({}, 0)
+        if asked.refinements:
+            found = found.refined(asked.refinements)
         samples = sample_texts(student, masks, run.data.measuring, run.tokenizer)
         spectra = thinned_spectra(student.decompositions, masks)
         found.clock.lap("looking closer")
     report = found.report()
-    layers = student.decompositions, masks, run.experts, found.recipe.form, found.chosen.bits, student.in_bits
+    layers = student.decompositions, masks, run.experts, found.recipe.form, found.chosen.bits, student.shipped
     attach(run.model, factorise(run.model, *layers))
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     result = Compressed(run.model, found.chosen.ranks, report, found.recipe, run.tokenizer, spectra)
@@ -226,6 +230,7 @@ class _Asked:
     recipe: Recipe
     allocator: Allocator
     artifact: Artifact | None
+    refinements: list[Refinement]
 
     @property
     def metric(self) -> str:
@@ -259,11 +264,27 @@ class _Chosen:
     clock: _Clock
     matrices: dict[str, Shape]
     latency: Latency | None = None
+    before: Comparison | None = None  # refinement
+
+    def refined(self, refinements: Sequence[Refinement]) -> _Chosen:
+        """The same with other values in the layers, measured again."""
+        run, student, chosen = self.run, self.student, self.chosen
+        layers = {
+            name: folded(run.model.get_submodule(name), student.decompositions[name], mask, self.recipe.form)
+            for name, mask in chosen.masks.items()
+            if mask is not None
+        }
+        student.shipped, history = stages.refine(run, student, layers, refinements)
+        self.clock.lap("refinement")
+        after = replace(self, chosen=replace(chosen, history=chosen.history + history), before=self.comparison)
+        return replace(after, comparison=stages.measure(student, chosen, run.data.measuring))
 
     def report(self) -> dict[str, Any]:
         """Plain values, for JSON; the model is still dense, in the dtype it is stored in."""
         size = Size.of(self.run.model, self.run.shapes, self.chosen.ranks, self.chosen.bits)
         report = _report(self.recipe, self.run, size, self.comparison, self.chosen, self.clock)
+        if self.before is not None:
+            report["before_refinement"] = self.before.to_dict()
         return report | ({} if self.latency is None else {"predicted_speedup": self.latency.speedup(self.chosen.ranks)})
 
     def plan(self) -> Plan:
@@ -335,6 +356,8 @@ def _chosen_streamed(asked: _Asked, folder: RunFolder, short: Shortage | None) -
     recipe, metric, clock = asked.recipe, asked.metric, _Clock()
     if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
+    if asked.refinements:
+        raise InMemoryOnlyError("refine trains the whole model at once (compress without it)")
     if folder.path is None:
         raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
     stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder)
@@ -409,7 +432,7 @@ def _asked(
     calibration = "self" if calibration is None else calibration
     settled, allocator = _recipe(calibration, allocation, fields)
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
-    return _Asked(model, calibration, tokenizer, settled, allocator, artifact)
+    return _Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""))
 
 
 def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]) -> tuple[Recipe, Allocator]:

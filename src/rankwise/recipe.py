@@ -70,6 +70,9 @@ class Recipe(BaseModel):
     )
     preset: str = Field("default", description="which defaults of the allocation, the same as NAME:PRESET")
     options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
+    refine: str | None = Field(
+        None, description="what trains the weights afterwards: refinements with commas between, as 'distil passes=2'"
+    )
     rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
     bits: Literal["stored", "mixed"] = Field(
         "stored",
@@ -121,6 +124,8 @@ class Recipe(BaseModel):
             raise RankwiseError(f"{asked}: bits=mixed chooses ranks and bits by itself, name no other allocation")
         if self.target_bytes is None or self.memory is not None:
             raise RankwiseError("bits=mixed spends bytes, with the model in memory: ask for target_bytes, and for no memory")
+        if self.refine:
+            raise RankwiseError("bits=mixed writes whole numbers, which refine cannot train: leave one of them out")
         if self.keep:
             raise RankwiseError("bits=mixed chooses for every matrix: leave out keep, or exclude what is to stay as it is")
 

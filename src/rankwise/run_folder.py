@@ -15,8 +15,9 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ from rankwise import distributed
 from rankwise.errors import RankwiseError
 
 logger = logging.getLogger(__name__)
+CHECKPOINT_EVERY = 60.0  # seconds
 LOCK, FINISHED = "lock", "finished"
 NOTES = "__notes__"  # plain values, beside tensors that are named after matrices
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # by a file system
@@ -246,6 +248,10 @@ class RunFolder:
         distributed.wait()
         return self.cached(stage, key, lambda: tensors or {})
 
+    def checkpoint(self, stage: str, key: str) -> Checkpoint:
+        """Where the state of a long stage is kept until its result is."""
+        return Checkpoint(None if self.path is None else self.path / f"{stage}-{key}.part.safetensors")
+
     def hand_over(self, to: Path) -> None:
         """Make a finished run the folder `to` of a result, on the same disk, and let others in."""
         assert self.path is not None
@@ -262,6 +268,33 @@ class RunFolder:
                 _locks.pop(self.path).close()  # first: NFS removes no folder that has an open file in it
             shutil.rmtree(self.path)
             flush(self.path.parent)
+
+
+@dataclass
+class Checkpoint:
+    """The state of work that goes on step by step: a file that is written over now and then. Without a file, nothing is kept."""
+
+    file: Path | None = None
+    written: float = field(default_factory=time.monotonic)
+    took: float = 0.0
+
+    def read(self) -> dict[str, Tensor] | None:
+        """The last state; None where there is none, or it is damaged."""
+        return None if self.file is None else _read(self.file)
+
+    def write(self, state: Callable[[], dict[str, Tensor]]) -> None:
+        """Keep the state if it is time to: of the first process, once a minute, or seldom enough to cost a twentieth at most."""
+        since = time.monotonic()
+        if self.file is None or distributed.rank() > 0 or since - self.written < max(CHECKPOINT_EVERY, 20 * self.took):
+            return
+        write_tensors(self.file, state())
+        self.written = time.monotonic()
+        self.took = self.written - since
+
+    def remove(self) -> None:
+        """Forget the state."""
+        if self.file is not None and distributed.rank() == 0:
+            self.file.unlink(missing_ok=True)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -26,7 +27,7 @@ from rankwise.calibration.data import Data, listed
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, sampled_windows, windows_asked, windows_of
+from rankwise.calibration.tokens import Batch, own_windows, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits, tables_in_bits
 from rankwise.decomposition.solver import Decomposition
@@ -51,6 +52,7 @@ from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
+from rankwise.refinement.refinement import Refinement, refined
 from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -144,10 +146,8 @@ def read_data(
             refuse_unfit(model, dict.fromkeys(sides(model), torch.zeros(1, length, dtype=torch.int64)))
         key = digest(identity, length, samples, recipe.seed, *begun)
         with frozen(model), widened(model):
-            written = folder.together(
-                "text", key, lambda: {"windows": sampled_windows(model, length, samples, recipe.seed, begun)}
-            )
-        return replace(Data.of_windows(model, written["windows"]), conversations=samples if begun else 0)
+            written = folder.together("text", key, lambda: {"windows": own_windows(model, length, samples, recipe.seed, begun)})
+        return replace(Data.of_windows(model, written["windows"]), conversations=samples // 2 if begun else 0)
     documents: Any = listed(calibration)
     if not documents or not isinstance(documents[0], str | list):
         return Data.of_batches(model, documents)
@@ -304,7 +304,7 @@ def choose_in_bits(
         with widened(run.model):
             chosen = allocate(run, student, metric, allocator, budget, shapes, offered)
         layers = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
-        judge, chosen = replace(student, in_bits=layers), with_tables(chosen, layers)
+        judge, chosen = replace(student, shipped=layers), with_tables(chosen, layers)
         with widened(run.model):
             kl = judge.divergence(chosen.masks)
         return kl, replace(chosen, history=[*chosen.history, {"step": what, "kl": kl}]), layers
@@ -312,7 +312,7 @@ def choose_in_bits(
     plans = [plan("bits or ranks", offers)]
     if any(plans[0][1].ranks.values()):
         plans.append(plan("bits alone", {name: offer.of_bits() for name, offer in offers.items()}))
-    _, chosen, student.in_bits = min(plans, key=lambda found: found[0])
+    _, chosen, student.shipped = min(plans, key=lambda found: found[0])
     return replace(chosen, history=[record for _, each, _ in plans for record in each.history])
 
 
@@ -396,6 +396,38 @@ def allocate(
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
     return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))
+
+
+def refine(
+    run: Run, student: Student, layers: Mapping[str, nn.Module], refinements: Sequence[Refinement]
+) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
+    """The layers of the compressed model after the refinements, of the same sizes, and a record of each step."""
+    history: list[dict[str, Any]] = []
+    for refinement in refinements:
+        layers, records = _refine(run, student, layers, refinement)
+        history += records
+    return dict(layers), history
+
+
+def _refine(
+    run: Run, student: Student, layers: Mapping[str, nn.Module], refinement: Refinement
+) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
+    key = digest(run.identity, refinement, *_tensors_in(layers).values()) if run.folder.keeps else ""
+    learning = replace(student, checkpoint=run.folder.checkpoint("refinement", key))
+
+    def compute() -> dict[str, Tensor]:
+        found, records = refined(learning, layers, refinement)
+        return {NOTES: torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8)} | _tensors_in(found)
+
+    saved = run.folder.together("refinement", key, compute)
+    found = copy.deepcopy(dict(layers))
+    for name, tensor in _tensors_in(found).items():
+        tensor.copy_(saved[name])
+    return found, json.loads(bytes(saved[NOTES].tolist()))
+
+
+def _tensors_in(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.state_dict().items()}
 
 
 def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> Comparison:

@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-from pydantic import TypeAdapter, ValidationError
-
 from rankwise.allocation.ara import ARA
 from rankwise.allocation.ars import ARS
 from rankwise.allocation.dobi import Dobi
@@ -31,7 +29,7 @@ from rankwise.allocation.strs import STRS
 from rankwise.allocation.uniform import Uniform
 from rankwise.allocation.zero_sum import ZeroSum
 from rankwise.errors import RankwiseError
-from rankwise.options import pairs
+from rankwise.options import made_of, pairs
 
 
 class Allocator(Protocol):
@@ -111,12 +109,4 @@ def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Alloc
     presets = (ALLOCATORS | OF_BYTES)[name]
     if preset not in presets:
         raise RankwiseError(f"allocation {name!r} has no preset {preset!r}; it has {', '.join(presets)}")
-    try:
-        return TypeAdapter(presets[preset]).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        known = ", ".join(f.name for f in dataclasses.fields(presets[preset])) or "none"  # type: ignore[arg-type]
-        raise RankwiseError(
-            f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of {name} ({preset}): {first['msg']}; "
-            f"its options are {known}"
-        ) from None
+    return made_of(presets[preset], options, f"{name} ({preset})")

@@ -32,8 +32,9 @@ from rankwise.allocation.kl_knapsack import PART_RUN, KLKnapsack, tokens_of_each
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.tokens import Batch, tokens_in
+from rankwise.masks.descent import Descent
 from rankwise.masks.layers import Masks
-from rankwise.masks.values import ValueTraining, train_values
+from rankwise.masks.values import train_values
 
 logger = logging.getLogger(__name__)
 Prices = dict[str, Tensor]  # matrix -> [k] float64, nats per token
@@ -120,13 +121,13 @@ class LLRC:
         """Tokens that components are priced on at a time."""
         return min(self.pricing_tokens or max(LEAST_PART, tokens_in(batches) // 4), tokens_in(batches))
 
-    def _value_training(self, batches: Sequence[Batch]) -> ValueTraining:
+    def _value_training(self, batches: Sequence[Batch]) -> Descent:
         """As many steps as the text is worth."""
         read = VALUE_PASSES * tokens_in(batches)
         steps = min(MOST_STEPS, max(LEAST_STEPS, int(read / STEP_TOKENS))) if self.value_steps is None else self.value_steps
         tokens = min(2048, tokens_in(batches), max(STEP_TOKENS, int(read / max(steps, 1))))
         rate = self.learning_rate or LEARNING_RATE * math.sqrt(tokens / STEP_TOKENS)
-        return ValueTraining(steps, rate, tokens)
+        return Descent(steps, rate, tokens)
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Parts of the text, round and round; all of it each time where it is no more than one."""

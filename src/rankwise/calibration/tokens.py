@@ -127,6 +127,15 @@ def refuse_foreign(model: Any, windows: Tensor) -> None:
         raise RankwiseError(f"the text has the token {token}, but the model only {vocabulary}: is the tokenizer the model's own?")
 
 
+def own_windows(model: Any, length: int, samples: int, seed: int, opening: Sequence[int]) -> Tensor:
+    """As `sampled_windows`, in random order; with an `opening`, of dialogues, half of them from there, and half from the model's
+    first token: a model for chat is asked for other text too, and both together serve either better than one alone."""
+    dialogues = samples // 2 if opening else 0
+    parts = (sampled_windows(model, length, n, seed, o) for n, o in ((dialogues, opening), (samples - dialogues, ())) if n)
+    windows = torch.cat(list(parts))
+    return windows[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))] if dialogues else windows
+
+
 @torch.no_grad()
 def sampled_windows(model: Any, length: int, samples: int, seed: int, opening: Sequence[int] = ()) -> Tensor:
     """Windows [samples, length] int64 that the model writes itself, at temperature 1 over the whole vocabulary and on past any

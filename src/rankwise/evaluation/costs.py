@@ -19,7 +19,7 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
 
     Of `batches` only the first tokens are read, see `tokens_of_each`.
     """
-    names = [name for name, mask in masks.items() if not is_whole(mask) or name in student.in_bits]
+    names = [name for name, mask in masks.items() if not is_whole(mask) or name in student.shipped]
     few = first_tokens(batches, tokens_of_each(len(names)))
     with student.frozen():
         tokens = sum(len(student.teacher(batch)) for batch in few)

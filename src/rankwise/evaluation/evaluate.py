@@ -84,8 +84,7 @@ def evaluate(
     folder = RunFolder.cache(Path(cache) if cache else None)
     compressed = model if isinstance(model, PreTrainedModel) else load_compressed(model, dtype, device)
     dense = reference if isinstance(reference, PreTrainedModel) else load_model(reference, config, dtype, device)
-    if not _made_from(compressed, dense):
-        raise RankwiseError(f"{name} is not the model that {path} was made from")
+    refuse_unrelated(compressed, dense, path, name)
     if asked and not dense.can_generate():
         raise RankwiseError(f"tasks need a model that predicts text, not a {type(dense).__name__}")
     length = window_length(dense, length)
@@ -125,13 +124,16 @@ def evaluate(
     }
 
 
-def _made_from(compressed: Any, dense: Any) -> bool:
-    """Whether all but the compressed matrices is alike: class, names, shapes, and the embeddings' values but for rounding."""
-    shapes = {name: parameter.shape for name, parameter in skeleton(compressed.config).named_parameters()}
-    if type(compressed) is not type(dense) or shapes != {name: p.shape for name, p in dense.named_parameters()}:
-        return False
-    ours, theirs = (model.get_input_embeddings().weight.float() for model in (compressed, dense))
-    return torch.allclose(ours, theirs, rtol=2**-7, atol=1e-6)
+def refuse_unrelated(compressed: Any, dense: Any, path: str, name: str) -> None:
+    """Raises `RankwiseError` unless all but the compressed matrices is alike: class, names, shapes, and the values of the
+    embeddings, but for rounding."""
+    ours, theirs = ({n: p.shape for n, p in skeleton(model.config).named_parameters()} for model in (compressed, dense))
+    alike = type(compressed) is type(dense) and ours == theirs
+    if alike:
+        one, other = (model.get_input_embeddings().weight.float().cpu() for model in (compressed, dense))
+        alike = torch.allclose(one, other, rtol=2**-7, atol=1e-6)
+    if not alike:
+        raise RankwiseError(f"{name} is not the model that {path} was made from")
 
 
 def name_of(model: str | Path | PreTrainedModel) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from rankwise.decomposition.solver import Decomposition
 from rankwise.integration.quantizer import RankwiseConfig
+from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import stack_experts
 from rankwise.masks.layers import Masks, folded, is_whole
 
@@ -20,26 +21,26 @@ def factorise(
     experts: Sequence[str],
     form: str,
     bits: Mapping[str, int] | None = None,
-    in_bits: Mapping[str, nn.Module] | None = None,
+    shipped: Mapping[str, nn.Module] | None = None,
 ) -> RankwiseConfig:
     """Put the chosen layers into the model, its experts unstacked; experts that are all left dense are stacked again.
 
-    bits: of the matrices that are written in few; in_bits: their layers.
+    bits: of the matrices that are written in few; shipped: layers that are there already, those in bits and refined ones.
     """
-    written = in_bits or {}
+    shipped, bits = shipped or {}, dict(bits or {})
     ranks: dict[str, int] = {}
     affine = False
     for name, mask in masks.items():
+        dense, layer = model.get_submodule(name), shipped.get(name)
         if mask is not None:
             decomposition = decompositions[name]
-            layer = written.get(name) or folded(model.get_submodule(name), decomposition, mask, form)
-            model.set_submodule(name, layer)
+            layer = layer or folded(dense, decomposition, mask, form)
             if not is_whole(mask):
                 ranks[name] = int(mask.count_nonzero())
                 affine = affine or decomposition.centre is not None
-        elif name in written:
-            model.set_submodule(name, written[name])
-    changed = (*ranks, *written)
+        if layer is not None:
+            model.set_submodule(name, layer.to(weight_of(dense).dtype))
+    changed = (*ranks, *bits)
     kept = [path for path in experts if any(name.startswith(f"{path}.") for name in changed)]
     stack_experts(model, set(experts) - set(kept))
-    return RankwiseConfig(ranks=ranks, form=form, bits=dict(bits or {}), experts=kept, affine=affine)
+    return RankwiseConfig(ranks=ranks, form=form, bits=bits, experts=kept, affine=affine)

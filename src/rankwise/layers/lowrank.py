@@ -45,8 +45,14 @@ class LowRankLinear(nn.Module):
 
     @property
     @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """[out_features, rank] and [rank, in_features], whose product is the weight."""
+
+    @property
     def weight(self) -> Tensor:
         """The dense product [out_features, in_features], computed at each read: some models look at their layers' weights."""
+        second, first = self.factors
+        return second @ first
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -80,8 +86,8 @@ class PairLinear(LowRankLinear):
         return layer
 
     @property
-    def weight(self) -> Tensor:
-        return _dense(self.second.weight) @ _dense(self.first.weight)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return _dense(self.second.weight), _dense(self.first.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -164,9 +170,9 @@ class RowPivotedLinear(PivotedLinear):
         return second[pivots] @ first, coefficients, torch.cat([pivots, others]).argsort()
 
     @property
-    def weight(self) -> Tensor:
-        pivots = _dense(self.first.weight)
-        return torch.cat([pivots, _dense(self.second.weight) @ pivots])[self.order]
+    def factors(self) -> tuple[Tensor, Tensor]:
+        pivots, coefficients = _dense(self.first.weight), _dense(self.second.weight)
+        return torch.cat([_identity(self.rank, pivots), coefficients])[self.order], pivots
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -191,9 +197,9 @@ class ColumnPivotedLinear(PivotedLinear):
         return coefficients.T, second @ first[:, pivots], torch.cat([pivots, others])
 
     @property
-    def weight(self) -> Tensor:
-        pivots = _dense(self.second.weight)
-        return torch.cat([pivots, pivots @ _dense(self.first.weight)], 1)[:, self.order.argsort()]
+    def factors(self) -> tuple[Tensor, Tensor]:
+        pivots, coefficients = _dense(self.second.weight), _dense(self.first.weight)
+        return pivots, torch.cat([_identity(self.rank, pivots), coefficients], 1)[:, self.order.argsort()]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -241,6 +247,10 @@ DEFAULT_FORM = PivotedLinear.form
 def layer_class(form: str, out_features: int, in_features: int) -> type[LowRankLinear]:
     """The class of the layers of a form, for a matrix of this shape."""
     return FORMS[form][out_features <= in_features]
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

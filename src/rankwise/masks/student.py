@@ -32,6 +32,7 @@ from rankwise.layers.precision import exact
 from rankwise.masks.layers import MaskedLinear, Masks, folded
 from rankwise.masks.trunk import Trunk
 from rankwise.progress import progress
+from rankwise.run_folder import Checkpoint
 
 Layers = Mapping[str, nn.Module]
 Kept = Callable[[str, Iterable[Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]  # what, of what, how -> found
@@ -44,12 +45,16 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
     total += exact(gradients).flatten(0, -2).square().sum(0).cpu()
 
 
+def mean_gradient(parameter: Tensor, tokens: int) -> Tensor:
+    """The parameter's gradient in float64 per token of all processes, of which there are `tokens`; zero where none came."""
+    own = exact(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return distributed.add_up(own if distributed.size() == 1 else own.cpu()) / tokens
+
+
 def mean_gradients(masks: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """The masks' gradients [k] float64 per token, of all processes; zero for a mask that no token went through. `tokens` are
-    this process's."""
-    own = [torch.zeros(len(mask)) if mask.grad is None else mask.grad.cpu() for mask in masks.values()]
-    every = distributed.add_up(torch.cat(own).double()) / sum(distributed.everyones(tokens))
-    return dict(zip(masks, every.split([len(mask) for mask in masks.values()]), strict=True))
+    """`mean_gradient` of each mask [k], on the host; `tokens` are this process's."""
+    every = sum(distributed.everyones(tokens))
+    return {name: mean_gradient(mask, every).cpu() for name, mask in masks.items()}
 
 
 def not_kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -65,7 +70,8 @@ class Student:
     training, selection: disjoint batches of calibration text; masks are trained on the one and chosen by the other.
     effort: tokens that went through the student so far, forward and backward.
     spared: seconds that were not spent, because a measurement was found.
-    in_bits: layers of the matrices that are written in few bits, as they will be shipped.
+    shipped: layers that are known as they will be shipped: those in few bits, and refined ones. Masks say what the others are.
+    checkpoint: where a long training keeps its state.
     kept: (what is measured, all that it depends on, a function that measures it) -> the measurement, made now or earlier.
     """
 
@@ -76,9 +82,10 @@ class Student:
     seed: int = 0
     effort: dict[str, int] = field(default_factory=lambda: {"forward_tokens": 0, "backward_tokens": 0})
     spared: float = 0.0
-    in_bits: Mapping[str, nn.Module] = field(default_factory=dict)
+    shipped: Mapping[str, nn.Module] = field(default_factory=dict)
     _signals: dict[int, tuple[Batch, Signal]] = field(default_factory=dict)
     kept: Kept = not_kept
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def frozen(self) -> AbstractContextManager[None]:
         """The model's weights frozen and in eval mode while inside."""
@@ -89,9 +96,9 @@ class Student:
         modules = {
             name: folded(self.model.get_submodule(name), self.decompositions[name], mask)
             for name, mask in masks.items()
-            if mask is not None and name not in self.in_bits
+            if mask is not None and name not in self.shipped
         }
-        return swapped(self.model, modules | {name: self.in_bits[name] for name in masks if name in self.in_bits})
+        return swapped(self.model, modules | {name: self.shipped[name] for name in masks if name in self.shipped})
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +154,7 @@ class Student:
 
     def _known(self, batch: Batch, masks: Masks) -> AbstractContextManager[None]:
         """While inside, the student does not run what the original is known to answer."""
-        changed = [name for name, mask in masks.items() if mask is not None or name in self.in_bits]
+        changed = [name for name, mask in masks.items() if mask is not None or name in self.shipped]
         return nullcontext() if self._trunk is None else self._trunk.known(batch, changed)
 
     def _measured(
@@ -162,7 +169,7 @@ class Student:
             tokens = [self.effort[name] - before[name] for name in before]
             return found | {EFFORT: torch.tensor([*tokens, time.perf_counter() - since], dtype=torch.float64)}
 
-        written = (tensor for name in masks if name in self.in_bits for tensor in self.in_bits[name].state_dict().values())
+        written = (tensor for name in masks if name in self.shipped for tensor in self.shipped[name].state_dict().values())
         of = (*(part for item in masks.items() for part in item), *written, *(t for batch in batches for t in batch.values()))
         found = dict(self.kept(what, of, compute))
         *tokens, seconds = found.pop(EFFORT).tolist()
@@ -186,13 +193,27 @@ class Student:
         )
         return found["kl"].item()
 
-    @torch.no_grad()
     def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
+        @contextmanager
+        def compressed(batch: Batch) -> Iterator[None]:
+            with self._known(batch, masks), self.with_masks(masks):
+                yield
+
+        return self._judged(compressed, batches)
+
+    def cost(self, layers: Layers, batches: Sequence[Batch] | None = None) -> float:
+        """As `divergence`, of the model with these layers in place."""
+        with self.together():
+            return self._judged(lambda _: swapped(self.model, layers), self.selection if batches is None else batches)
+
+    @torch.no_grad()
+    def _judged(self, changed: Callable[[Batch], AbstractContextManager[None]], batches: Sequence[Batch]) -> float:
+        """KL in nats per token from the original to the model that is there inside of `changed`."""
         parts = []
         with self.frozen():
             for batch in distributed.dealt(batches):
                 reference = self.teacher(batch)
-                with self._known(batch, masks), self.with_masks(masks):
+                with changed(batch):
                     parts.append((divergence(reference, signal_of(self.model, batch)).item(), len(reference)))
                 self.count(reference)
         totals, tokens = zip(*distributed.collected(parts), strict=True)

@@ -1,0 +1,91 @@
+"""Training of whatever the student's layers are made of, on the KL to the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankwise import distributed
+from rankwise.calibration.tokens import Batch, cut, endless, parts_of, sequences_in, written
+from rankwise.masks.student import Layers, Student, mean_gradient
+from rankwise.progress import progress
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Adam, its learning rate rising linearly over the first `warm_up` of the steps and then falling linearly to zero; every step
+    reads `tokens`, or one sequence."""
+
+    steps: int = 120
+    learning_rate: float = 0.01
+    tokens: int = 2048
+    betas: tuple[float, float] = (0.9, 0.95)
+    warm_up: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate at `step`, as a factor."""
+        rise = self.warm_up * self.steps
+        return (step + 1) / (rise + 1) if step < rise else 1 - (step - rise) / (self.steps - rise)
+
+
+def descend(
+    student: Student, layers: Layers, scales: Mapping[Tensor, float], options: Descent, what: str, losses: list[float]
+) -> None:
+    """Train parameters of `layers` in place on KL(original || student) over the training batches, in an order drawn from the
+    student's seed. scales: each parameter -> what the learning rate is multiplied by for it. The loss of each step, nats per
+    token, is added to `losses`; `what` is said of the progress."""
+    groups = [{"params": [parameter], "lr": options.learning_rate * scale} for parameter, scale in scales.items()]
+    optimiser = torch.optim.Adam(groups, betas=options.betas)
+    sequences = max(1, options.tokens // written(student.training[0])[0].numel())
+    parts = [_own(part) for part in parts_of(student.training, sequences)]
+    batches = endless(parts, torch.Generator().manual_seed(student.seed))
+    done = _restored(student.checkpoint.read(), optimiser, losses)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: options.rate(done + step))
+    for _ in range(done):
+        next(batches)
+    with student.frozen(), student.together():
+        bar = progress(range(done, options.steps), what)
+        for _ in bar:
+            own = student.add_gradients(layers, next(batches))
+            totals, tokens = zip(*distributed.everyones(own), strict=True)
+            losses.append(sum(totals) / sum(tokens))
+            for parameter in scales:
+                parameter.grad = mean_gradient(parameter, sum(tokens)).to(parameter)
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
+            bar.set_postfix(kl=f"{losses[-1]:.5f}", refresh=False)
+            student.checkpoint.write(lambda: _state(optimiser, losses))
+    student.checkpoint.remove()
+
+
+def _state(optimiser: torch.optim.Optimizer, losses: list[float]) -> dict[str, Tensor]:
+    """The parameters, Adam's means of each, and the loss of each step so far."""
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for number, (parameter, means) in enumerate(optimiser.state.items()):
+        tensors |= {f"{number}": parameter.detach()} | {f"{number}.{name}": mean for name, mean in means.items()}
+    return tensors
+
+
+def _restored(state: dict[str, Tensor] | None, optimiser: torch.optim.Optimizer, losses: list[float]) -> int:
+    """Put what `_state` has given in its place; the steps that were done."""
+    if state is None:
+        return 0
+    losses += state["losses"].tolist()
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            parameter.copy_(state[f"{number}"])
+            names = [name for name in state if name.startswith(f"{number}.")]
+            means = {name.partition(".")[2]: state[name] for name in names}
+            optimiser.state[parameter] = {n: mean if n == "step" else mean.to(parameter) for n, mean in means.items()}
+    return len(state["losses"])
+
+
+def _own(batch: Batch) -> list[Batch]:
+    """This process's sequences of a batch, as the one batch of a list; none where there are more processes than sequences."""
+    rank = distributed.rank()
+    return [cut(batch, slice(rank, None, distributed.size()))] if rank < sequences_in(batch) else []

@@ -1,0 +1,1 @@
+"""What changes values and never sizes, after the ranks are chosen."""

@@ -1,0 +1,58 @@
+"""What a refinement is, the list of those there are, and how several are done one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from rankwise.calibration.tokens import Batch
+from rankwise.errors import RankwiseError
+from rankwise.masks.student import Layers, Student
+from rankwise.options import made_of, pairs
+from rankwise.refinement.distil import Distil
+
+
+class Refinement(Protocol):
+    """A frozen dataclass whose fields are the method's options."""
+
+    def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
+        """New layers in place of `layers`, the compressed ones that the student's model gets: of the same class, rank and dtype
+        each. What each step loses, nats per token, is added to `losses`; deterministic by the student's seed."""
+        ...
+
+    def reads(self, training: Sequence[Batch]) -> tuple[float, float]:
+        """Tokens forward and back."""
+        ...
+
+
+REFINEMENTS: dict[str, type[Refinement]] = {"distil": Distil}
+
+
+def refinements_named(text: str) -> list[Refinement]:
+    """Those that are written NAME [KEY=VALUE ...], with commas between. Raises `RankwiseError` for what is none."""
+    return [_named(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def _named(text: str) -> Refinement:
+    name, *options = text.split()
+    if name not in REFINEMENTS:
+        raise RankwiseError(f"unknown refinement {name!r}; there are {', '.join(REFINEMENTS)}")
+    return made_of(REFINEMENTS[name], pairs(options), name)
+
+
+def refined(
+    student: Student, layers: Mapping[str, nn.Module], refinement: Refinement
+) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
+    """The layers after the refinement, and a record of it; where it does not lower the KL on the selection text, the layers as
+    they were."""
+    losses: list[float] = []
+    before, found = student.cost(layers), refinement.refine(student, layers, losses)
+    after = student.cost(found)
+    name = next(name for name, cls in REFINEMENTS.items() if type(refinement) is cls)
+    records = [
+        {"step": f"before {name}", "kl": before},
+        {"step": name, "kl": after, "losses": [float(f"{x:.4g}") for x in losses]},
+    ]
+    return (found if after < before else dict(layers)), records

@@ -1,0 +1,126 @@
+"""`rankwise refine`: win back some of what a finished folder has lost, its sizes unchanged."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise import bundled, distributed, stages
+from rankwise.allocation.problem import Allocation
+from rankwise.calibration.data import listed
+from rankwise.calibration.text import refuse_unused
+from rankwise.errors import RankwiseError
+from rankwise.evaluation.evaluate import refuse_unrelated
+from rankwise.evaluation.memory import peak_memory
+from rankwise.evaluation.samples import sample_texts
+from rankwise.integration.checkpoint import load_compressed, load_config, quantization_of, refuse_output
+from rankwise.integration.files import read_json
+from rankwise.integration.result import REPORT, SPECTRA, read_ranks, read_recipe
+from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import stack_experts, stacked_on_failure, unstack_experts
+from rankwise.layers.precision import widened
+from rankwise.masks.student import Student
+from rankwise.options import RefineOptions
+from rankwise.pipeline import Compressed
+from rankwise.progress import stage
+from rankwise.recipe import IN_MEMORY, Recipe
+from rankwise.refinement.refinement import refinements_named
+from rankwise.run_folder import RunFolder
+from rankwise.stages import Calibration
+
+
+@torch.inference_mode(False)
+def refine(
+    folder: str | Path,
+    reference: str | Path | PreTrainedModel | None = None,
+    *,
+    refine: str = "distil",
+    calibration: Calibration | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Unpack[RefineOptions],
+) -> Compressed:
+    """Train what a folder holds against the model it was made from: other values, the same ranks and bytes.
+
+    folder: what `compress` wrote. reference: the original model; None is the bundled one. refine: refinements with commas
+        between, as of `compress`. calibration, tokenizer, output, overwrite, resume, options: as of `compress`; what is not said
+        is as the folder's recipe says.
+    Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
+    """
+    folder, reference = Path(folder), bundled.MODEL if reference is None else reference
+    refinements, ranks = refinements_named(refine), read_ranks(folder)
+    if not refinements:
+        raise RankwiseError("name a refinement, as refine='distil'")
+    if quantization_of(load_config(folder)).get("bits"):
+        raise RankwiseError(f"{folder} holds whole numbers of few bits, which cannot be trained")
+    before = read_recipe(folder) or Recipe.of()
+    if calibration is None:
+        calibration = before.calibration if before.calibration != IN_MEMORY else "self"
+    calibration = listed(calibration)
+    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
+    fields = {"memory": None, "calibration": source} | {name: value for name, value in options.items() if value is not None}
+    recipe = Recipe.of(**before.model_dump(exclude_none=True) | fields)
+    refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
+    run_folder = RunFolder()
+    report, spectra = _read(folder)
+    if output is not None:
+        run_folder = RunFolder.beside(Path(output), resume, overwrite)
+        overwrite = overwrite or (resume and run_folder.finished)  # the result there is this run's own
+        refuse_output(Path(output), overwrite, reference)
+    run = stages.start(reference, calibration, tokenizer, recipe, [], run_folder)
+    with stacked_on_failure(run.model, run.experts):
+        compressed = load_compressed(folder, recipe.dtype, recipe.device)
+        refuse_unrelated(compressed, run.model, str(folder), run.base)
+        stacked, since = unstack_experts(compressed), time.perf_counter()
+        with widened(run.model, compressed):
+            student = Student(run.model, {}, run.data.training, run.data.selection, run.seed)
+            student.shipped = changed_modules(compressed, run.model)
+            chosen = Allocation(ranks, dict.fromkeys(student.shipped))
+            found = [stages.measure(student, chosen, run.data.measuring)]
+            student.shipped, history = stages.refine(run, student, student.shipped, refinements)
+            found.append(stages.measure(student, chosen, run.data.measuring))
+            samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+        seconds = round(time.perf_counter() - since, 2)
+    for name, layer in student.shipped.items():
+        compressed.set_submodule(name, layer.to(next(compressed.get_submodule(name).parameters()).dtype))
+    stack_experts(compressed, stacked)
+    stack_experts(run.model, run.experts)
+    report |= {"before_refinement": found[0].to_dict(), **found[1].to_dict(), "samples": samples}
+    report |= {"history": [*report["history"], *history], "seconds": report["seconds"] | {"refinement": seconds}}
+    report |= {"peak_memory_bytes": peak_memory(), "conversations": run.data.conversations, "refined_on": source}
+    done = before.model_copy(update={"refine": ", ".join(filter(None, [before.refine, refine]))})
+    result = Compressed(compressed, ranks, report | {"recipe": done.model_dump()}, done, run.tokenizer, spectra)
+    if output is not None and distributed.rank() == 0:
+        run_folder.finish()
+        with stage(f"writing {output}"):
+            result.save(output, overwrite)
+        run_folder.remove()
+    return result
+
+
+def changed_modules(compressed: nn.Module, original: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the compressed model that hold other values than the original's at the same path, or have another class."""
+    theirs = dict(original.named_modules())
+    pairs = [(path, module) for path, module in compressed.named_modules() if path in theirs]
+    return {path: module for path, module in pairs if isinstance(module, LowRankLinear) or _differs(module, theirs[path])}
+
+
+def _differs(module: nn.Module, other: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    pairs = [(own[name], value) for name, value in other.named_parameters(recurse=False) if name in own]
+    return any(not torch.equal(ours, value.to(ours)) for ours, value in pairs)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report and the spectra of a result folder. Raises `RankwiseError` where there are none."""
+    for name in (REPORT, SPECTRA):
+        if not (folder / name).exists():
+            raise RankwiseError(f"{folder} has no {name}: give a folder that compress wrote")
+    return read_json(folder / REPORT), read_json(folder / SPECTRA)
