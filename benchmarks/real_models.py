@@ -53,6 +53,7 @@ METHODS = {
     "llrc": "**llrc**",
 }
 QUESTIONS = ("arc_easy_test", "arc_challenge_test", "piqa_val")
+REPORTED = "seconds", "peak_memory_bytes", "kl", "perplexity", "reference_perplexity", "history"
 RESULTS = HERE / "results" / "real_models.json"
 GROUP, LENGTH = 64, 256
 
@@ -160,14 +161,11 @@ def quantized_of(folder: Path, args: argparse.Namespace, work: Path) -> dict[str
     original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     texts = {name: path for name, path in texts_of(folder, args.data, work).items() if name != "c4"}
     found: dict[str, Any] = {"dense": {"bytes": 2 * original.num_parameters(), "parameters": original.num_parameters()}}
-    judges = {}
-    for name, path in texts.items():
-        text = read_judging_text(path)
-        judges[name] = batches_of(original, windows_of(tokenizer, text.documents, LENGTH, args.judge_samples, 0)[: text.windows])
+    judges = judges_of(original, tokenizer, texts, args.judge_samples)
     for bits in (8, 4):
         model = load(folder)
         saved = sum(as_quantized(module, bits) for module in model.base_model.modules() if is_linear(module))
-        found[f"int{bits}"] = {"bytes": found["dense"]["bytes"] - saved, "texts": _costs(original, model, judges)}
+        found[f"int{bits}"] = {"bytes": found["dense"]["bytes"] - saved, "texts": costs(original, model, judges)}
     return found
 
 
@@ -183,21 +181,40 @@ def as_quantized(module: nn.Module, bits: int) -> int:
     return weight.numel() * 2 - weight.numel() * bits // 8 - weight.numel() // GROUP * 2
 
 
-def _costs(original: Any, model: Any, judges: dict[str, list[Batch]]) -> dict[str, Any]:
+def judges_of(original: Any, tokenizer: Any, texts: dict[str, str], samples: int) -> dict[str, list[Batch]]:
+    """Windows of every text, the same at each run."""
+    judges = {}
+    for name, path in texts.items():
+        text = read_judging_text(path)
+        judges[name] = batches_of(original, windows_of(tokenizer, text.documents, LENGTH, samples, 0)[: text.windows])
+    return judges
+
+
+def costs(original: Any, model: Any, judges: dict[str, list[Batch]]) -> dict[str, Any]:
+    """What the model costs on every text."""
     with frozen(original), frozen(model):
         before, after = (functools.partial(signal_of, each) for each in (original, model))
         return {name: _figures(compare(before, after, judge, causal=True).to_dict()) for name, judge in judges.items()}
 
 
-def timed(folder: Path, effort: str, work: Path) -> dict[str, Any]:
-    """The whole command, on a CPU with two threads, by its own report."""
+def timed(folder: Path, effort: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The whole command, on a CPU with two threads, by its own report; and what its result costs on the texts."""
     command = [sys.executable, "-m", "rankwise", "compress", str(folder), "--rate", "0.2", "--effort", effort, "--json"]
     command += ["--output", str(work / f"timed-{effort}"), "--overwrite"]
+    work.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         os.environ["OMP_NUM_THREADS"] = "2"
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     report = json.loads(done.stdout)
-    return {key: report[key] for key in ("seconds", "peak_memory_bytes", "kl", "perplexity", "reference_perplexity", "history")}
+    return {key: report[key] for key in REPORTED} | {"texts": costs_of(folder, work / f"timed-{effort}", args, work)}
+
+
+def costs_of(folder: Path, result: Path, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """What a result folder costs on every text."""
+    original, texts = load(folder), texts_of(folder, args.data, work)
+    texts.pop("c4", None)
+    judges = judges_of(original, AutoTokenizer.from_pretrained(folder), texts, args.judge_samples)
+    return costs(original, load(result), judges)
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -242,17 +259,17 @@ def _cell(found: dict[str, Any]) -> str:
 
 def _times(model: str, found: dict[str, Any]) -> list[str]:
     stages = list(dict.fromkeys(stage for run in found.values() for stage in run["seconds"]))
+    texts = list(next(iter(found.values())).get("texts", {}))
+    columns = [*(f"{stage}, s" for stage in stages), "together, min", "peak memory, GB", *(f"KL on {text}" for text in texts)]
     lines = [
         f"### {model}: `rankwise compress --rate 0.2` from start to end, its own text\n",
-        "| effort, machine | "
-        + " | ".join(f"{stage}, s" for stage in stages)
-        + " | together, min | peak memory, GB | KL on its own text |",
-        "|---|" + "---|" * (len(stages) + 3),
+        f"| effort, machine | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
     ]
     for effort, run in found.items():
         cells = [f"{run['seconds'].get(stage, 0):.0f}" for stage in stages]
-        total, peak = sum(run["seconds"].values()) / 60, run["peak_memory_bytes"]["host"] / 1e9
-        lines.append(f"| {effort} | " + " | ".join(cells) + f" | {total:.1f} | {peak:.2f} | {run['kl']:.4f} |")
+        cells += [f"{sum(run['seconds'].values()) / 60:.1f}", f"{run['peak_memory_bytes']['host'] / 1e9:.2f}"]
+        lines.append(f"| {effort} | " + " | ".join(cells + [_cell(run["texts"][text]) for text in texts]) + " |")
     return [*lines, ""]
 
 
@@ -280,7 +297,7 @@ def main() -> None:
     for model in args.models:
         folder, work, found = args.real_models / model, args.work / model, results.setdefault(model, {})
         for effort in args.time:
-            found.setdefault("timed", {})[f"{effort}, {machine()}"] = timed(folder, effort, work)
+            found.setdefault("timed", {})[f"{effort}, {machine()}"] = timed(folder, effort, args, work)
             keep()
         if args.time:
             continue

@@ -20,6 +20,7 @@ from typer.cli import get_docs_for_click
 from rankwise.allocation.allocator import ALLOCATORS
 from rankwise.cli import application
 from rankwise.decomposition.metric import METRICS
+from rankwise.refinement.refinement import REFINEMENTS
 from rankwise.reporting.methods import WHEN
 
 HERE = Path(__file__).parent
@@ -60,6 +61,8 @@ def options(cls: Any) -> str:
     lines = {a.target.id: a for a in body if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)}
     rows = []
     for field in dataclasses.fields(cls):
+        if field.name not in lines:  # another preset's, and as there
+            continue
         line = lines[field.name]
         kind = ast.unparse(line.annotation)
         rows.append(f"| `{field.name}` | `{kind}` | `{field.default!r}` | {comments.get(line.lineno, '')} |")
@@ -128,6 +131,11 @@ def methods() -> None:
         write(f"methods/decomposition/{name}.md", decomposition_page(name, metric))
         what = markdown(first_sentence(metric.__doc__ or ""))
         table.append(f"| [{name}](decomposition/{name}.md) | {what} | {WHEN['decomposition'][name]} |")
+    index += ["\n".join(table), "## Refinements"]
+    table = ["| refinement | what it is | when |", "|---|---|---|"]
+    for name, refinement in REFINEMENTS.items():
+        what = markdown(first_sentence(sys.modules[refinement.__module__].__doc__ or ""))
+        table.append(f"| [{name}](../guide/refine.md) | {what} | {WHEN['refinement'][name]} |")
     write("methods/index.md", "\n\n".join([*index, "\n".join(table)]) + "\n")
 
 

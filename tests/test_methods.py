@@ -58,12 +58,29 @@ def test_what_is_no_method_is_a_line(rankwise: Run, llama: Path, tmp_path: Path,
     assert said in done.err
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, ("llrc", "quick", {})),
+        ({"options": {"rounds": 1}}, ("llrc", "quick", {"rounds": 1})),
+        ({"preset": "default", "options": {"points": 0, "rounds": 0, "value_steps": 0}}, ("llrc", "default", None)),
+        ({"allocation": "energy"}, ("energy", "default", {})),
+    ],
+)
+def test_a_quick_run_takes_the_quick_preset_where_no_method_is_named(
+    asked: dict[str, Any], expected: tuple[str, str, Any], llama: Path, story: Path
+) -> None:
+    recipe = package.compress(llama, 0.3, calibration=str(story), effort="quick", **asked, **TEXT).recipe
+    assert (recipe.allocation, recipe.preset) == expected[:2]
+    assert recipe.options == (asked["options"] if expected[2] is None else expected[2])
+
+
 def test_all_methods_are_listed(rankwise: Run) -> None:
     listed = json.loads(rankwise("methods", "--json").out)
     assert [row["name"] for row in listed["allocations"]] == all_allocations()
     assert {paper for row in listed["allocations"] for paper in row["papers"]} == PAPERS.keys()
     table = rankwise("methods").out
-    assert all(row["when"].split(".")[0][:30] in table for row in (*listed["allocations"], *listed["decompositions"]))
+    assert all(row["when"].split(".")[0][:30] in table for row in (row for rows in listed.values() for row in rows))
 
 
 def test_the_version_is_told(rankwise: Run) -> None:

@@ -25,7 +25,7 @@ from rankwise.run_folder import Checkpoint, RunFolder
 
 IDS = torch.arange(3, 30)[None]
 FAST: dict[str, Any] = {"allocation": "mask-fisher"}
-METHODS = {"distil": "distil passes=4 tokens=128 learning_rate=0.01"}  # for tiny models
+METHODS = {"distil": "distil passes=4 tokens=128 learning_rate=0.06"}  # for tiny models
 
 
 def text(model: PreTrainedModel, windows: int = 60) -> torch.Tensor:

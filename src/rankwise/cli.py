@@ -178,8 +178,9 @@ def refine(
     if as_json:
         print(to_json(result.report))
         return
-    before, after = result.report["before_refinement"], result.report
-    print(f"KL {before['kl']:.4f} -> {after['kl']:.4f} nats per token, on text that was not trained on")
+    from rankwise.reporting.terminal import print_report
+
+    print_report(result.report)
     print(f"written to {output}: import rankwise, then from_pretrained({str(output)!r})")
 
 

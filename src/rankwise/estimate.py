@@ -4,6 +4,7 @@ before the work, and what is left of it after each stage, by how the stages befo
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from rankwise.calibration.tokens import tokens_in
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.costs import tokens_of_each
 from rankwise.progress import say
+from rankwise.refinement.refinement import Refinement
 from rankwise.stages import Run
 
 PROBE = 512  # tokens that the speed is measured on
@@ -34,15 +36,17 @@ class Estimate:
     taken: dict[str, float]
 
     @classmethod
-    def of(cls, run: Run, metric: str, allocator: Any, alone: int) -> Estimate:
+    def of(cls, run: Run, metric: str, allocator: Any, alone: int, refinements: Sequence[Refinement]) -> Estimate:
         """The stages of `compress`, which measures `alone` matrices by themselves in the end; 0 for an allocation that does not
         tell what it `reads`: tokens forward and back."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
         read = allocator.reads(data.training, data.selection, matrices) if hasattr(allocator, "reads") else (0.0, 0.0)
+        refining = [sum(parts) for parts in zip((0.0, 0.0), *(r.reads(data.training) for r in refinements), strict=True)]
         second = _seconds_of_a_token(run)
         solving = sum(s.full_rank**2 * (9 * s.full_rank + 6 * max(s.out_features, s.in_features)) for s in run.shapes.values())
+        later = {"refinement": second * (refining[0] + BACK * refining[1])} if refinements else {}
         return cls(
             {
                 "calibration": second * tokens_in(data.training) * (1 + back) * MOMENTS * bool(needs),
@@ -50,7 +54,8 @@ class Estimate:
                 "allocation": second * (read[0] + BACK * read[1]),
                 "measuring": second * 2 * tokens_in(data.measuring),
                 "looking closer": second * LATER * alone * tokens_of_each(alone),
-            },
+            }
+            | later,
             {},
         )
 

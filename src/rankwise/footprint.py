@@ -32,6 +32,7 @@ from rankwise.recipe import Recipe
 
 LIBRARIES = 400 * 2**20  # what torch, its kernels and the solvers take beyond what is resident when the figure is made
 SLACK = 1.1  # for what an allocator cannot give back at once
+TRAINED = 20  # bytes of a number that is trained: in float32 itself, its gradient, Adam's two means and what is made of it
 LOGITS = 20  # bytes of every logit that a head makes at once: a loss holds five such tensors in float32
 
 
@@ -76,7 +77,7 @@ def shortage(
     held = stored if isinstance(model, PreTrainedModel) else 0
     needs = frozenset[str]().union(*(metric_named(metric).NEEDS for metric in metrics))
     writes = isinstance(calibration, str) and calibration == "self"
-    phases = _phases(empty, shapes, needs, e, *_text(empty, calibration, recipe, device), trains, writes)
+    phases = _phases(empty, shapes, needs, e, *_text(empty, calibration, recipe, device), trains, writes, bool(recipe.refine))
     computed, fixed = int(SLACK * (max(phases.values()) - held)), memory.resident() + LIBRARIES
     needed = {"host": fixed + computed}
     if device.type == "cuda":
@@ -129,6 +130,7 @@ def _phases(
     text: int,
     trains: bool,
     writes: bool,
+    refines: bool,
 ) -> dict[str, int]:
     """The most bytes that each part of the work holds at once. batch, text: tokens of one, and of all."""
     config = empty.config.get_text_config()
@@ -147,6 +149,7 @@ def _phases(
         "statistics": weights + totals + (backward if GRADIENTS & set(needs) else forward) + logits,
         "decomposition": weights + totals + factors + solved,
         "ranks": weights + factors + answers + (masked if trains else forward) + logits,
+        "refinement": refines * (weights + factors + TRAINED * sum(s.dense for s in shapes.values()) + answers + masked + logits),
     }
 
 

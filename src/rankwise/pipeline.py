@@ -158,11 +158,12 @@ def compress(
     with _chosen(asked, folder, closer, loadable=output is not None) as found:
         run, student, masks = found.run, found.student, found.chosen.masks
         costs, tokens = costs_of_each(student, masks, run.data.measuring) if closer else ({}, 0)
+        found.clock.lap("looking closer")
         if asked.refinements:
             found = found.refined(asked.refinements)
         samples = sample_texts(student, masks, run.data.measuring, run.tokenizer)
         spectra = thinned_spectra(student.decompositions, masks)
-        found.clock.lap("looking closer")
+        found.clock.lap("samples")
     report = found.report()
     layers = student.decompositions, masks, run.experts, found.recipe.form, found.chosen.bits, student.shipped
     attach(run.model, factorise(run.model, *layers))
@@ -196,7 +197,7 @@ def plan(
     output: the file to write the plan to; a run block by block keeps its results beside it. plan: to predict what an edited
     one costs. All others as of `compress`, `RankwiseError` too.
     """
-    asked = _asked(model, rate, calibration, tokenizer, allocation, recipe, plan, options)
+    asked = replace(_asked(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
     if asked.recipe.bits == MIXED:
         raise RankwiseError("a plan holds ranks and no bits yet: compress with bits=mixed, its report says what was chosen")
     folder = RunFolder()
@@ -314,7 +315,7 @@ def _chosen(asked: _Asked, folder: RunFolder, closer: bool = False, loadable: bo
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
-            clock.estimate = Estimate.of(run, metric, allocator, len(run.shapes) if closer else 0)
+            clock.estimate = Estimate.of(run, metric, allocator, len(run.shapes) if closer else 0, asked.refinements)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
@@ -421,8 +422,7 @@ def _asked(
     refuse_elsewhere(model)
     calibration = listed(calibration)
     artifact = Artifact.at(model)
-    usual = MIXED if fields.get("bits") == MIXED else "llrc" if artifact is None else "mask-fisher"
-    allocation = fields.pop("allocation", usual)
+    allocation = fields.pop("allocation", _usual(fields, artifact))
     if fields.get("ranks") is not None:
         allocation = Given(dict(Recipe.of(ranks=fields["ranks"]).ranks or {}))
         fields = {name: value for name, value in fields.items() if name not in ("preset", "options")}
@@ -433,6 +433,15 @@ def _asked(
     settled, allocator = _recipe(calibration, allocation, fields)
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
     return _Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""))
+
+
+def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:
+    """The allocation where none is named."""
+    if fields.get("bits") == MIXED:
+        return MIXED
+    if artifact is not None:
+        return "mask-fisher"
+    return "llrc:quick" if fields.get("effort") == "quick" and "preset" not in fields else "llrc"
 
 
 def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]) -> tuple[Recipe, Allocator]:

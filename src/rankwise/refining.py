@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, stages
+from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
@@ -18,6 +20,7 @@ from rankwise.errors import RankwiseError
 from rankwise.evaluation.evaluate import refuse_unrelated
 from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.samples import sample_texts
+from rankwise.footprint import shortage
 from rankwise.integration.checkpoint import load_compressed, load_config, quantization_of, refuse_output
 from rankwise.integration.files import read_json
 from rankwise.integration.result import REPORT, SPECTRA, read_ranks, read_recipe
@@ -29,9 +32,9 @@ from rankwise.options import RefineOptions
 from rankwise.pipeline import Compressed
 from rankwise.progress import stage
 from rankwise.recipe import IN_MEMORY, Recipe
-from rankwise.refinement.refinement import refinements_named
+from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.run_folder import RunFolder
-from rankwise.stages import Calibration
+from rankwise.stages import Calibration, Run
 
 
 @torch.inference_mode(False)
@@ -60,41 +63,31 @@ def refine(
         raise RankwiseError("name a refinement, as refine='distil'")
     if quantization_of(load_config(folder)).get("bits"):
         raise RankwiseError(f"{folder} holds whole numbers of few bits, which cannot be trained")
-    before = read_recipe(folder) or Recipe.of()
+    (report, spectra), before = _read(folder), read_recipe(folder) or Recipe.of()
     if calibration is None:
         calibration = before.calibration if before.calibration != IN_MEMORY else "self"
     calibration = listed(calibration)
-    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
-    fields = {"memory": None, "calibration": source} | {name: value for name, value in options.items() if value is not None}
-    recipe = Recipe.of(**before.model_dump(exclude_none=True) | fields)
-    refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
+    recipe = _recipe(before, calibration, refine, options)
     run_folder = RunFolder()
-    report, spectra = _read(folder)
     if output is not None:
         run_folder = RunFolder.beside(Path(output), resume, overwrite)
         overwrite = overwrite or (resume and run_folder.finished)  # the result there is this run's own
         refuse_output(Path(output), overwrite, reference)
+    short = shortage(reference, calibration, recipe, [], trains=True)
+    if short is not None:
+        raise short.refusal("refine trains the whole model at once")
     run = stages.start(reference, calibration, tokenizer, recipe, [], run_folder)
     with stacked_on_failure(run.model, run.experts):
         compressed = load_compressed(folder, recipe.dtype, recipe.device)
         refuse_unrelated(compressed, run.model, str(folder), run.base)
-        stacked, since = unstack_experts(compressed), time.perf_counter()
-        with widened(run.model, compressed):
-            student = Student(run.model, {}, run.data.training, run.data.selection, run.seed)
-            student.shipped = changed_modules(compressed, run.model)
-            chosen = Allocation(ranks, dict.fromkeys(student.shipped))
-            found = [stages.measure(student, chosen, run.data.measuring)]
-            student.shipped, history = stages.refine(run, student, student.shipped, refinements)
-            found.append(stages.measure(student, chosen, run.data.measuring))
-            samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
-        seconds = round(time.perf_counter() - since, 2)
-    for name, layer in student.shipped.items():
-        compressed.set_submodule(name, layer.to(next(compressed.get_submodule(name).parameters()).dtype))
-    stack_experts(compressed, stacked)
+        found = _train(run, compressed, ranks, refinements)
     stack_experts(run.model, run.experts)
-    report |= {"before_refinement": found[0].to_dict(), **found[1].to_dict(), "samples": samples}
-    report |= {"history": [*report["history"], *history], "seconds": report["seconds"] | {"refinement": seconds}}
-    report |= {"peak_memory_bytes": peak_memory(), "conversations": run.data.conversations, "refined_on": source}
+    report |= found | {
+        "history": report["history"] + found["history"],
+        "seconds": report["seconds"] | found["seconds"],
+        "conversations": run.data.conversations,
+        "refined_on": recipe.calibration,
+    }
     done = before.model_copy(update={"refine": ", ".join(filter(None, [before.refine, refine]))})
     result = Compressed(compressed, ranks, report | {"recipe": done.model_dump()}, done, run.tokenizer, spectra)
     if output is not None and distributed.rank() == 0:
@@ -103,6 +96,39 @@ def refine(
             result.save(output, overwrite)
         run_folder.remove()
     return result
+
+
+def _recipe(before: Recipe, calibration: Calibration, refine: str, options: Mapping[str, Any]) -> Recipe:
+    """The folder's recipe with what is asked for. Raises `RankwiseError` for what cannot be."""
+    asked = {name: value for name, value in options.items() if value is not None}
+    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
+    own = before.model_dump(exclude_none=True) | {"memory": None, "calibration": source, "refine": refine}
+    recipe = Recipe.of(**own | asked)
+    refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
+    return recipe
+
+
+def _train(run: Run, compressed: PreTrainedModel, ranks: Ranks, refinements: Sequence[Refinement]) -> dict[str, Any]:
+    """Refine the compressed model in place, as far as it differs from the run's; what there is to report."""
+    stacked, since = unstack_experts(compressed), time.perf_counter()
+    with widened(run.model, compressed):
+        student = Student(run.model, {}, run.data.training, run.data.selection, run.seed)
+        student.shipped = changed_modules(compressed, run.model)
+        chosen = Allocation(ranks, dict.fromkeys(student.shipped))
+        before = stages.measure(student, chosen, run.data.measuring)
+        student.shipped, history = stages.refine(run, student, student.shipped, refinements)
+        after = stages.measure(student, chosen, run.data.measuring)
+        samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
+    for name, layer in student.shipped.items():
+        compressed.set_submodule(name, layer.to(next(compressed.get_submodule(name).parameters()).dtype))
+    stack_experts(compressed, stacked)
+    return after.to_dict() | {
+        "before_refinement": before.to_dict(),
+        "history": history,
+        "samples": samples,
+        "seconds": {"refinement": round(time.perf_counter() - since, 2)},
+        "peak_memory_bytes": peak_memory(),
+    }
 
 
 def changed_modules(compressed: nn.Module, original: nn.Module) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from rankwise.allocation.evolutionary import Evolutionary
 from rankwise.allocation.given import Given
 from rankwise.allocation.heavy_tail import HeavyTail
 from rankwise.allocation.kl_knapsack import KLKnapsack
-from rankwise.allocation.llrc import LLRC
+from rankwise.allocation.llrc import LLRC, LLRCQuick
 from rankwise.allocation.llrc_paper import LLRCPaper
 from rankwise.allocation.mask_fisher import MaskFisher
 from rankwise.allocation.mixed import Mixed
@@ -44,7 +44,7 @@ class Allocator(Protocol):
 
 ALLOCATORS: dict[str, dict[str, type[Allocator]]] = {  # name -> preset -> class
     "uniform": {"default": Uniform},
-    "llrc": {"default": LLRC, "paper": LLRCPaper},
+    "llrc": {"default": LLRC, "quick": LLRCQuick, "paper": LLRCPaper},
     "ars": {"default": ARS},
     "ara": {"default": ARA},
     "dobi": {"default": Dobi},

@@ -137,6 +137,15 @@ class LLRC:
             yield list(itertools.islice(text, min(number, len(batches))))
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class LLRCQuick(LLRC):
+    """The better of the first two starts and nothing else: where time is short, it is better spent on more text."""
+
+    points: NonNegativeInt | None = 0
+    rounds: NonNegativeInt = 0
+    value_steps: NonNegativeInt | None = 0
+
+
 class _Plan(NamedTuple):
     """A selection, the prices it was bought at, and what it costs on the selection text."""
 

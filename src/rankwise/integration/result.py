@@ -153,6 +153,7 @@ def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -
         before, after = (shown(report[name], "{:.3f}".format) for name in ("reference_perplexity", "perplexity"))
         perplexity = f"| perplexity | {before} | {after} |\n"
     agreement = "" if report["agreement"] is None else f"| same most likely token | | {report['agreement']:.2%} |\n"
+    refined = f"refined by {recipe.refine}, " if recipe.refine else ""
     content = f"""---
 {data.to_yaml()}
 ---
@@ -186,7 +187,7 @@ have seen.
 ## Method
 
 {_asked(recipe)}, scope {recipe.scope}, decomposition {recipe.decomposition}, allocation {recipe.allocation} (preset
-{recipe.preset}), calibration {recipe.calibration}, seed {recipe.seed}. All options are in `{RECIPE}`, the ranks in
+{recipe.preset}), calibration {recipe.calibration}, {refined}seed {recipe.seed}. All options are in `{RECIPE}`, the ranks in
 `{RANKS}`, everything measured in `{REPORT}`.
 """
     return ModelCard(content, ignore_metadata_errors=True)

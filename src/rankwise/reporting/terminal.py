@@ -45,6 +45,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     if report.get("conversations"):
         whose = "it holds" if "text" in report else "the calibration text holds"
         console.print(f"{whose} {report['conversations']:,} conversations, in the model's chat template")
+    if "before_refinement" in report:
+        console.print(f"before refinement the KL was {shown(report['before_refinement']['kl'], '{:.5f}'.format)}")
     for note in report.get("notes", []):
         console.print(note)
     if "predicted_speedup" in report:
