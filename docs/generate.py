@@ -54,18 +54,18 @@ def first_sentence(docstring: str) -> str:
 
 def options(cls: Any) -> str:
     """A table of the options: name, type, default, and the comment beside it in the source."""
-    source = inspect.getsource(cls)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
-    lines = {a.target.id: a for a in body if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)}
+    said: dict[str, tuple[str, str]] = {}  # of a preset that is made from another one, the other's too
+    for base in [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
+        source = inspect.getsource(base)
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        for line in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                said[line.target.id] = ast.unparse(line.annotation), comments.get(line.lineno, "")
     rows = []
     for field in dataclasses.fields(cls):
-        if field.name not in lines:  # another preset's, and as there
-            continue
-        line = lines[field.name]
-        kind = ast.unparse(line.annotation)
-        rows.append(f"| `{field.name}` | `{kind}` | `{field.default!r}` | {comments.get(line.lineno, '')} |")
+        kind, comment = said[field.name]
+        rows.append(f"| `{field.name}` | `{kind}` | `{field.default!r}` | {comment} |")
     if not rows:
         return "None."
     return "\n".join(["| option | type | default | |", "|---|---|---|---|", *rows])

@@ -67,7 +67,7 @@ CASES = [
     ("compress llama --device cuda:77", "device 'cuda:77' cannot be used"),
     ("compress llama --allocation magic", "unknown allocation 'magic'; there are .*uniform.*llrc"),
     ("compress llama --decomposition magic", "unknown decomposition 'magic'; there are .*whitened"),
-    ("compress llama --preset magic", "no preset 'magic'; it has default, paper"),
+    ("compress llama --preset magic", "no preset 'magic'; it has default, quick, paper"),
     ("compress llama --option magic=1", "magic.*its options are .*rounds"),
     ("compress llama --option rounds=many", "rounds.*its options are .*rounds"),
     ("compress llama --option rounds", "'rounds' is not KEY=VALUE"),
