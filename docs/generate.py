@@ -55,7 +55,7 @@ def first_sentence(docstring: str) -> str:
 def options(cls: Any) -> str:
     """A table of the options: name, type, default, and the comment beside it in the source."""
     said: dict[str, tuple[str, str]] = {}  # of a preset that is made from another one, the other's too
-    for base in [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
+    for base in [base for base in reversed(cls.__mro__) if hasattr(base, "__dataclass_fields__")]:
         source = inspect.getsource(base)
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
