@@ -259,10 +259,12 @@ def _cell(found: dict[str, Any]) -> str:
 
 def _times(model: str, found: dict[str, Any]) -> list[str]:
     stages = list(dict.fromkeys(stage for run in found.values() for stage in run["seconds"]))
-    texts = list(next(iter(found.values())).get("texts", {}))
+    run = next(iter(found.values()))
+    texts = list(run.get("texts", {}))
     columns = [*(f"{stage}, s" for stage in stages), "together, min", "peak memory, GB", *(f"KL on {text}" for text in texts)]
     lines = [
         f"### {model}: `rankwise compress --rate 0.2` from start to end, its own text\n",
+        *(f"Judged on {run['texts'][text]['tokens']:,} tokens of each text.\n" for text in texts[:1]),
         f"| effort, machine | {' | '.join(columns)} |",
         "|---|" + "---|" * len(columns),
     ]

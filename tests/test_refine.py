@@ -239,6 +239,18 @@ def test_other_bad_requests(folder: Path, original: PreTrainedModel, tmp_path: P
             run()
 
 
+def test_how_a_text_is_read_goes_with_the_text(llama: Path, story: Path, tmp_path: Path) -> None:
+    """Another text than the recipe's is not asked for the recipe's field."""
+    rows, other = tmp_path / "rows.jsonl", {"samples": 12, "length": 16}
+    rows.write_text("".join(json.dumps({"story": line}) + "\n" for line in story.read_text().splitlines()))
+    made = compress(llama, 0.3, calibration=str(rows), text_column="story", output=tmp_path / "small", **FAST, **other)
+    again = refine(tmp_path / "small", llama, refine="distil passes=0.1")
+    assert (again.report["refined_on"], again.recipe.text_column) == (str(rows), "story")
+    moved = refine(tmp_path / "small", llama, refine="distil passes=0.1", calibration=str(story))
+    assert moved.report["refined_on"] == str(story)
+    assert compress(llama, 0.2, recipe=made.recipe, calibration=str(story)).recipe.text_column == "text"
+
+
 def test_a_plan_stops_before_it(original: PreTrainedModel) -> None:
     made = plan(copy.deepcopy(original), 0.3, calibration=text(original), refine="distil", **FAST)
     assert made.recipe is not None

@@ -155,11 +155,10 @@ def decompose(
     print(f"{len(artifact.shapes)} matrices decomposed, written to {output}: rankwise compress {output} --rate ...")
 
 
-@command("calibration", *RefineOptions.__annotations__)
+@command("calibration", "refine", *RefineOptions.__annotations__)
 def refine(
     folder: Folder,
     reference: Annotated[str | None, typer.Option(help="The original model; without it, the bundled one.")] = None,
-    by: Annotated[str, typer.Option(help="Refinements with commas between, options after spaces: 'distil passes=2'.")] = "distil",
     output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("refined"),
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -174,7 +173,7 @@ def refine(
     from rankwise.refining import refine
 
     with _silent(as_json), _interruptible("the same command with --resume goes on from here"):
-        result = refine(folder, reference, refine=by, output=output, overwrite=overwrite, resume=resume, **asked)
+        result = refine(folder, reference, output=output, overwrite=overwrite, resume=resume, **asked)
     if as_json:
         print(to_json(result.report))
         return

@@ -85,6 +85,23 @@ class Compressed:
         files = to_look_at(output.name, self.report, self.spectra)
         write_result(output, self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite, files)
 
+    def hand_over(self, output: Path, folder: RunFolder, overwrite: bool) -> None:
+        """Save the result of the run in `folder`, which is over with it; of several processes the first does."""
+        if distributed.rank() == 0:
+            folder.finish()
+            with stage(f"writing {output}"):
+                self.save(output, overwrite)
+            folder.remove()
+
+
+def folder_of(output: Path, model: object, resume: bool, overwrite: bool) -> tuple[RunFolder, bool]:
+    """The run folder of a result that is to be written to `output`, and whether it may be overwritten. Raises `RankwiseError`
+    where the output is taken, or is the `model` itself."""
+    folder = RunFolder.beside(output, resume, overwrite)
+    overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
+    refuse_output(output, overwrite, model)
+    return folder, overwrite
+
 
 def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> dict[str, str]:
     """The page of a result, and the spectra that it draws: file name -> content."""
@@ -146,9 +163,7 @@ def compress(
     folder = RunFolder()
     if output is not None:
         output = Path(output)
-        folder = RunFolder.beside(output, resume, overwrite)
-        overwrite = overwrite or (resume and folder.finished)  # the result there is this run's own
-        refuse_output(output, overwrite, asked.model)
+        folder, overwrite = folder_of(output, asked.model, resume, overwrite)
     folder = replace(folder, known=None if asked.artifact is None else asked.artifact.results)
     asked, short = asked.within_memory()
     if asked.recipe.memory is not None:
@@ -169,11 +184,8 @@ def compress(
     attach(run.model, factorise(run.model, *layers))
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     result = Compressed(run.model, found.chosen.ranks, report, found.recipe, run.tokenizer, spectra)
-    if output is not None and distributed.rank() == 0:
-        folder.finish()
-        with stage(f"writing {output}"):
-            result.save(output, overwrite)
-        folder.remove()
+    if output is not None:
+        result.hand_over(output, folder, overwrite)
     return result
 
 

@@ -15,6 +15,7 @@ FILE = "recipe.yaml"  # in every result folder
 BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one form
 TARGETS = ("rate", "target_bytes", "target_speedup", "ranks")
 MIXED = "mixed"  # where ranks and bits are chosen together
+READING = ("text_column", "dataset_options")  # of a calibration
 METHOD = ("preset", "options", "decomposition")  # of an allocation
 LARGEST = 2**31  # the largest number of windows or tokens: a run over more would never end
 DEFAULT_RATE = 0.2
@@ -71,7 +72,9 @@ class Recipe(BaseModel):
     preset: str = Field("default", description="which defaults of the allocation, the same as NAME:PRESET")
     options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
     refine: str | None = Field(
-        None, description="what trains the weights afterwards: refinements with commas between, as 'distil passes=2'"
+        None,
+        description="what trains the weights afterwards: refinements with commas between, as 'distil passes=2'; refine "
+        "by itself takes distil",
     )
     rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
     bits: Literal["stored", "mixed"] = Field(
@@ -151,9 +154,10 @@ class Recipe(BaseModel):
 
     def under(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are asked for, and those of this recipe where nothing is: another target takes the place of its
-        target, another allocation that of its method, and ranks are both. Raises `RankwiseError` where a text is missing that no
-        source names."""
+        target, another allocation that of its method, another text that of how its text is read, and ranks are both target and
+        method. Raises `RankwiseError` where a text is missing that no source names."""
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
+        taken |= set(READING) if "calibration" in asked else set()
         if "ranks" in asked:
             taken |= {"keep", "bits"}
         elif self.ranks is not None and taken & {"rate", "allocation"}:

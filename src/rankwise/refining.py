@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, distributed, stages
+from rankwise import bundled, stages
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.data import listed
@@ -21,7 +21,7 @@ from rankwise.evaluation.evaluate import refuse_unrelated
 from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.samples import sample_texts
 from rankwise.footprint import shortage
-from rankwise.integration.checkpoint import load_compressed, load_config, quantization_of, refuse_output
+from rankwise.integration.checkpoint import load_compressed, load_config, quantization_of
 from rankwise.integration.files import read_json
 from rankwise.integration.result import REPORT, SPECTRA, read_ranks, read_recipe
 from rankwise.layers.lowrank import LowRankLinear
@@ -29,8 +29,7 @@ from rankwise.layers.matrices import stack_experts, stacked_on_failure, unstack_
 from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
 from rankwise.options import RefineOptions
-from rankwise.pipeline import Compressed
-from rankwise.progress import stage
+from rankwise.pipeline import Compressed, folder_of
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.run_folder import RunFolder
@@ -64,15 +63,13 @@ def refine(
     if quantization_of(load_config(folder)).get("bits"):
         raise RankwiseError(f"{folder} holds whole numbers of few bits, which cannot be trained")
     (report, spectra), before = _read(folder), read_recipe(folder) or Recipe.of()
-    if calibration is None:
-        calibration = before.calibration if before.calibration != IN_MEMORY else "self"
-    calibration = listed(calibration)
+    if calibration is None and before.calibration == IN_MEMORY:
+        calibration = "self"
     recipe = _recipe(before, calibration, refine, options)
+    calibration = listed(recipe.calibration if calibration is None else calibration)
     run_folder = RunFolder()
     if output is not None:
-        run_folder = RunFolder.beside(Path(output), resume, overwrite)
-        overwrite = overwrite or (resume and run_folder.finished)  # the result there is this run's own
-        refuse_output(Path(output), overwrite, reference)
+        run_folder, overwrite = folder_of(Path(output), reference, resume, overwrite)
     short = shortage(reference, calibration, recipe, [], trains=True)
     if short is not None:
         raise short.refusal("refine trains the whole model at once")
@@ -90,20 +87,17 @@ def refine(
     }
     done = before.model_copy(update={"refine": ", ".join(filter(None, [before.refine, refine]))})
     result = Compressed(compressed, ranks, report | {"recipe": done.model_dump()}, done, run.tokenizer, spectra)
-    if output is not None and distributed.rank() == 0:
-        run_folder.finish()
-        with stage(f"writing {output}"):
-            result.save(output, overwrite)
-        run_folder.remove()
+    if output is not None:
+        result.hand_over(Path(output), run_folder, overwrite)
     return result
 
 
-def _recipe(before: Recipe, calibration: Calibration, refine: str, options: Mapping[str, Any]) -> Recipe:
+def _recipe(before: Recipe, calibration: Calibration | None, refine: str, options: Mapping[str, Any]) -> Recipe:
     """The folder's recipe with what is asked for. Raises `RankwiseError` for what cannot be."""
-    asked = {name: value for name, value in options.items() if value is not None}
-    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
-    own = before.model_dump(exclude_none=True) | {"memory": None, "calibration": source, "refine": refine}
-    recipe = Recipe.of(**own | asked)
+    asked = {name: value for name, value in options.items() if value is not None} | {"memory": None, "refine": refine}
+    if calibration is not None:
+        asked["calibration"] = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
+    recipe = Recipe.of(**before.under(asked))
     refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
     return recipe
 

@@ -228,11 +228,7 @@ class RunFolder:
 
     def cached_values(self, stage: str, key: str, compute: Callable[[], Any]) -> Any:
         """As `cached`, for plain values: what JSON makes of them, whether read or just computed."""
-
-        def as_bytes() -> dict[str, Tensor]:
-            return {NOTES: torch.tensor(list(json.dumps(compute()).encode()), dtype=torch.uint8)}
-
-        return json.loads(bytes(self.cached(stage, key, as_bytes)[NOTES].tolist()))
+        return notes_in(self.cached(stage, key, lambda: as_notes(compute())))
 
     def together(self, stage: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """As `cached`, for all processes of a run at once: all compute where the first finds nothing, and go on with what it
@@ -295,6 +291,16 @@ class Checkpoint:
         """Forget the state."""
         if self.file is not None and distributed.rank() == 0:
             self.file.unlink(missing_ok=True)
+
+
+def as_notes(values: Any) -> dict[str, Tensor]:
+    """Plain values as a tensor of bytes, to be kept with others."""
+    return {NOTES: torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)}
+
+
+def notes_in(tensors: dict[str, Tensor]) -> Any:
+    """The plain values that `as_notes` has put among these tensors."""
+    return json.loads(bytes(tensors[NOTES].tolist()))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -53,7 +52,7 @@ from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.refinement.refinement import Refinement, refined
-from rankwise.run_folder import NOTES, RunFolder, digest, fingerprint
+from rankwise.run_folder import RunFolder, as_notes, digest, fingerprint, notes_in
 
 logger = logging.getLogger(__name__)
 Calibration = str | Path | Tensor | Iterable[str | Conversation] | Iterable[Mapping[str, Tensor]]
@@ -384,18 +383,16 @@ def allocate(
         chosen = allocator.allocate(problem)
         effort = {"seconds": round(time.perf_counter() + asked.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in asked.effort.items()}
-        text = json.dumps({"history": chosen.history, "effort": effort, "bits": chosen.bits})
         masks = chosen.masks | Allocation.of_prefixes(settled, spectra).masks
-        return {NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)} | {
-            name: mask for name, mask in masks.items() if mask is not None
-        }
+        notes = as_notes({"history": chosen.history, "effort": effort, "bits": chosen.bits})
+        return notes | {name: mask for name, mask in masks.items() if mask is not None}
 
     offered = [(name, offer.ways, offer.bytes.tolist(), offer.errors.tolist()) for name, offer in (offers or {}).items()]
     key = digest(run.identity, *costs.items(), metric, allocator, budget, *offered)
     saved = run.folder.together("allocation", key, choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}
-    return Allocation(ranks, masks, **json.loads(bytes(saved[NOTES].tolist())))
+    return Allocation(ranks, masks, **notes_in(saved))
 
 
 def refine(
@@ -417,13 +414,13 @@ def _refine(
 
     def compute() -> dict[str, Tensor]:
         found, records = refined(learning, layers, refinement)
-        return {NOTES: torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8)} | _tensors_in(found)
+        return as_notes(records) | _tensors_in(found)
 
     saved = run.folder.together("refinement", key, compute)
     found = copy.deepcopy(dict(layers))
     for name, tensor in _tensors_in(found).items():
         tensor.copy_(saved[name])
-    return found, json.loads(bytes(saved[NOTES].tolist()))
+    return found, notes_in(saved)
 
 
 def _tensors_in(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
