@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,14 +15,12 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
-from rankwise import bundled, distributed, stages, streaming
-from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, known_as, spelled
-from rankwise.allocation.given import Given
+from rankwise import distributed, stages, streaming
+from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
-from rankwise.calibration.data import listed
+from rankwise.asked import Asked, asked_for
 from rankwise.calibration.moments import GRADIENTS
-from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import InMemoryOnlyError, RankwiseError
 from rankwise.estimate import Estimate
@@ -32,9 +30,8 @@ from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.samples import sample_texts
 from rankwise.evaluation.size import Size
 from rankwise.evaluation.spectra import thinned_spectra
-from rankwise.footprint import Shortage, shortage
-from rankwise.integration.artifact import Artifact
-from rankwise.integration.checkpoint import refuse_elsewhere, refuse_output
+from rankwise.footprint import Shortage
+from rankwise.integration.checkpoint import refuse_output
 from rankwise.integration.factorise import factorise
 from rankwise.integration.quantizer import attach
 from rankwise.integration.rehearsal import refuse_unloadable
@@ -44,13 +41,12 @@ from rankwise.layers.matrices import Shape, stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.masks.layers import folded
 from rankwise.masks.student import Student
-from rankwise.memory import gigabytes
 from rankwise.options import CompressOptions
 from rankwise.plain import to_json
 from rankwise.plans import Plan
 from rankwise.progress import say, stage
-from rankwise.recipe import IN_MEMORY, MIXED, Recipe
-from rankwise.refinement.refinement import Refinement, refinements_named
+from rankwise.recipe import MIXED, Recipe
+from rankwise.refinement.refinement import Refinement
 from rankwise.reporting.page import page_of
 from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
@@ -159,7 +155,7 @@ def compress(
         memory goes block by block, as one does where `memory` is promised.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
-    asked = _asked(model, rate, calibration, tokenizer, allocation, recipe, plan, options)
+    asked = asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options)
     folder = RunFolder()
     if output is not None:
         output = Path(output)
@@ -209,7 +205,7 @@ def plan(
     output: the file to write the plan to; a run block by block keeps its results beside it. plan: to predict what an edited
     one costs. All others as of `compress`, `RankwiseError` too.
     """
-    asked = replace(_asked(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
+    asked = replace(asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
     if asked.recipe.bits == MIXED:
         raise RankwiseError("a plan holds ranks and no bits yet: compress with bits=mixed, its report says what was chosen")
     folder = RunFolder()
@@ -231,38 +227,6 @@ def plan(
         made.save(output)
         folder.remove()
     return made
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What was asked for, as far as it is known without the model."""
-
-    model: str | Path | PreTrainedModel
-    calibration: Calibration
-    tokenizer: PreTrainedTokenizerBase | None
-    recipe: Recipe
-    allocator: Allocator
-    artifact: Artifact | None
-    refinements: list[Refinement]
-
-    @property
-    def metric(self) -> str:
-        return str(self.recipe.decomposition)
-
-    @property
-    def trains(self) -> bool:
-        return not isinstance(self.allocator, FORWARD_ONLY)
-
-    def within_memory(self) -> tuple[_Asked, Shortage | None]:
-        """The same with a promise of memory where the run does not fit without, and why."""
-        if (idle := distributed.idle_gpus(self.recipe.device)) is not None:
-            logger.warning(idle)
-        if self.recipe.memory:
-            return self, None
-        short = shortage(self.model, self.calibration, self.recipe, [self.metric], self.trains)
-        if short is None:
-            return self, None
-        return replace(self, recipe=self.recipe.model_copy(update={"memory": gigabytes(short.promise)})), short
 
 
 @dataclass(frozen=True)
@@ -307,7 +271,7 @@ class _Chosen:
 
 
 @contextmanager
-def _chosen(asked: _Asked, folder: RunFolder, closer: bool = False, loadable: bool = False) -> Iterator[_Chosen]:
+def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool = False) -> Iterator[_Chosen]:
     """The way up to the measurement, in memory; while inside, the model is as it computes.
 
     closer: whether each matrix is measured by itself afterwards; loadable: whether the result is to be written.
@@ -364,7 +328,7 @@ def _block_by_block(short: Shortage | None) -> Iterator[None]:
         raise RankwiseError(why or f"memory: {error}: leave it out") from None
 
 
-def _chosen_streamed(asked: _Asked, folder: RunFolder, short: Shortage | None) -> _Streamed:
+def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) -> _Streamed:
     """As `_chosen`, with one block in memory at a time. Raises `InMemoryOnlyError` for what cannot be done so."""
     recipe, metric, clock = asked.recipe, asked.metric, _Clock()
     if recipe.rate is None and recipe.ranks is None:
@@ -392,7 +356,7 @@ def _chosen_streamed(asked: _Asked, folder: RunFolder, short: Shortage | None) -
 
 
 def _compress_streamed(
-    asked: _Asked, output: Path | None, overwrite: bool, folder: RunFolder, short: Shortage | None
+    asked: Asked, output: Path | None, overwrite: bool, folder: RunFolder, short: Shortage | None
 ) -> Compressed:
     """`compress` with one block in memory at a time; the result is in `output` only. short: why, where it was not asked for."""
     found = _chosen_streamed(asked, folder, short)
@@ -405,74 +369,6 @@ def _compress_streamed(
             write_result(output, compressed, run.tokenizer, chosen.ranks, report, recipe, overwrite, files)
         folder.remove()
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
-
-
-def _asked(
-    model: str | Path | PreTrainedModel | None,
-    rate: float | None,
-    calibration: Calibration | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    allocation: str | Allocator | None,
-    recipe: Recipe | str | Path | None,
-    plan: Plan | str | Path | None,
-    options: CompressOptions,
-) -> _Asked:
-    """The keywords of `compress` with defaults, recipe, plan and artifact taken into account. Raises `RankwiseError`."""
-    asked: dict[str, Any] = {"rate": rate, "calibration": calibration, "allocation": allocation, **options}
-    fields = {name: value for name, value in asked.items() if value is not None}
-    if plan is not None:
-        if "allocation" in fields or "keep" in fields:
-            raise RankwiseError("a plan names every rank itself: leave out allocation and keep")
-        plan = plan if isinstance(plan, Plan) else Plan.read(plan)
-        fields["ranks"] = dict(plan.ranks)
-        recipe = plan.recipe if recipe is None else recipe
-    if recipe is not None:
-        fields = (recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)).under(fields)
-    calibration = fields.pop("calibration", None)
-    if model is None:
-        model, calibration = bundled.MODEL, "stdlib:train" if calibration is None else calibration
-    refuse_elsewhere(model)
-    calibration = listed(calibration)
-    artifact = Artifact.at(model)
-    allocation = fields.pop("allocation", _usual(fields, artifact))
-    if fields.get("ranks") is not None:
-        allocation = Given(dict(Recipe.of(ranks=fields["ranks"]).ranks or {}))
-        fields = {name: value for name, value in fields.items() if name not in ("preset", "options")}
-    if artifact is not None:
-        fields = artifact.options(calibration, fields)
-        calibration = artifact.windows()
-    calibration = "self" if calibration is None else calibration
-    settled, allocator = _recipe(calibration, allocation, fields)
-    refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
-    return _Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""))
-
-
-def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:
-    """The allocation where none is named."""
-    if fields.get("bits") == MIXED:
-        return MIXED
-    if artifact is not None:
-        return "mask-fisher"
-    return "llrc:quick" if fields.get("effort") == "quick" and "preset" not in fields else "llrc"
-
-
-def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict[str, Any]) -> tuple[Recipe, Allocator]:
-    """The recipe with the decomposition settled, and its allocator."""
-    source = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
-    name, preset, own = spelled(allocation) if isinstance(allocation, str) else known_as(allocation)
-    asked, more = options.get("preset", preset), options.get("options", {})
-    if preset not in ("default", asked):
-        raise RankwiseError(f"allocation {allocation!r} and preset {asked!r} are two presets: name one")
-    options = options | {"preset": asked, "options": {**own, **more} if isinstance(more, Mapping) else more}
-    recipe = Recipe.of(**{"calibration": source, "allocation": name} | options)
-    if isinstance(allocation, str):
-        allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
-    metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
-    if recipe.bits == MIXED and "second" not in metric_named(metric).NEEDS:
-        raise RankwiseError(
-            f"bits=mixed rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
-        )
-    return recipe.model_copy(update={"decomposition": metric}), allocation
 
 
 def _report(
