@@ -14,13 +14,12 @@ from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named, spelled
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
-from rankwise.calibration.batches import batches_of
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.text import refuse_unused
-from rankwise.calibration.tokens import Batch, windows_of
+from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
-from rankwise.evaluation.protocols import JudgingText, own_source, read_judging_text
+from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.footprint import shortage
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import stacked_on_failure
@@ -29,7 +28,7 @@ from rankwise.masks.student import Student
 from rankwise.options import ContestOptions
 from rankwise.plain import to_json
 from rankwise.recipe import Recipe
-from rankwise.run_folder import RunFolder, digest, write_whole
+from rankwise.run_folder import RunFolder, write_whole
 from rankwise.stages import Run
 
 logger = logging.getLogger(__name__)
@@ -108,17 +107,8 @@ def hold_contest(
     with stacked_on_failure(run.model, run.experts), widened(run.model):
         if run.tokenizer is None:
             raise RankwiseError(f"{model} has no tokenizer")
-        return _judged(run, recipe, rates, methods, _judges(run, documents, judge_samples, recipe.seed), output / RESULTS)
-
-
-def _judges(run: Run, documents: Mapping[str, JudgingText], samples: int | None, seed: int) -> dict[str, list[Batch]]:
-    """The batches of each text, in windows as long as those of the calibration text."""
-    assert run.tokenizer is not None
-    length = next(iter(run.data.training[0].values())).shape[1]
-    return {
-        text: batches_of(run.model, windows_of(run.tokenizer, found.documents, length, samples, seed)[: found.windows])
-        for text, found in documents.items()
-    }
+        judges = stages.judging_batches(run, documents, judge_samples, recipe.seed)
+        return _judged(run, recipe, rates, methods, judges, output / RESULTS)
 
 
 def _judged(
@@ -163,11 +153,7 @@ def _row(
     judges: Mapping[str, Sequence[Batch]],
 ) -> dict[str, Any]:
     """What a method chose at a rate, and what that cost on each text."""
-    measured = {}
-    for text, batches in judges.items():
-        masks = (part for item in chosen.masks.items() for part in item)
-        key = digest(run.identity, method.metric, *masks, *(t for b in batches for t in b.values()))
-        measured[text] = stages.cached_comparison(run, student, chosen, batches, key).to_dict()
+    measured = stages.judged(run, student, method.metric, chosen, judges)
     return {
         "method": method.label,
         "rate": rate,

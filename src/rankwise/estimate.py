@@ -3,9 +3,10 @@ before the work, and what is left of it after each stage, by how the stages befo
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from rankwise.progress import say
 from rankwise.refinement.refinement import Refinement
 from rankwise.stages import Run
 
+logger = logging.getLogger(__name__)
 PROBE = 512  # tokens that the speed is measured on
 BACK = 1.5  # what a pass back costs, of a pass forward
 MOMENTS = 1.6  # what adding them up makes of a pass
@@ -72,6 +74,23 @@ class Estimate:
             self.taken[stage] = seconds
             if len(self.taken) < len(self.expected):
                 say(str(self))
+
+
+@dataclass
+class Clock:
+    """Seconds of each stage, by name; with an estimate, what is left is said after each."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    since: float = field(default_factory=time.perf_counter)
+    estimate: Estimate | None = None
+
+    def lap(self, name: str) -> None:
+        """The stage `name` is over."""
+        now = time.perf_counter()
+        self.seconds[name], self.since = round(now - self.since, 2), now
+        logger.info("%s took %.1f s", name, self.seconds[name])
+        if self.estimate is not None:
+            self.estimate.after(name, self.seconds[name])
 
 
 def _seconds_of_a_token(run: Run) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from rankwise.asked import Asked, asked_for
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import InMemoryOnlyError, RankwiseError
-from rankwise.estimate import Estimate
+from rankwise.estimate import Clock, Estimate
 from rankwise.evaluation.compare import Comparison
 from rankwise.evaluation.costs import costs_of_each
 from rankwise.evaluation.memory import peak_memory
@@ -102,22 +101,6 @@ def folder_of(output: Path, model: object, resume: bool, overwrite: bool) -> tup
 def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> dict[str, str]:
     """The page of a result, and the spectra that it draws: file name -> content."""
     return {SPECTRA: to_json(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
-
-
-@dataclass
-class _Clock:
-    """Seconds of each stage, by name; with an estimate, what is left is said after each."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    since: float = field(default_factory=time.perf_counter)
-    estimate: Estimate | None = None
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self.since = round(now - self.since, 2), now
-        logger.info("%s took %.1f s", name, self.seconds[name])
-        if self.estimate is not None:
-            self.estimate.after(name, self.seconds[name])
 
 
 @torch.inference_mode(False)  # gradients too, whatever the caller has switched off
@@ -238,7 +221,7 @@ class _Chosen:
     student: Student
     chosen: Allocation
     comparison: Comparison
-    clock: _Clock
+    clock: Clock
     matrices: dict[str, Shape]
     latency: Latency | None = None
     before: Comparison | None = None  # refinement
@@ -277,7 +260,7 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
     closer: whether each matrix is measured by itself afterwards; loadable: whether the result is to be written.
     """
     recipe, metric, allocator, artifact = asked.recipe, asked.metric, asked.allocator, asked.artifact
-    needs, clock = metric_named(metric).NEEDS, _Clock()
+    needs, clock = metric_named(metric).NEEDS, Clock()
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
     gradients = asked.trains or bool(GRADIENTS & needs)
     run = stages.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients)
@@ -330,7 +313,7 @@ def _block_by_block(short: Shortage | None) -> Iterator[None]:
 
 def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) -> _Streamed:
     """As `_chosen`, with one block in memory at a time. Raises `InMemoryOnlyError` for what cannot be done so."""
-    recipe, metric, clock = asked.recipe, asked.metric, _Clock()
+    recipe, metric, clock = asked.recipe, asked.metric, Clock()
     if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
     if asked.refinements:
@@ -372,7 +355,7 @@ def _compress_streamed(
 
 
 def _report(
-    recipe: Recipe, run: stages.Run, size: Size, comparison: Comparison, chosen: Allocation, clock: _Clock
+    recipe: Recipe, run: stages.Run, size: Size, comparison: Comparison, chosen: Allocation, clock: Clock
 ) -> dict[str, Any]:
     """Plain values, for JSON."""
     return {

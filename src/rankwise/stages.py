@@ -20,7 +20,7 @@ from rankwise.allocation.given import Given
 from rankwise.allocation.offer import Offer
 from rankwise.allocation.plan import Budget, Ranks, Shapes
 from rankwise.allocation.problem import Allocation, Problem
-from rankwise.calibration.batches import refuse_unfit, refuse_without_gradients, sides
+from rankwise.calibration.batches import batches_of, refuse_unfit, refuse_without_gradients, sides
 from rankwise.calibration.chat import Conversation, conversation, count_conversations, opening
 from rankwise.calibration.data import Data, listed
 from rankwise.calibration.moments import Moments, Statistics, collect
@@ -28,10 +28,11 @@ from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, own_windows, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
-from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits, tables_in_bits
+from rankwise.decomposition.rounding import Rounding, best_roundings, low_rank_in_bits, tables_in_bits
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
+from rankwise.evaluation.protocols import JudgingText
 from rankwise.integration.artifact import decomposition_key, decomposition_stage
 from rankwise.integration.checkpoint import (
     load_config,
@@ -45,7 +46,7 @@ from rankwise.integration.checkpoint import (
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.matrices import Shape, find_matrices, matches, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import BYTE, WIDTHS
+from rankwise.layers.quantised import BYTE, WIDTHS, pack, unpack
 from rankwise.layers.tables import tables_of
 from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Kept, Student
@@ -269,20 +270,36 @@ def offers_of(
     run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, multiple: int
 ) -> dict[str, Offer]:
     """What every matrix may be written as in bytes, in the dtypes that the model is stored in."""
-    chosen, key = metric_named(metric), decomposition_key(run.identity, metric)
 
     def offer(name: str) -> Offer:
-        weight, moments = weight_of(run.model.get_submodule(name)), statistics.of(name)
-
-        def compute() -> dict[str, Tensor]:
-            errors = [error for _, error in best_roundings(weight, WIDTHS, chosen, moments).values()]
-            return {"errors": torch.tensor(errors, dtype=torch.float64)}
-
-        errors = run.folder.cached(f"rounding/{metric}/{name}", key, compute)["errors"].tolist()
-        rounding = dict(zip(WIDTHS, errors, strict=True))
-        return Offer.of(run.shapes[name], decompositions[name].spectrum, rounding, weight.dtype, multiple)
+        errors = _roundings(run, statistics, metric, name)["errors"].tolist()
+        rounding, dtype = dict(zip(WIDTHS, errors, strict=True)), weight_of(run.model.get_submodule(name)).dtype
+        return Offer.of(run.shapes[name], decompositions[name].spectrum, rounding, dtype, multiple)
 
     return {name: offer(name) for name in progress(run.shapes, "rounding")}
+
+
+def _roundings(run: Run, statistics: Statistics, metric: str, name: str) -> dict[str, Tensor]:
+    """The squared errors [widths] of a matrix in so many bits, and whole numbers and scales of each, packed."""
+
+    def compute() -> dict[str, Tensor]:
+        weight = weight_of(run.model.get_submodule(name))
+        found = best_roundings(weight, WIDTHS, metric_named(metric), statistics.of(name))
+        tensors = {"errors": torch.tensor([error for _, error in found.values()], dtype=torch.float64)}
+        for bits, (rounding, _) in found.items():
+            tensors |= {f"codes.{bits}": pack(rounding.codes, bits), f"scales.{bits}": rounding.scales}
+        return tensors
+
+    return run.folder.cached(f"rounding/{metric}/{name}", decomposition_key(run.identity, metric), compute)
+
+
+def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: int) -> Rounding:
+    """The matrix in so many bits: what was found for its offer, where that is kept."""
+    weight = weight_of(run.model.get_submodule(name))
+    if run.folder.path is None:
+        return best_roundings(weight, (bits,), metric_named(metric), statistics.of(name))[bits][0]
+    saved = {part: tensor.to(weight.device) for part, tensor in _roundings(run, statistics, metric, name).items()}
+    return Rounding(unpack(saved[f"codes.{bits}"], bits, weight.shape[1]), saved[f"scales.{bits}"], bits)
 
 
 def choose_in_bits(
@@ -295,24 +312,44 @@ def choose_in_bits(
     shapes: Shapes,
     form: str,
 ) -> Allocation:
-    """The better one of two plans by their KL on the selection text, as what each matrix costs alone does not tell which: a rank
-    or a number of bits for every matrix, and bits alone. The student has the layers in bits from here on."""
+    """The better one of two plans by their KL on the selection text, as what each matrix costs alone does not tell which. The
+    student has the layers in bits from here on."""
+    plans = plans_in_bits(run, student, statistics, metric, allocator, budget, shapes, form)
+    chosen, student.shipped = min(plans, key=lambda plan: kl_of_plan(plan[0]))
+    return replace(chosen, history=[record for each, _ in plans for record in each.history])
+
+
+def kl_of_plan(chosen: Allocation) -> float:
+    """KL of a plan in bits on the selection text, nats per token."""
+    return float(chosen.history[-1]["kl"])
+
+
+def plans_in_bits(
+    run: Run,
+    student: Student,
+    statistics: Statistics,
+    metric: str,
+    allocator: Allocator,
+    budget: Budget,
+    shapes: Shapes,
+    form: str,
+) -> list[tuple[Allocation, Mapping[str, nn.Module]]]:
+    """A rank or a number of bits for every matrix, and, where ranks are among them, bits alone: plans, each with its layers."""
     offers = offers_of(run, statistics, student.decompositions, metric, budget.multiple)
 
-    def plan(what: str, offered: Mapping[str, Offer]) -> tuple[float, Allocation, Mapping[str, nn.Module]]:
+    def plan(what: str, offered: Mapping[str, Offer]) -> tuple[Allocation, Mapping[str, nn.Module]]:
         with widened(run.model):
             chosen = allocate(run, student, metric, allocator, budget, shapes, offered)
         layers = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
         judge, chosen = replace(student, shipped=layers), with_tables(chosen, layers)
         with widened(run.model):
             kl = judge.divergence(chosen.masks)
-        return kl, replace(chosen, history=[*chosen.history, {"step": what, "kl": kl}]), layers
+        return replace(chosen, history=[*chosen.history, {"step": what, "kl": kl}]), layers
 
     plans = [plan("bits or ranks", offers)]
-    if any(plans[0][1].ranks.values()):
+    if any(plans[0][0].ranks.values()):
         plans.append(plan("bits alone", {name: offer.of_bits() for name, offer in offers.items()}))
-    _, chosen, student.shipped = min(plans, key=lambda found: found[0])
-    return replace(chosen, history=[record for _, each, _ in plans for record in each.history])
+    return plans
 
 
 def written_in_bits(
@@ -323,8 +360,7 @@ def written_in_bits(
     for name, bits in progress(chosen.bits.items(), "writing in few bits"):
         linear, mask = run.model.get_submodule(name), chosen.masks[name]
         if mask is None or is_whole(mask):
-            rounding, _ = best_roundings(weight_of(linear), (bits,), metric_named(metric), statistics.of(name))[bits]
-            layers[name] = rounding.layer(bias_of(linear))
+            layers[name] = _rounding(run, statistics, metric, name, bits).layer(bias_of(linear))
         else:
             layer = factorised(decompositions[name], mask, bias_of(linear), form).to(weight_of(linear).dtype)
             layers[name] = low_rank_in_bits(layer, bits)
@@ -444,3 +480,26 @@ def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: S
     """`measure`, or what it found the last time."""
     found = run.folder.cached_values("comparison", key, lambda: measure(student, chosen, batches).to_dict())
     return Comparison(**found)
+
+
+def judging_batches(run: Run, documents: Mapping[str, JudgingText], samples: int | None, seed: int) -> dict[str, list[Batch]]:
+    """The batches of each text, in windows as long as those of the calibration text; samples: of each, all where None."""
+    assert run.tokenizer is not None
+    length = next(iter(run.data.training[0].values())).shape[1]
+    return {
+        text: batches_of(run.model, windows_of(run.tokenizer, found.documents, length, samples, seed)[: found.windows])
+        for text, found in documents.items()
+    }
+
+
+def judged(
+    run: Run, student: Student, metric: str, chosen: Allocation, judges: Mapping[str, Sequence[Batch]]
+) -> dict[str, dict[str, Any]]:
+    """The `Comparison` on each text, as plain values; what was measured once is read."""
+    written = [tensor for layer in student.shipped.values() for tensor in layer.state_dict().values()]
+    masks = [part for item in chosen.masks.items() for part in item]
+    found = {}
+    for text, batches in judges.items():
+        key = digest(run.identity, metric, *masks, *written, *(t for b in batches for t in b.values()))
+        found[text] = cached_comparison(run, student, chosen, batches, key).to_dict()
+    return found

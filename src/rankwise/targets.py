@@ -33,7 +33,7 @@ class Target:
         """
         latency = None
         if recipe.target_speedup is not None:
-            latency = _latency(run)
+            latency = latency_of(run)
             for name in [n for n, s in latency.shapes.items() if s.largest_rank(recipe.rank_multiple) < recipe.rank_multiple]:
                 run.left_dense[name] = "no rank makes it faster on this machine"
                 del run.shapes[name]
@@ -92,21 +92,41 @@ def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
 
 def mixed_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budget:
     """The budget of bytes for the tensors of the matrices, whose checkpoint takes at most `target`. Raises `RankwiseError`."""
-    whole, others, header = _other_bytes(model, shapes, max(WIDTHS))
-    as_they_are, in_bits = table_bytes(tables_of(model, shapes))
-    others -= as_they_are - in_bits
+    others, most = _beside_bits(model, shapes)
     weights = {name: weight_of(model.get_submodule(name)) for name in shapes}
     least = sum(
         min(shape.stored_bytes(rank, bits, weights[name].dtype) for rank, bits in ((None, min(WIDTHS)), (multiple, max(WIDTHS))))
         for name, shape in shapes.items()
     )
-    if target >= whole + header:
-        raise RankwiseError(f"target_bytes={target:,}: the model has no more than {whole + header:,} as it is")
+    if target >= most:
+        raise RankwiseError(f"target_bytes={target:,}: the model has no more than {most:,} as it is")
     if target - others < least:
         raise RankwiseError(
             f"target_bytes={target:,} cannot be reached: the least that every matrix can be written in leaves {others + least:,}"
         )
     return Budget(target - others, multiple)
+
+
+def bytes_in_bits(model: Any, shapes: Shapes, bits: float) -> int:
+    """What the checkpoint takes with every matrix in so many bits, scales not counted; between two widths in proportion. Raises
+    `RankwiseError` for bits that no width is below or above."""
+    if not min(WIDTHS) <= bits <= max(WIDTHS):
+        raise RankwiseError(f"bits={bits}: a number takes from {min(WIDTHS)} to {max(WIDTHS)}")
+
+    def held(width: int) -> int:
+        dtypes = ((shape, weight_of(model.get_submodule(name)).dtype) for name, shape in shapes.items())
+        return sum(shape.stored_bytes(None, width, dtype) for shape, dtype in dtypes)
+
+    below, above = max(w for w in WIDTHS if w <= bits), min(w for w in WIDTHS if w >= bits)
+    share = (bits - below) / max(above - below, 1)
+    return _beside_bits(model, shapes)[0] + round((1 - share) * held(below) + share * held(above))
+
+
+def _beside_bits(model: Any, shapes: Shapes) -> tuple[int, int]:
+    """Bytes of what a checkpoint in few bits holds beside the matrices, and of the dense one."""
+    whole, others, header = _other_bytes(model, shapes, max(WIDTHS))
+    as_they_are, in_bits = table_bytes(tables_of(model, shapes))
+    return others - as_they_are + in_bits, whole + header
 
 
 def _other_bytes(model: Any, shapes: Shapes, bits: int | None) -> tuple[int, int, int]:
@@ -127,8 +147,9 @@ def _header(stored: list[tuple[str, torch.Size]], shapes: Shapes, bits: int | No
     return sum(map(len, texts)) + 1024
 
 
-def _latency(run: Run) -> Latency:
-    """The table of this machine, kept in the run folder: a resumed run spends the same budget."""
+def latency_of(run: Run) -> Latency:
+    """The table of this machine, kept in the run folder: a resumed run spends the same budget. Raises `RankwiseError` for a model
+    that does not decode."""
 
     def compute() -> dict[str, torch.Tensor]:
         found = measure(run.model, run.shapes)

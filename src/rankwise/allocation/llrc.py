@@ -68,9 +68,7 @@ class LLRC:
         """The selection with the least KL on the selection text, its mask values trained."""
         student = problem.student
         parts = self._parts(student.training)
-        fisher = student.fisher(next(parts))
-        starts = {"mask Fisher": fisher, "the spectrum": in_nats(problem.spectra, fisher)}
-        plans = [_Plan.of(f"start by {name}", problem, prices) for name, prices in starts.items()]
+        plans = _priced_plans(problem, student.fisher(next(parts)))
         history: list[dict[str, Any]] = [plan.record for plan in plans]
         best = min(plans, key=lambda plan: plan.kl)
         curvature = best.prices
@@ -99,6 +97,11 @@ class LLRC:
         for record in history:
             logger.info("%s: KL %.5f on the selection text", record["step"], record["kl"])
         return Allocation(best.chosen.ranks, masks, history)
+
+    def prices(self, problem: Problem) -> Prices:
+        """What dropping each component costs, by the better of the first two starts."""
+        fisher = problem.student.fisher(next(self._parts(problem.student.training)))
+        return min(_priced_plans(problem, fisher), key=lambda plan: plan.kl).prices
 
     def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
         """Tokens forward and back at most, a pass of full-length factors counted as one and a half."""
@@ -166,6 +169,12 @@ class _Plan(NamedTuple):
     @property
     def record(self) -> dict[str, Any]:
         return {"step": self.step, "kl": self.kl}
+
+
+def _priced_plans(problem: Problem, fisher: Prices) -> list[_Plan]:
+    """The first two starts."""
+    starts = {"mask Fisher": fisher, "the spectrum": in_nats(problem.spectra, fisher)}
+    return [_Plan.of(f"start by {name}", problem, prices) for name, prices in starts.items()]
 
 
 def in_nats(spectra: Mapping[str, Tensor], fisher: Prices) -> Prices:
