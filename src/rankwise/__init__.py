@@ -13,6 +13,7 @@ from rankwise.integration.registration import register_when_imported
 if TYPE_CHECKING:
     from rankwise.decomposing import decompose as decompose
     from rankwise.evaluation.evaluate import evaluate as evaluate
+    from rankwise.exploring import explore as explore
     from rankwise.integration.densify import densify as densify
     from rankwise.integration.peft import lora_targets as lora_targets
     from rankwise.integration.quantizer import RankwiseConfig as RankwiseConfig
@@ -40,6 +41,7 @@ __all__ = [
     "decompose",
     "densify",
     "evaluate",
+    "explore",
     "inspect",
     "lora_targets",
     "optimize",
@@ -62,6 +64,7 @@ _HOMES = {
     "decompose": "rankwise.decomposing",
     "densify": "rankwise.integration.densify",
     "evaluate": "rankwise.evaluation.evaluate",
+    "explore": "rankwise.exploring",
     "inspect": "rankwise.reporting.inspect",
     "lora_targets": "rankwise.integration.peft",
     "optimize": "rankwise.runtime.optimize",

@@ -19,6 +19,7 @@ from rankwise.options import (
     CompressOptions,
     ContestOptions,
     DecomposeOptions,
+    ExploreOptions,
     LoadingOptions,
     ReadingOptions,
     RefineOptions,
@@ -271,10 +272,7 @@ def compare(
     from rankwise.reporting.contest import print_contest
     from rankwise.reporting.page import report
 
-    try:
-        wanted = [float(rate) for rate in rates.split(",")]
-    except ValueError:
-        raise RankwiseError(f"--rates {rates!r}: numbers with commas between, as 0.1,0.2") from None
+    wanted = _numbers("--rates", rates, float, "0.1,0.2")
     with _silent(as_json), _interruptible("the same command goes on from here"):
         results = hold_contest(
             model,
@@ -291,6 +289,44 @@ def compare(
         print(to_json(results))
         return
     print_contest(results)
+    print(f"written to {output}: open {output / PAGE} in a browser")
+
+
+@command("calibration", *ExploreOptions.__annotations__)
+def explore(
+    model: Model = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted (default: a part of the calibration's)."),
+    ] = None,
+    rates: Annotated[str, typer.Option(help="Of low rank, with commas between.")] = "0.05,0.1,0.2,0.3,0.4,0.5",
+    bits: Annotated[str, typer.Option(help="A number, on average, from 2 to 8, with commas between.")] = "8,6,5,4,3.5,3,2.5",
+    judge_samples: Annotated[
+        int | None, typer.Option(help="Windows of each text to judge on (default: 8,192 tokens' worth).")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for explored.json and the page.")] = Path("explored"),
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    **asked: Any,
+) -> None:
+    """How far to compress, and with what: low rank, bits and both on the same statistics, against bytes and speed, on one page.
+
+    The effort is quick unless told. Goes on where it was interrupted.
+    """
+    from rankwise.exploring import explore
+    from rankwise.integration.result import PAGE
+    from rankwise.reporting.explored import print_explored
+    from rankwise.reporting.page import report
+
+    wanted = _numbers("--rates", rates, float, "0.1,0.2"), _numbers("--bits", bits, float, "8,4,3.5")
+    texts = text or (["stdlib:held-out"] if model is None else [])
+    with _silent(as_json), _interruptible("the same command goes on from here"):
+        found = explore(model, text=texts, rates=wanted[0], bits=wanted[1], judge_samples=judge_samples, output=output, **asked)
+    report([output], output / PAGE)
+    if as_json:
+        print(to_json(found))
+        return
+    print_explored(found)
     print(f"written to {output}: open {output / PAGE} in a browser")
 
 
@@ -342,10 +378,7 @@ def bench(
 
     if add_to_report:
         refuse_no_page(folder)
-    try:
-        sizes = [int(size) for size in batches.split(",")]
-    except ValueError:
-        raise RankwiseError(f"--batches {batches!r}: numbers with commas between, as 1,16") from None
+    sizes = _numbers("--batches", batches, int, "1,16")
     options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads, **loading}
     with _silent(as_json):
         report = bench(folder, reference, batches=sizes, **options)
@@ -422,6 +455,14 @@ def _tell_more(wanted: bool) -> None:
 def _names(text: str) -> list[str]:
     """Names with commas between."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any], example: str) -> list[Any]:
+    """Numbers with commas between."""
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError:
+        raise RankwiseError(f"{option} {text!r}: numbers with commas between, as {example}") from None
 
 
 def main() -> None:

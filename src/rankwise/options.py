@@ -49,12 +49,17 @@ class DecomposeOptions(CalibrationOptions, total=False):
     decomposition: str | None
 
 
-class ContestOptions(CalibrationOptions, total=False):
-    """What a contest takes."""
+class ExploreOptions(CalibrationOptions, total=False):
+    """What `explore` takes."""
 
     scope: Literal["linear", "model"]
     rank_multiple: int
     form: Literal["pivoted", "pair"]
+
+
+class ContestOptions(ExploreOptions, total=False):
+    """What a contest takes."""
+
     keep: dict[str, float]
 
 

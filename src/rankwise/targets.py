@@ -108,10 +108,8 @@ def mixed_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
 
 
 def bytes_in_bits(model: Any, shapes: Shapes, bits: float) -> int:
-    """What the checkpoint takes with every matrix in so many bits, scales not counted; between two widths in proportion. Raises
-    `RankwiseError` for bits that no width is below or above."""
-    if not min(WIDTHS) <= bits <= max(WIDTHS):
-        raise RankwiseError(f"bits={bits}: a number takes from {min(WIDTHS)} to {max(WIDTHS)}")
+    """What the checkpoint takes with every matrix in `bits` bits, its scales beside them: of the two widths around it in
+    proportion. It lies within those of `WIDTHS`."""
 
     def held(width: int) -> int:
         dtypes = ((shape, weight_of(model.get_submodule(name)).dtype) for name, shape in shapes.items())

@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from rankwise.plain import shown
 from rankwise.reporting.grid import Place
@@ -60,12 +60,14 @@ class Chart:
     """One pair of axes on its way to SVG; `title` names what is drawn as `gid`."""
 
     def __init__(self, axes: Axes) -> None:
-        self.axes, self.titles, self.svg = axes, dict[str, str](), Markup()
+        self.axes, self.titles, self.points, self.svg = axes, dict[str, str](), dict[str, int](), Markup()
 
-    def titled(self, text: str) -> str:
-        """A new gid whose element will have this title."""
+    def titled(self, text: str, point: int | None = None) -> str:
+        """A new gid whose element will have this title; with a `point`, the page lets one choose it by pointer and keyboard."""
         gid = f"mark-{len(self.titles)}"
         self.titles[gid] = text
+        if point is not None:
+            self.points[gid] = point
         return gid
 
     def log_scale(self) -> None:
@@ -93,10 +95,10 @@ def chart(name: str, description: str, width: float = 400, height: float = 270) 
         ConstrainedLayoutEngine().execute(figure)  # not the figure's own, for which saving draws everything twice
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawing.svg = _inline(buffer.getvalue(), name, description, drawing.titles)
+    drawing.svg = _inline(buffer.getvalue(), name, description, drawing.titles, drawing.points)
 
 
-def _inline(svg: bytes, name: str, description: str, titles: Mapping[str, str]) -> Markup:
+def _inline(svg: bytes, name: str, description: str, titles: Mapping[str, str], points: Mapping[str, int]) -> Markup:
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(svg)
@@ -104,8 +106,10 @@ def _inline(svg: bytes, name: str, description: str, titles: Mapping[str, str]) 
         root.remove(metadata)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-label": description, "class": "chart"}
+    root.attrib |= {"role": "group" if points else "img", "aria-label": description, "class": "chart"}
     for element in root.iter():
+        if (point := points.get(element.get("id", ""))) is not None:
+            element.attrib |= {"data-point": str(point), "role": "button", "tabindex": "-1"}
         text = titles.get(element.get("id", ""))
         if text is not None:
             title = ElementTree.Element(f"{{{SVG}}}title")
@@ -211,5 +215,41 @@ def quality_against_rate(name: str, series: Mapping[str, Sequence[tuple[float, f
                 axes.plot([rate], [max(kl, floor)], marker, color=colour, markersize=6, mew=0, gid=gid)
         axes.set(xlabel="rate (fraction of parameters removed)", ylabel="KL(original || compressed), nats per token")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        drawing.log_scale()
+    return drawing.svg
+
+
+class Measured(NamedTuple):
+    """A point of a curve: its index among all, where it stands, its interval upwards, and all of it in words."""
+
+    point: int
+    x: float
+    y: float
+    interval: Sequence[float] | None
+    title: str
+
+
+def cost_against(
+    name: str, x: tuple[str, Formatter], y: str, series: Mapping[str, Sequence[Measured]], marked: Mapping[str, int]
+) -> Markup:
+    """A line of measured points per label, which one may choose; x, y: what the axes are, x with how it is written. marked: of
+    each label the point with a ring around it."""
+    floor = min((p.y for points in series.values() for p in points if p.y > 0), default=1e-9)
+    with chart(name, f"{y} against {x[0]}: a line for each way", 400, 300) as drawing:
+        axes = drawing.axes
+        for i, (label, points) in enumerate(series.items()):
+            colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+            points = sorted(points, key=lambda point: point.x)
+            axes.plot([p.x for p in points], [max(p.y, floor) for p in points], color=colour, linewidth=1.4)
+            for p in points:
+                at = max(p.y, floor)
+                if p.interval:
+                    axes.plot([p.x, p.x], [max(bound, floor / 2) for bound in p.interval], color=colour, linewidth=1, alpha=0.6)
+                if marked.get(label) == p.point:
+                    axes.plot([p.x], [at], "o", color=colour, markersize=12, mew=1.2, fillstyle="none")
+                axes.plot([p.x], [at], marker, color=colour, markersize=7, mew=0, gid=drawing.titled(p.title, p.point))
+        axes.set(xlabel=x[0], ylabel=y)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(x[1])
         drawing.log_scale()
     return drawing.svg

@@ -29,6 +29,12 @@ def brief(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value else "0"
 
 
+def millionths(value: float) -> str:
+    """In millionths, whole ones, in as few characters as a cell has room for."""
+    count = 1e6 * value
+    return f"{count:.0f}" if count < 1000 else f"{count / 1e3:.1f}k" if count < 1e4 else f"{count / 1e3:.0f}k"
+
+
 def duration(seconds: float) -> str:
     """Seconds, from two minutes on minutes, from two hours on hours."""
     for unit, length in (("h", 3600), ("min", 60)):
@@ -41,6 +47,7 @@ _FORMS: dict[str, Callable[[Any], str]] = {
     "percent": percent,
     "significant": significant,
     "brief": brief,
+    "millionths": millionths,
     "integer": lambda value: f"{value:,}",
     "size": EngFormatter("B", places=2, sep=THIN),
     "duration": duration,

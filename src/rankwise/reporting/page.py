@@ -16,18 +16,20 @@ from markupsafe import Markup, escape
 from rankwise.errors import RankwiseError
 from rankwise.integration.result import PAGE
 from rankwise.plain import plain, to_json
+from rankwise.reporting.explored import explored_view
 from rankwise.reporting.numbers import FORMATS
-from rankwise.reporting.read import Contest, Result, read_folder
+from rankwise.reporting.read import Contest, Explored, Result, read_folder
 from rankwise.reporting.view import contest_view, overview, result_view
 
 PERPLEXITIES = {"reference_perplexity", "perplexity"}  # null only where it is infinite: JSON has no number for that
 
 
 def report(folders: Sequence[str | Path], output: str | Path) -> None:
-    """Write the page of these folders, results and contests, to one file. Raises `RankwiseError` for a folder that has no
-    results, and where the file cannot be written."""
+    """Write the page of these folders, of results, contests and what was explored, to one file. Raises `RankwiseError` for a
+    folder that has none of these, and where the file cannot be written."""
     found = [read_folder(Path(folder)) for folder in folders]
-    _write(Path(output), page_of([r for r in found if isinstance(r, Result)], [c for c in found if isinstance(c, Contest)]))
+    results, contests = [r for r in found if isinstance(r, Result)], [c for c in found if isinstance(c, Contest)]
+    _write(Path(output), page_of(results, contests, [e for e in found if isinstance(e, Explored)]))
 
 
 def refuse_no_page(folder: Path) -> None:
@@ -51,8 +53,8 @@ def _write(output: Path, text: str) -> None:
         raise RankwiseError(f"cannot write {output}: {error.strerror}") from None
 
 
-def page_of(results: Sequence[Result], contests: Sequence[Contest] = ()) -> str:
-    """The HTML of some results and contests, at least one of either."""
+def page_of(results: Sequence[Result], contests: Sequence[Contest] = (), explored: Sequence[Explored] = ()) -> str:
+    """The HTML of some results, contests and explored models, at least one of any."""
     results = [Result(r.name, *map(plain, (r.report, r.spectra, r.evaluation, r.speed))) for r in results]
     contests = [Contest(contest.name, plain(contest.rows)) for contest in contests]
     data = {
@@ -60,12 +62,14 @@ def page_of(results: Sequence[Result], contests: Sequence[Contest] = ()) -> str:
         "evaluations": [result.evaluation for result in results],
         "speeds": [result.speed for result in results],
         "contests": [contest.rows for contest in contests],
+        "explored": [each.found for each in explored],
     }
     return _template().render(
         figure=functools.partial(_figure, data),
-        title=_title(results, contests),
+        title=_title(results, [*explored, *contests]),
         results=[result_view(number, result) for number, result in enumerate(results)],
         contests=[contest_view(number, contest) for number, contest in enumerate(contests)],
+        explored=[explored_view(number, each) for number, each in enumerate(explored)],
         overview=overview(results, contests),
         data=data,
     )
@@ -82,9 +86,9 @@ def _template() -> Template:
     return environment.get_template("page.html.j2")
 
 
-def _title(results: Sequence[Result], contests: Sequence[Contest]) -> str:
-    if contests:
-        return contests[0].name
+def _title(results: Sequence[Result], others: Sequence[Contest | Explored]) -> str:
+    if others:
+        return others[0].name
     return results[0].name if len(results) == 1 else f"{len(results)} results side by side"
 
 

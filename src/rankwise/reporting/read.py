@@ -1,4 +1,4 @@
-"""What a report is made of: result folders, and folders that `rankwise compare` wrote."""
+"""What a report is made of: result folders, and folders that `rankwise compare` and `rankwise explore` wrote."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from rankwise.contest import RESULTS
 from rankwise.errors import RankwiseError
+from rankwise.exploring import EXPLORED
 from rankwise.integration.result import EVALUATION, REPORT, SPECTRA, SPEED
 from rankwise.reporting.inspect import inspect
 
@@ -34,16 +35,29 @@ class Contest:
     rows: Sequence[Mapping[str, Any]]
 
 
-def read_folder(folder: Path) -> Result | Contest:
-    """What is in `folder`. Raises `RankwiseError` where neither is."""
+@dataclass(frozen=True)
+class Explored:
+    """What `explore` found."""
+
+    name: str
+    found: Mapping[str, Any]
+
+
+def read_folder(folder: Path) -> Result | Contest | Explored:
+    """What is in `folder`. Raises `RankwiseError` where none of them is."""
     name = folder.resolve().name
+    if (folder / EXPLORED).exists():
+        return Explored(name, _read(folder / EXPLORED))
     if (folder / RESULTS).exists():
         rows = _read(folder / RESULTS)
         if not rows:
             raise RankwiseError(f"{folder / RESULTS} holds no result yet")
         return Contest(name, rows)
     if not (folder / REPORT).exists():
-        raise RankwiseError(f"{folder} has neither {REPORT} (of rankwise compress) nor {RESULTS} (of rankwise compare)")
+        raise RankwiseError(
+            f"{folder} has neither {REPORT} (of rankwise compress) nor {RESULTS} (of rankwise compare) nor {EXPLORED} (of "
+            "rankwise explore)"
+        )
     report = _read(folder / REPORT)
     if "shapes" not in report:  # written by 0.1.0
         report["shapes"] = {row["matrix"]: [row["out_features"], row["in_features"]] for row in inspect(folder)}

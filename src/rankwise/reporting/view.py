@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,9 +132,9 @@ def _paid(identity: str, matrices: Sequence[Matrix], where: Mapping[str, Place])
         return None
     kinds = short_names(place.kind for place in where.values())
     paying = {kind for _, kind, _, _ in points}
-    legend = [key for key, kind in zip(_legend(kinds.values()), kinds, strict=True) if kind in paying]
+    keys = [key for key, kind in zip(legend(kinds.values()), kinds, strict=True) if kind in paying]
     chart = figures.paid_and_cost(f"{identity}-paid", points, list(kinds))
-    return {"chart": chart, "legend": legend, "sum": sum(kl for *_, kl in points)}
+    return {"chart": chart, "legend": keys, "sum": sum(kl for *_, kl in points)}
 
 
 def _beyond(spectra: Mapping[str, Any]) -> float:
@@ -154,14 +154,18 @@ def _parted(sample: Mapping[str, Any]) -> dict[str, Any]:
 def grid(ranks: Mapping[str, int | None], kept: Mapping[str, float], notes: Mapping[str, str]) -> dict[str, Any]:
     """The heat map: `kinds` (type -> short name) across, `rows` [(layer, cells)] down; a cell is None where there is no matrix.
     All experts of a layer share a cell."""
+    return laid_out(ranks, lambda names: _cell(names, ranks, kept, notes))
+
+
+def laid_out(names: Iterable[str], cell: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
+    """`kinds` and `rows` of a heat map, of what `cell` makes of the matrices at one place."""
     cells: dict[Place, list[str]] = {}
-    for name, place in places(ranks).items():
+    for name, place in places(names).items():
         cells.setdefault(place, []).append(name)
     kinds = short_names(place.kind for place in cells)
     layers = dict.fromkeys(place.layer for place in cells)
     rows = [
-        (layer, [_cell(cells[place], ranks, kept, notes) if (place := Place(layer, kind)) in cells else None for kind in kinds])
-        for layer in layers
+        (layer, [cell(cells[place]) if (place := Place(layer, kind)) in cells else None for kind in kinds]) for layer in layers
     ]
     return {"kinds": kinds, "rows": rows}
 
@@ -176,7 +180,7 @@ def _cell(
     return {"matrix": names[0] if len(names) == 1 else None, "dense": not low, "share": share, "text": text, "note": note}
 
 
-def _legend(labels: Iterable[str]) -> list[dict[str, Any]]:
+def legend(labels: Iterable[str]) -> list[dict[str, Any]]:
     """Symbol, colour and label of each series."""
     return [
         {"symbol": figures.SYMBOLS[i % len(figures.SYMBOLS)], "series": i % len(figures.SERIES), "label": label}
@@ -231,7 +235,7 @@ def overview(results: Sequence[Result], contests: Sequence[Contest]) -> dict[str
     series = {label: points for label, points in known.items() if points}
     if sum(map(len, series.values())) < 2:
         return None
-    return {"chart": figures.quality_against_rate("overview", series), "legend": _legend(series)}
+    return {"chart": figures.quality_against_rate("overview", series), "legend": legend(series)}
 
 
 def _kl(row: Mapping[str, Any]) -> float:

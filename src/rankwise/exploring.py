@@ -1,0 +1,321 @@
+"""`rankwise explore`: how far a model can be compressed and with what, measured from one set of statistics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import rankwise
+from rankwise import bundled, distributed, stages
+from rankwise.allocation.llrc import LLRCQuick
+from rankwise.allocation.mixed import Mixed
+from rankwise.allocation.plan import Budget
+from rankwise.allocation.problem import Allocation, Problem
+from rankwise.calibration.moments import Statistics
+from rankwise.calibration.text import refuse_unused
+from rankwise.calibration.tokens import Batch, tokens_in
+from rankwise.decomposition.metric import metric_named
+from rankwise.errors import RankwiseError
+from rankwise.estimate import Clock, Estimate
+from rankwise.evaluation.frontier import answers
+from rankwise.evaluation.memory import peak_memory
+from rankwise.evaluation.protocols import own_source, read_judging_text
+from rankwise.evaluation.size import Size
+from rankwise.footprint import shortage
+from rankwise.integration.checkpoint import load_tokenizer, refuse_taken
+from rankwise.layers.lowrank import DEFAULT_FORM
+from rankwise.layers.matrices import Shape, stacked_on_failure
+from rankwise.layers.precision import widened
+from rankwise.layers.quantised import WIDTHS
+from rankwise.masks.layers import Masks, is_whole
+from rankwise.masks.student import Student
+from rankwise.options import ExploreOptions
+from rankwise.plain import plain, to_json
+from rankwise.progress import progress, say
+from rankwise.recipe import MIXED, Recipe
+from rankwise.reporting.command import command_of
+from rankwise.run_folder import RunFolder, write_whole
+from rankwise.runtime.latency import Latency
+from rankwise.stages import Run
+from rankwise.targets import Target, bytes_in_bits, latency_of
+
+logger = logging.getLogger(__name__)
+EXPLORED = "explored.json"
+RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+BITS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.5)
+ALIKE = (8, 4)
+DENSE, EVERY, RANKS, WIDTH, BOTH = "original", "same bits everywhere", "low rank", "bits per matrix", "bits or a rank per matrix"
+METRIC = Mixed.decomposition
+JUDGED, LEAST_JUDGED = 2**13, 8  # tokens of each text, and windows
+HELD_OUT = "held-out calibration text"
+PER_CENT = 0.01
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all points share. asked: the fields of every recipe. latency: None for a model that does not decode."""
+
+    run: Run
+    student: Student
+    statistics: Statistics
+    judges: Mapping[str, Sequence[Batch]]
+    asked: Mapping[str, Any]
+    latency: Latency | None
+
+
+@torch.inference_mode(False)
+def explore(
+    model: str | Path | None = None,
+    *,
+    text: str | Sequence[str] = (),
+    calibration: str | None = None,
+    rates: Sequence[float] = RATES,
+    bits: Sequence[float] = BITS,
+    judge_samples: int | None = None,
+    output: str | Path = "explored",
+    **options: Unpack[ExploreOptions],
+) -> dict[str, Any]:
+    """Measure a language model compressed by low rank, in few bits and by both, from one set of statistics, and write what was
+    found to `output`/explored.json, of which `rankwise.report` makes a page.
+
+    model: a folder or a name on the hub; None is the bundled model.
+    text: held-out texts to judge on, of which the first is the headline; by default the part of the calibration text that
+        neither statistics nor choices see.
+    calibration: as of `compress`, a source by name.
+    rates: fractions of parameters to remove by low rank. Ranks are those of `llrc:quick`, the first step of the default.
+    bits: bits a number on average, from 2 to 8: the sizes at which bits, or bits and ranks, are chosen for every matrix.
+    judge_samples: windows of each text, drawn at random; by default as many as have 8,192 tokens, but 8 at least.
+    options: as of `Recipe`; the effort is quick unless told. What `output` holds from an earlier run is not computed again.
+    Returns what explored.json holds. points: mappings of `series`, `label`, `bytes` of the weights, `share` of the original's,
+    `kl` in nats per token and the other fields of `Comparison` on the first text, `texts` with those on each, `speedup` of
+    decoding one token as the table of this machine predicts it (None in few bits, which are unpacked first), `command` that
+    makes it (None where none does), and of low rank `next_per_cent`: matrix -> nats per token that the next per cent of its
+    parameters costs. answers: see `rankwise.evaluation.frontier.answers`.
+    Raises `RankwiseError`, before any long work where that can be known.
+    """
+    if distributed.size() > 1:
+        raise RankwiseError("explore works in one process: several share the work of compress alone")
+    texts = [text] if isinstance(text, str) else list(text)
+    if model is None:
+        model, calibration = bundled.MODEL, calibration or "stdlib:train"
+    asked: dict[str, Any] = {"calibration": calibration or "self", "effort": "quick", **options}
+    recipe = _refusing(asked, rates, bits)
+    refuse_unused([recipe.calibration, *filter(None, map(own_source, texts))], recipe.text_column, recipe.dataset_options)
+    documents = {name: read_judging_text(name, recipe.text_column, recipe.dataset_options) for name in texts}
+    output = Path(output)
+    refuse_taken(output, overwrite=True)
+    short = shortage(model, recipe.calibration, recipe, [METRIC], trains=True)
+    if short is not None:
+        raise short.refusal("compress goes block by block, one point at a time")
+    tokenizer = load_tokenizer(model)
+    if texts and tokenizer is None:
+        raise RankwiseError(f"{model} has no tokenizer for the text to judge on: leave it out")
+    clock = Clock()
+    run = stages.start(model, recipe.calibration, tokenizer, recipe, rates, RunFolder(output / "run"))
+    with stacked_on_failure(run.model, run.experts):
+        for size in bits:  # what cannot be reached is refused before the long work
+            Target(_in_bits(run, asked, size)).budget(run)
+        length = next(iter(run.data.training[0].values())).shape[1]
+        samples = max(LEAST_JUDGED, JUDGED // length) if judge_samples is None else judge_samples
+        judges = stages.judging_batches(run, documents, samples, recipe.seed) or {HELD_OUT: run.data.measuring}
+        latency = latency_of(run) if _decodes(run) else None
+        clock.lap("loading")
+        with widened(run.model):
+            judged = sum(tokens_in(batches) for batches in judges.values())
+            clock.estimate = _estimate(run, _Reading(len(rates), len(bits), judged))
+            say(str(clock.estimate))
+            statistics = stages.collect_statistics(run, metric_named(METRIC).NEEDS)
+            clock.lap("calibration")
+            student = stages.student_of(run, stages.decompose_all(run, statistics, METRIC), METRIC)
+            clock.lap("decomposition")
+        ground = Ground(run, student, statistics, judges, asked, latency)
+        points = [*_alike(ground), *_of_low_rank(ground, rates), *_mixed(ground, bits)]
+        points = [_original(ground, rates, points[0]), *points]
+        clock.lap("points")
+        found = plain(_found(ground, points, clock))
+    write_whole(output / EXPLORED, lambda path: path.write_text(to_json(found, indent=1) + "\n") and None)
+    return found
+
+
+def _refusing(asked: Mapping[str, Any], rates: Sequence[float], bits: Sequence[float]) -> Recipe:
+    """The recipe that all points share. Raises `RankwiseError` for what can be refused without the model."""
+    for rate in rates:
+        Recipe.of(**asked, rate=rate)
+    if not rates and not bits:
+        raise RankwiseError("there is nothing to explore: name rates, or bits")
+    for size in bits:
+        if not min(WIDTHS) <= size <= max(WIDTHS):
+            raise RankwiseError(f"bits={size}: a number takes from {min(WIDTHS)} to {max(WIDTHS)}")
+    return Recipe.of(**asked)
+
+
+def _in_bits(run: Run, asked: Mapping[str, Any], bits: float) -> Recipe:
+    """What asks for bits that are chosen, at the size of that many everywhere."""
+    return Recipe.of(**asked, target_bytes=bytes_in_bits(run.model, run.shapes, bits), bits=MIXED)
+
+
+def _decodes(run: Run) -> bool:
+    return bool(run.model.can_generate()) and not run.model.config.is_encoder_decoder
+
+
+def _alike(ground: Ground) -> Iterator[dict[str, Any]]:
+    """Every matrix in the same number of bits: no command makes these, as one that chooses is never worse."""
+    nothing = dict.fromkeys(ground.run.shapes)
+    for bits in progress(ALIKE, "measuring the same bits everywhere"):
+        chosen = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, bits))
+        layers = stages.written_in_bits(ground.run, ground.statistics, {}, METRIC, chosen, DEFAULT_FORM)
+        yield _point(ground, EVERY, f"{bits} bits", stages.with_tables(chosen, layers), layers)
+
+
+def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """The ranks of the default's first step, and what the next per cent of each matrix would cost."""
+    run, student = ground.run, ground.student
+    preset = {} if ground.asked["effort"] == "quick" else {"preset": "quick"}
+    for rate in progress(rates, "measuring low rank"):
+        recipe = Recipe.of(**ground.asked, **preset, rate=rate)
+        shapes, budget = Target(recipe).budget(run)
+        with widened(run.model):
+            chosen = stages.allocate(run, student, METRIC, LLRCQuick(), budget, shapes)
+        prices = {"next_per_cent": _next_per_cent(ground, budget, chosen.masks)}
+        yield _point(ground, RANKS, f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
+
+
+def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, float]:
+    """What a per cent of each matrix would cost at these masks, by the prices of this budget's plan."""
+    run, student = ground.run, ground.student
+    spectra = {name: d.spectrum for name, d in student.decompositions.items()}
+    with widened(run.model):
+        prices = LLRCQuick().prices(Problem(run.shapes, spectra, budget, student))
+    return {name: price_of_next(shape, prices[name], masks[name]) for name, shape in run.shapes.items()}
+
+
+def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """At each size bits alone, and bits or a rank for every matrix. The command makes the better one by the selection text."""
+    run = ground.run
+    for size in progress(bits, "measuring bits and ranks"):
+        recipe = _in_bits(run, ground.asked, size)
+        shapes, budget = Target(recipe).budget(run)
+        plans = stages.plans_in_bits(run, ground.student, ground.statistics, METRIC, Mixed(), budget, shapes, recipe.form)
+        better = min((chosen for chosen, _ in plans), key=stages.kl_of_plan)
+        for chosen, layers in plans:
+            series = BOTH if any(chosen.ranks.values()) else WIDTH
+            made_by = recipe if chosen is better else None
+            yield _point(ground, series, f"{size:g} bits", chosen, layers, made_by) | {"bits": size}
+
+
+def _point(
+    ground: Ground,
+    series: str,
+    label: str,
+    chosen: Allocation,
+    layers: Mapping[str, nn.Module],
+    recipe: Recipe | None = None,
+) -> dict[str, Any]:
+    """What a plan takes and costs. layers: of the matrices in few bits. recipe: which makes it."""
+    run = ground.run
+    size = Size.of(run.model, run.shapes, chosen.ranks, chosen.bits).bytes["model"]
+    with widened(run.model):
+        texts = stages.judged(run, replace(ground.student, shipped=layers), METRIC, chosen, ground.judges)
+    first = next(iter(texts.values()))
+    logger.info("%s, %s: KL %.5f in %d bytes", series, label, first["kl"], size["compressed"])
+    name = f"{Path(run.base).name}-{label.replace(' ', '-')}"
+    return {
+        "series": series,
+        "label": label,
+        "bytes": size["compressed"],
+        "share": size["compressed"] / size["reference"],
+        **first,
+        "texts": texts,
+        "low_rank": sum(rank is not None for rank in chosen.ranks.values()),
+        "speedup": ground.latency.speedup(chosen.ranks) if ground.latency and not chosen.bits else None,
+        "command": recipe and command_of(run.base, recipe.model_dump(), name),
+    }
+
+
+def _original(ground: Ground, rates: Sequence[float], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The model as it is stored, of which each `other` point knows enough."""
+    run, nothing = ground.run, dict.fromkeys(ground.run.shapes)
+    texts = {name: _unchanged(row) for name, row in other["texts"].items()}
+    point = {
+        "series": DENSE,
+        "label": "as it is stored",
+        "bytes": Size.of(run.model, run.shapes, nothing).bytes["model"]["reference"],
+        "share": 1.0,
+        **next(iter(texts.values())),
+        "texts": texts,
+        "low_rank": 0,
+        "speedup": 1.0 if ground.latency else None,
+        "command": None,
+    }
+    if rates:
+        _, budget = Target(Recipe.of(**ground.asked, rate=min(rates))).budget(run)
+        point["next_per_cent"] = _next_per_cent(ground, budget, nothing)
+    return point
+
+
+def _unchanged(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The original compared with itself."""
+    same = {"kl": 0.0, "agreement": 1.0, "flips": 0.0, "perplexity_ratio": 1.0}
+    same |= {"perplexity": comparison["reference_perplexity"]}
+    same = {name: value for name, value in same.items() if comparison[name] is not None}
+    own = comparison["intervals"].get("reference_perplexity")
+    return {**comparison, **same, "intervals": {"perplexity": own, "reference_perplexity": own}}
+
+
+def _found(ground: Ground, points: Sequence[Mapping[str, Any]], clock: Clock) -> dict[str, Any]:
+    run = ground.run
+    notes = stages.notes_of(sum(shape.dense for shape in run.shapes.values()), run.model.num_parameters())
+    if ground.latency is None:
+        notes.append(f"no speed is predicted: {type(run.model).__name__} is no causal language model")
+    return {
+        "base_model": run.base,
+        "text": next(iter(ground.judges)),
+        "points": points,
+        "answers": answers(points),
+        "left_dense": run.left_dense,
+        "notes": notes,
+        "seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory(),
+        "recipe": {name: value for name, value in Recipe.of(**ground.asked).model_dump().items() if name in ground.asked},
+        "versions": {module.__name__: module.__version__ for module in (rankwise, torch, transformers)},
+    }
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What choosing and measuring all points reads, for the estimate. judged: tokens of all judging texts."""
+
+    rates: int
+    sizes: int
+    judged: int
+
+    def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
+        """Tokens forward and back."""
+        forward, back = LLRCQuick().reads(training, selection, matrices)
+        forward += Mixed().reads(training, selection, matrices)[0]
+        forward += 2 * (self.rates + self.sizes) * tokens_in(selection)
+        return forward + (1 + len(ALIKE) + self.rates + 2 * self.sizes) * self.judged, back
+
+
+def _estimate(run: Run, reading: _Reading) -> Estimate:
+    expected = Estimate.of(run, METRIC, reading, 0, []).expected
+    return Estimate({name: expected[name] for name in ("calibration", "decomposition")} | {"points": expected["allocation"]}, {})
+
+
+def price_of_next(shape: Shape, prices: Tensor, mask: Tensor | None) -> float:
+    """Nats per token that a per cent of the parameters a matrix has now would cost, its cheapest components dropped first.
+
+    prices: [k] of each component; mask: [k], which are kept, None for all.
+    """
+    kept = prices if mask is None or is_whole(mask) else prices[mask.bool()]
+    held = shape.parameters(None if len(kept) == len(prices) else len(kept))
+    fewer = min(shape.rank_within(int((1 - PER_CENT) * held)), len(kept) - 1)
+    freed = held - shape.parameters(fewer)
+    return kept.clamp_min(0).sort().values[: len(kept) - fewer].sum().item() * PER_CENT * held / freed

@@ -1,0 +1,119 @@
+"""What `rankwise explore` found: what the page says of it, and a table on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.ticker import EngFormatter, FuncFormatter
+from rich import box
+from rich.table import Table
+
+from rankwise.evaluation.frontier import cost
+from rankwise.plain import shown
+from rankwise.reporting import figures
+from rankwise.reporting.figures import Measured
+from rankwise.reporting.numbers import FORMATS, THIN, brief
+from rankwise.reporting.read import Explored
+from rankwise.reporting.terminal import plain_console
+from rankwise.reporting.view import laid_out, legend
+
+SIZE, SPEED = ("bytes", "size of the weights"), ("speedup", "times as fast, predicted")
+KL, PERPLEXITY = ("kl", "KL, nats per token"), ("perplexity", "perplexity")
+FORMS = {"bytes": EngFormatter("B", sep=" "), "speedup": FuncFormatter(lambda value, _: f"{value:g}×")}
+Point = Mapping[str, Any]
+
+
+def explored_view(number: int, explored: Explored) -> dict[str, Any]:
+    """Of what was explored that is at `number` in the page's data."""
+    found, identity = explored.found, f"explored-{number}"
+    points, knees = found["points"], found["answers"]["knees"]
+    series = dict.fromkeys(point["series"] for point in points[1:])
+    axes = [(x, y) for x in (SIZE, SPEED) for y in (KL, PERPLEXITY)]
+    charts = {(x[0], y[0]): _chart(identity, found, x, y) for x, y in axes}
+    return {
+        "id": identity,
+        "number": number,
+        "path": f"/explored/{number}",
+        "base": found["base_model"].rstrip("/").rsplit("/", 1)[-1],
+        "found": found,
+        "charts": {key: drawn for key, drawn in charts.items() if drawn},
+        "series": series,
+        "legend": legend(series),
+        "chosen": min(knees.values(), key=lambda i: cost(points[i]) + points[i]["share"]),
+        "knees": list(knees.items()),
+        "maps": [(i, _map(i, point, f"/explored/{number}")) for i, point in enumerate(points) if point.get("next_per_cent")],
+    }
+
+
+def _chart(identity: str, found: Mapping[str, Any], x: tuple[str, str], y: tuple[str, str]) -> Markup | None:
+    """One measure against another; None where nothing is known of one of them."""
+    series: dict[str, list[Measured]] = {}
+    for index, point in enumerate(found["points"][1:], start=1):
+        measured = series.setdefault(point["series"], [])
+        if point[x[0]] is not None and point[y[0]] is not None:
+            measured.append(Measured(index, point[x[0]], point[y[0]], point["intervals"].get(y[0]), named(point)))
+    if not any(series.values()):
+        return None
+    name = f"{identity}-{x[0]}-{y[0]}"
+    return figures.cost_against(name, (x[1], FORMS[x[0]]), y[1], series, found["answers"]["knees"])
+
+
+def named(point: Point) -> str:
+    """A point in a line."""
+    size, kl = FORMATS["size"](point["bytes"]), shown(point["kl"], brief)
+    return f"{point['series']}, {point['label']}: {size}, KL {kl}"
+
+
+def _map(index: int, point: Point, path: str) -> dict[str, Any]:
+    """The heat map of what the next per cent of each matrix costs: the darker, the dearer."""
+    prices = point["next_per_cent"]
+    levels = [math.log(price) for price in prices.values() if price > 0] or [0.0]
+    low, high = min(levels), max(levels)
+
+    def cell(names: Sequence[str]) -> dict[str, Any]:
+        price = sum(prices[name] for name in names) / len(names)
+        share = (math.log(price) - low) / (high - low) if price > 0 and high > low else 0.0
+        matrix = names[0] if len(names) == 1 else None
+        return {
+            "matrix": matrix,
+            "dense": False,
+            "share": min(max(share, 0.0), 1.0),
+            "path": matrix and f"{path}/points/{index}/next_per_cent/{_pointed(matrix)}",
+            "text": FORMATS["millionths"](price),
+            "note": f"{matrix or f'{len(names)} experts'}: {brief(price)} nats per token for the next 1{THIN}%",
+        }
+
+    return laid_out(prices, cell)
+
+
+def _pointed(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def print_explored(found: Mapping[str, Any]) -> None:
+    """Every point in a line, then the knees."""
+    points, console = found["points"], plain_console()
+    table = Table(f"on {found['text']}", "", "bytes", "of all", "KL", "perplexity", "decodes", box=box.SIMPLE_HEAD)
+    for point in points:
+        table.add_row(
+            point["series"],
+            point["label"],
+            f"{point['bytes']:,}",
+            f"{point['share']:.1%}",
+            shown(point["kl"], "{:.4f}".format),
+            "" if point["reference_perplexity"] is None else shown(point["perplexity"], "{:.3f}".format),
+            "" if point["speedup"] is None else f"{point['speedup']:.2f}x",
+        )
+    console.print(table)
+    for series, index in found["answers"]["knees"].items():
+        console.print(f"{series}: {_up_to(points[index]) if index else 'no step is worth its bytes'}")
+    for note in found["notes"]:
+        console.print(note)
+
+
+def _up_to(point: Point) -> str:
+    made = f": {point['command']}" if point["command"] else ""
+    return f"worth its bytes up to {point['label']}, {point['bytes']:,} bytes, KL {shown(point['kl'], '{:.4f}'.format)}{made}"
