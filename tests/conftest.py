@@ -113,6 +113,17 @@ def small_llama(llama: Path, story: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def explored(llama: Path, story: Path) -> Path:
+    """What `rankwise explore` finds of it, with its page."""
+    from rankwise import explore, report
+
+    folder = llama.with_name("explored-llama")
+    explore(llama, calibration=str(story), rates=[0.2, 0.4], bits=[4, 2.5], samples=12, length=32, output=folder)
+    report([folder], folder / "report.html")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model, compressed by a quarter: really trained, every kind of matrix low-rank."""
     from rankwise import compress

@@ -576,6 +576,15 @@ ABUSE = [
     "compare llama --text story.txt --calibration story.txt --length 32 --judge-samples 0",
     "compare llama --text story.txt -o story.txt",
     "compare nowhere --text story.txt",
+    "explore llama --calibration story.txt --rates ''",
+    "explore llama --calibration story.txt --rates 0.1,2",
+    "explore llama --calibration story.txt --bits nan",
+    "explore llama --calibration story.txt --bits 4,1",
+    "explore llama --calibration story.txt --length 32 --text story.txt --judge-samples 0",
+    "explore llama --calibration story.txt --target-bytes 1MB",
+    "explore llama --calibration story.txt --keep *=0.5",
+    "explore llama --calibration story.txt -o story.txt",
+    "explore nowhere",
 ]
 
 

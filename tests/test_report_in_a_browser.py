@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,44 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_renders(browser: Any, small_llama: Path, width: int, scheme: str) -> None:
+DIFFERING = """() => {
+    const data = JSON.parse(document.querySelector("#data").textContent);
+    const at = (path) => path.split("/").slice(1).reduce((node, key) => node[key.replaceAll("~1", "/")], data);
+    return [...document.querySelectorAll("[data-path]")].filter(e => Number(e.dataset.value) !== at(e.dataset.path)).length;
+}"""
+
+
+@contextmanager
+def opened(browser: Any, file: Path, width: int, scheme: str) -> Iterator[Any]:
+    """The page, which complains of nothing, asks for nothing, fits the width and says what its JSON says."""
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     complaints: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    address = (small_llama / "report.html").as_uri()
-    page.goto(address)
-
+    page.goto(file.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(DIFFERING) == 0
+    yield page
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    assert complaints == []
+    assert [url for url in asked if url != file.as_uri() and not url.startswith("data:")] == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_renders(browser: Any, small_llama: Path, width: int, scheme: str) -> None:
+    with opened(browser, small_llama / "report.html", width, scheme) as page:
+        _is_the_report(page, small_llama, width)
+
+
+def _is_the_report(page: Any, small_llama: Path, width: int) -> None:
     report = json.loads((small_llama / "report.json").read_text())
     assert page.evaluate("JSON.parse(document.querySelector('#data').textContent).results") == [report]
-    differing = """() => {
-        const data = JSON.parse(document.querySelector("#data").textContent);
-        const at = (path) => path.split("/").slice(1).reduce((node, key) => node[key.replaceAll("~1", "/")], data);
-        return [...document.querySelectorAll("[data-path]")].filter(e => Number(e.dataset.value) !== at(e.dataset.path)).length;
-    }"""
-    assert page.evaluate(differing) == 0
     cells = page.eval_on_selector_all("[data-matrix]", "cells => cells.map(cell => [cell.dataset.matrix, cell.textContent])")
     assert dict(cells) == {name: "dense" if rank is None else str(rank) for name, rank in report["ranks"].items()}
     charts = page.eval_on_selector_all("svg.chart", "charts => charts.map(chart => chart.getBoundingClientRect().width)")
@@ -55,9 +73,37 @@ def test_renders(browser: Any, small_llama: Path, width: int, scheme: str) -> No
     readout = page.text_content(".readout")
     assert name in readout
     assert f"rank {rank}" in readout
-    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    page.click("#theme")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
-    assert complaints == []
-    assert [url for url in asked if url != address and not url.startswith("data:")] == []
-    page.close()
+
+
+@pytest.mark.parametrize("width", [1400, 820, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_explored_model_is_chosen_from_by_keyboard(browser: Any, explored: Path, width: int, scheme: str) -> None:
+    points = json.loads((explored / "explored.json").read_text())["points"]
+    with opened(browser, explored / "report.html", width, scheme) as page:
+
+        def card() -> str:
+            (text,) = page.eval_on_selector_all("[data-card]:not([hidden])", "cards => cards.map(card => card.innerText)")
+            return str(text)
+
+        page.focus("figure:not([hidden]) [data-point][tabindex='0']")
+        seen = set()
+        for _ in points:
+            page.keyboard.press("ArrowRight")
+            seen.add(card())
+            at = int(page.evaluate("document.activeElement.dataset.point"))
+            assert points[at]["label"] in card()
+            assert (points[at]["command"] or "No command") in card()
+        assert len(seen) == len(points) - 1  # the original is no point of the chart
+        page.focus(".budget:not([hidden]) input")
+        page.keyboard.press("End")
+        assert points[0]["label"] in card()
+        page.keyboard.press("Home")
+        smallest = min(points, key=lambda point: point["bytes"])
+        assert smallest["label"] in card()
+        page.check("[data-switch=x][value=speedup]")
+        page.check("[data-switch=y][value=perplexity]")
+        (chart,) = page.eval_on_selector_all("figure[data-shown]:not([hidden]) svg", "all => all.map(one => one.ariaLabel)")
+        assert chart.startswith("perplexity against times as fast")
+        page.focus(".heat td[tabindex='0']")
+        page.keyboard.press("ArrowDown")
+        assert "for the next 1" in page.text_content(".readout")

@@ -1,4 +1,4 @@
-"""`rankwise explore`: how far a model can be compressed and with what, measured from one set of statistics."""
+"""`rankwise explore`: how far a model can be compressed, and with what, from one set of statistics."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from rankwise.progress import progress, say
 from rankwise.recipe import MIXED, Recipe
 from rankwise.reporting.command import command_of
 from rankwise.run_folder import RunFolder, write_whole
-from rankwise.runtime.latency import Latency
+from rankwise.runtime.latency import Latency, decodes
 from rankwise.stages import Run
 from rankwise.targets import Target, bytes_in_bits, latency_of
 
@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 EXPLORED = "explored.json"
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 BITS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.5)
-ALIKE = (8, 4)
-DENSE, EVERY, RANKS, WIDTH, BOTH = "original", "same bits everywhere", "low rank", "bits per matrix", "bits or a rank per matrix"
+EVERYWHERE = (8, 4)
+ORIGINAL, ALIKE, LOW_RANK = "original", "same bits everywhere", "low rank"
+BITS_EACH, BOTH = "bits per matrix", "bits or a rank per matrix"
 METRIC = Mixed.decomposition
 JUDGED, LEAST_JUDGED = 2**13, 8  # tokens of each text, and windows
 HELD_OUT = "held-out calibration text"
@@ -60,7 +61,7 @@ PER_CENT = 0.01
 
 @dataclass(frozen=True)
 class Ground:
-    """What all points share. asked: the fields of every recipe. latency: None for a model that does not decode."""
+    """What all points share. asked: fields of every recipe. latency: None for a model that decodes nothing."""
 
     run: Run
     student: Student
@@ -82,22 +83,25 @@ def explore(
     output: str | Path = "explored",
     **options: Unpack[ExploreOptions],
 ) -> dict[str, Any]:
-    """Measure a language model compressed by low rank, in few bits and by both, from one set of statistics, and write what was
-    found to `output`/explored.json, of which `rankwise.report` makes a page.
+    """Measure a language model compressed by low rank, in few bits and by both, from one set of statistics, and
+    write what was found to `output`/explored.json, of which `rankwise.report` makes a page.
 
     model: a folder or a name on the hub; None is the bundled model.
-    text: held-out texts to judge on, of which the first is the headline; by default the part of the calibration text that
-        neither statistics nor choices see.
+    text: held-out texts to judge on, of which the first is the headline; by default the part of the calibration
+        text that neither statistics nor choices see.
     calibration: as of `compress`, a source by name.
-    rates: fractions of parameters to remove by low rank. Ranks are those of `llrc:quick`, the first step of the default.
-    bits: bits a number on average, from 2 to 8: the sizes at which bits, or bits and ranks, are chosen for every matrix.
-    judge_samples: windows of each text, drawn at random; by default as many as have 8,192 tokens, but 8 at least.
-    options: as of `Recipe`; the effort is quick unless told. What `output` holds from an earlier run is not computed again.
-    Returns what explored.json holds. points: mappings of `series`, `label`, `bytes` of the weights, `share` of the original's,
-    `kl` in nats per token and the other fields of `Comparison` on the first text, `texts` with those on each, `speedup` of
-    decoding one token as the table of this machine predicts it (None in few bits, which are unpacked first), `command` that
-    makes it (None where none does), and of low rank `next_per_cent`: matrix -> nats per token that the next per cent of its
-    parameters costs. answers: see `rankwise.evaluation.frontier.answers`.
+    rates: fractions of parameters to remove by low rank. Ranks are those of `llrc:quick`, the default's first step.
+    bits: of a number on average, from 2 to 8: at the size that so many take everywhere, bits, and bits or ranks,
+        are chosen for every matrix.
+    judge_samples: windows of each text, drawn at random; by default 8,192 tokens' worth, but 8 at least.
+    options: as of `Recipe`; the effort is quick unless told. What `output` holds from an earlier run is not
+        computed again.
+
+    Returns what explored.json holds. points: one mapping each of `series`, `label`, `bytes` of the weights, `share`
+    of the original's, the fields of `Comparison` on the first text (`kl` in nats per token), `texts` with those on
+    each, `speedup` of decoding a token as this machine's table predicts (None in few bits, which are unpacked
+    first), `command` that makes it (None where none does), and of low rank `next_per_cent`: matrix -> nats per token
+    that the next per cent of its parameters costs. answers: see `rankwise.evaluation.frontier.answers`.
     Raises `RankwiseError`, before any long work where that can be known.
     """
     if distributed.size() > 1:
@@ -107,8 +111,9 @@ def explore(
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
     asked: dict[str, Any] = {"calibration": calibration or "self", "effort": "quick", **options}
     recipe = _refusing(asked, rates, bits)
-    refuse_unused([recipe.calibration, *filter(None, map(own_source, texts))], recipe.text_column, recipe.dataset_options)
-    documents = {name: read_judging_text(name, recipe.text_column, recipe.dataset_options) for name in texts}
+    sources, reading = filter(None, map(own_source, texts)), (recipe.text_column, recipe.dataset_options)
+    refuse_unused([recipe.calibration, *sources], *reading)
+    documents = {name: read_judging_text(name, *reading) for name in texts}
     output = Path(output)
     refuse_taken(output, overwrite=True)
     short = shortage(model, recipe.calibration, recipe, [METRIC], trains=True)
@@ -124,8 +129,9 @@ def explore(
             Target(_in_bits(run, asked, size)).budget(run)
         length = next(iter(run.data.training[0].values())).shape[1]
         samples = max(LEAST_JUDGED, JUDGED // length) if judge_samples is None else judge_samples
-        judges = stages.judging_batches(run, documents, samples, recipe.seed) or {HELD_OUT: run.data.measuring}
-        latency = latency_of(run) if _decodes(run) else None
+        judges = stages.judging_batches(run, documents, samples, recipe.seed)
+        judges = judges or {HELD_OUT: run.data.measuring}
+        latency = latency_of(run) if decodes(run.model) else None
         clock.lap("loading")
         with widened(run.model):
             judged = sum(tokens_in(batches) for batches in judges.values())
@@ -161,17 +167,13 @@ def _in_bits(run: Run, asked: Mapping[str, Any], bits: float) -> Recipe:
     return Recipe.of(**asked, target_bytes=bytes_in_bits(run.model, run.shapes, bits), bits=MIXED)
 
 
-def _decodes(run: Run) -> bool:
-    return bool(run.model.can_generate()) and not run.model.config.is_encoder_decoder
-
-
 def _alike(ground: Ground) -> Iterator[dict[str, Any]]:
-    """Every matrix in the same number of bits: no command makes these, as one that chooses is never worse."""
+    """Every matrix in the same number of bits, to compare with: no command makes these."""
     nothing = dict.fromkeys(ground.run.shapes)
-    for bits in progress(ALIKE, "measuring the same bits everywhere"):
+    for bits in progress(EVERYWHERE, "measuring the same bits everywhere"):
         chosen = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, bits))
         layers = stages.written_in_bits(ground.run, ground.statistics, {}, METRIC, chosen, DEFAULT_FORM)
-        yield _point(ground, EVERY, f"{bits} bits", stages.with_tables(chosen, layers), layers)
+        yield _point(ground, ALIKE, f"{bits} bits", stages.with_tables(chosen, layers), layers)
 
 
 def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
@@ -184,7 +186,7 @@ def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, A
         with widened(run.model):
             chosen = stages.allocate(run, student, METRIC, LLRCQuick(), budget, shapes)
         prices = {"next_per_cent": _next_per_cent(ground, budget, chosen.masks)}
-        yield _point(ground, RANKS, f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
+        yield _point(ground, LOW_RANK, f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
 
 
 def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, float]:
@@ -197,15 +199,16 @@ def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, fl
 
 
 def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """At each size bits alone, and bits or a rank for every matrix. The command makes the better one by the selection text."""
-    run = ground.run
+    """At each size bits alone, and bits or a rank for every matrix; the better one by the selection text has a
+    command."""
+    run, of = ground.run, (ground.run, ground.student, ground.statistics, METRIC, Mixed())
     for size in progress(bits, "measuring bits and ranks"):
         recipe = _in_bits(run, ground.asked, size)
         shapes, budget = Target(recipe).budget(run)
-        plans = stages.plans_in_bits(run, ground.student, ground.statistics, METRIC, Mixed(), budget, shapes, recipe.form)
+        plans = stages.plans_in_bits(*of, budget, shapes, recipe.form)
         better = min((chosen for chosen, _ in plans), key=stages.kl_of_plan)
         for chosen, layers in plans:
-            series = BOTH if any(chosen.ranks.values()) else WIDTH
+            series = BOTH if any(chosen.ranks.values()) else BITS_EACH
             made_by = recipe if chosen is better else None
             yield _point(ground, series, f"{size:g} bits", chosen, layers, made_by) | {"bits": size}
 
@@ -244,7 +247,7 @@ def _original(ground: Ground, rates: Sequence[float], other: Mapping[str, Any]) 
     run, nothing = ground.run, dict.fromkeys(ground.run.shapes)
     texts = {name: _unchanged(row) for name, row in other["texts"].items()}
     point = {
-        "series": DENSE,
+        "series": ORIGINAL,
         "label": "as it is stored",
         "bytes": Size.of(run.model, run.shapes, nothing).bytes["model"]["reference"],
         "share": 1.0,
@@ -270,7 +273,7 @@ def _unchanged(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _found(ground: Ground, points: Sequence[Mapping[str, Any]], clock: Clock) -> dict[str, Any]:
-    run = ground.run
+    run, recipe = ground.run, Recipe.of(**ground.asked)
     notes = stages.notes_of(sum(shape.dense for shape in run.shapes.values()), run.model.num_parameters())
     if ground.latency is None:
         notes.append(f"no speed is predicted: {type(run.model).__name__} is no causal language model")
@@ -283,7 +286,7 @@ def _found(ground: Ground, points: Sequence[Mapping[str, Any]], clock: Clock) ->
         "notes": notes,
         "seconds": clock.seconds,
         "peak_memory_bytes": peak_memory(),
-        "recipe": {name: value for name, value in Recipe.of(**ground.asked).model_dump().items() if name in ground.asked},
+        "recipe": recipe.model_dump(include=set(ground.asked)),
         "versions": {module.__name__: module.__version__ for module in (rankwise, torch, transformers)},
     }
 
@@ -301,19 +304,18 @@ class _Reading:
         forward, back = LLRCQuick().reads(training, selection, matrices)
         forward += Mixed().reads(training, selection, matrices)[0]
         forward += 2 * (self.rates + self.sizes) * tokens_in(selection)
-        return forward + (1 + len(ALIKE) + self.rates + 2 * self.sizes) * self.judged, back
+        return forward + (1 + len(EVERYWHERE) + self.rates + 2 * self.sizes) * self.judged, back
 
 
 def _estimate(run: Run, reading: _Reading) -> Estimate:
     expected = Estimate.of(run, METRIC, reading, 0, []).expected
-    return Estimate({name: expected[name] for name in ("calibration", "decomposition")} | {"points": expected["allocation"]}, {})
+    before = {name: expected[name] for name in ("calibration", "decomposition")}
+    return Estimate(before | {"points": expected["allocation"]}, {})
 
 
 def price_of_next(shape: Shape, prices: Tensor, mask: Tensor | None) -> float:
-    """Nats per token that a per cent of the parameters a matrix has now would cost, its cheapest components dropped first.
-
-    prices: [k] of each component; mask: [k], which are kept, None for all.
-    """
+    """Nats per token that a per cent of the parameters which a matrix has now would cost, the cheapest components
+    dropped first. prices: [k] of each component; mask: [k], which are kept, None for all."""
     kept = prices if mask is None or is_whole(mask) else prices[mask.bool()]
     held = shape.parameters(None if len(kept) == len(prices) else len(kept))
     fewer = min(shape.rank_within(int((1 - PER_CENT) * held)), len(kept) - 1)

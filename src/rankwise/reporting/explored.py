@@ -33,6 +33,7 @@ def explored_view(number: int, explored: Explored) -> dict[str, Any]:
     series = dict.fromkeys(point["series"] for point in points[1:])
     axes = [(x, y) for x in (SIZE, SPEED) for y in (KL, PERPLEXITY)]
     charts = {(x[0], y[0]): _chart(identity, found, x, y) for x, y in axes}
+    priced = [(i, point) for i, point in enumerate(points) if point.get("next_per_cent")]
     return {
         "id": identity,
         "number": number,
@@ -41,10 +42,11 @@ def explored_view(number: int, explored: Explored) -> dict[str, Any]:
         "found": found,
         "charts": {key: drawn for key, drawn in charts.items() if drawn},
         "series": series,
+        "others": list(points[0]["texts"])[1:],
         "legend": legend(series),
         "chosen": min(knees.values(), key=lambda i: cost(points[i]) + points[i]["share"]),
         "knees": list(knees.items()),
-        "maps": [(i, _map(i, point, f"/explored/{number}")) for i, point in enumerate(points) if point.get("next_per_cent")],
+        "maps": [(i, _map(point, f"/explored/{number}/points/{i}")) for i, point in priced],
     }
 
 
@@ -52,9 +54,9 @@ def _chart(identity: str, found: Mapping[str, Any], x: tuple[str, str], y: tuple
     """One measure against another; None where nothing is known of one of them."""
     series: dict[str, list[Measured]] = {}
     for index, point in enumerate(found["points"][1:], start=1):
-        measured = series.setdefault(point["series"], [])
-        if point[x[0]] is not None and point[y[0]] is not None:
-            measured.append(Measured(index, point[x[0]], point[y[0]], point["intervals"].get(y[0]), named(point)))
+        measured, at, costs = series.setdefault(point["series"], []), point[x[0]], point[y[0]]
+        if at is not None and costs is not None:
+            measured.append(Measured(index, at, costs, point["intervals"].get(y[0]), named(point)))
     if not any(series.values()):
         return None
     name = f"{identity}-{x[0]}-{y[0]}"
@@ -67,7 +69,7 @@ def named(point: Point) -> str:
     return f"{point['series']}, {point['label']}: {size}, KL {kl}"
 
 
-def _map(index: int, point: Point, path: str) -> dict[str, Any]:
+def _map(point: Point, path: str) -> dict[str, Any]:
     """The heat map of what the next per cent of each matrix costs: the darker, the dearer."""
     prices = point["next_per_cent"]
     levels = [math.log(price) for price in prices.values() if price > 0] or [0.0]
@@ -77,13 +79,14 @@ def _map(index: int, point: Point, path: str) -> dict[str, Any]:
         price = sum(prices[name] for name in names) / len(names)
         share = (math.log(price) - low) / (high - low) if price > 0 and high > low else 0.0
         matrix = names[0] if len(names) == 1 else None
+        what = matrix or f"{len(names)} experts, each"
         return {
             "matrix": matrix,
             "dense": False,
             "share": min(max(share, 0.0), 1.0),
-            "path": matrix and f"{path}/points/{index}/next_per_cent/{_pointed(matrix)}",
+            "path": matrix and f"{path}/next_per_cent/{_pointed(matrix)}",
             "text": FORMATS["millionths"](price),
-            "note": f"{matrix or f'{len(names)} experts'}: {brief(price)} nats per token for the next 1{THIN}%",
+            "note": f"{what}: {brief(price)} nats per token for the next 1{THIN}%",
         }
 
     return laid_out(prices, cell)
@@ -96,7 +99,8 @@ def _pointed(key: str) -> str:
 def print_explored(found: Mapping[str, Any]) -> None:
     """Every point in a line, then the knees."""
     points, console = found["points"], plain_console()
-    table = Table(f"on {found['text']}", "", "bytes", "of all", "KL", "perplexity", "decodes", box=box.SIMPLE_HEAD)
+    columns = f"on {found['text']}", "", "bytes", "of all", "KL", "perplexity", "decodes"
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     for point in points:
         table.add_row(
             point["series"],
@@ -116,4 +120,5 @@ def print_explored(found: Mapping[str, Any]) -> None:
 
 def _up_to(point: Point) -> str:
     made = f": {point['command']}" if point["command"] else ""
-    return f"worth its bytes up to {point['label']}, {point['bytes']:,} bytes, KL {shown(point['kl'], '{:.4f}'.format)}{made}"
+    kl = shown(point["kl"], "{:.4f}".format)
+    return f"worth its bytes up to {point['label']}, {point['bytes']:,} bytes, KL {kl}{made}"

@@ -119,10 +119,15 @@ class Weights:
         return dense
 
 
+def decodes(model: Any) -> bool:
+    """Whether it is a causal language model, which writes one token after the other."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
 def measure(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> Latency:
     """Time the model's matrices and one step of its decoding, all in turn. Raises `RankwiseError` for a model that does not
     decode."""
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not decodes(model):
         raise RankwiseError(f"a speed-up is that of decoding: {type(model).__name__} is no causal language model")
     first = weight_of(model.get_submodule(next(iter(shapes))))
     output = prefill(model, torch.zeros(1, PROMPT, dtype=torch.long, device=first.device))
