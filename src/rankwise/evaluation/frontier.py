@@ -18,20 +18,31 @@ KL_MARKS = (0.01, 0.03, 0.1, 0.3, 1.0)
 def answers(points: Points) -> dict[str, Any]:
     """All of them, for JSON.
 
-    knees: of each series (see `knee`). under: for each of `KL_MARKS` the smallest point of each series that costs
-    no more. within: at the smallest size of each series, the best point of each that is no larger. cheapest_byte:
-    the point that costs least per byte saved; cheapest_speed: per speed-up; None where none saves or is faster.
+    knees: of each series (see `knee`); best_knee: of all points. smallest: of each series. under: for each of
+    `KL_MARKS` the smallest point of each series that costs no more. within: at the size of the best knee and of
+    each smallest point, the best point of each series that is no larger. cheapest_byte: the point that costs
+    least per byte saved; cheapest_speed: per speed-up; None where none saves or is faster.
     """
     series = {name: indices_of(points, name) for name in dict.fromkeys(p["series"] for p in points[1:])}
-    sizes = {min(points[i]["bytes"] for i in indices) for indices in series.values()}
+    least = {name: min(of, key=lambda i: points[i]["bytes"]) for name, of in series.items()}
+    best_knee = knee(points, range(len(points)))
     saved = {i: 1 - point["share"] for i, point in enumerate(points) if point["share"] < 1}
     gained = {i: point["speedup"] - 1 for i, point in enumerate(points) if (point["speedup"] or 0) > 1}
+
+    def under(kl: float) -> dict[str, int | None]:
+        return {name: smallest(points, of, kl) for name, of in series.items()}
+
+    def within(size: int) -> dict[str, int | None]:
+        return {name: best(points, of, size) for name, of in series.items()}
+
     return {
         "knees": {name: knee(points, of) for name, of in series.items()},
-        "under": [{"kl": kl, "points": {name: smallest(points, of, kl) for name, of in series.items()}} for kl in KL_MARKS],
+        "best_knee": best_knee,
+        "smallest": least,
+        "under": [{"kl": kl, "points": under(kl)} for kl in KL_MARKS],
         "within": [
-            {"bytes": size, "points": {name: best(points, of, size) for name, of in series.items()}}
-            for size in sorted(sizes, reverse=True)
+            {"bytes": size, "points": within(size)}
+            for size in sorted({points[i]["bytes"] for i in (best_knee, *least.values())}, reverse=True)
         ],
         "cheapest_byte": min(saved, key=lambda i: cost(points[i]) / saved[i], default=None),
         "cheapest_speed": min(gained, key=lambda i: cost(points[i]) / gained[i], default=None),

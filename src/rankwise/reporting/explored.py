@@ -11,7 +11,6 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from rich import box
 from rich.table import Table
 
-from rankwise.evaluation.frontier import cost
 from rankwise.plain import shown
 from rankwise.reporting import figures
 from rankwise.reporting.figures import Measured
@@ -29,7 +28,7 @@ Point = Mapping[str, Any]
 def explored_view(number: int, explored: Explored) -> dict[str, Any]:
     """Of what was explored that is at `number` in the page's data."""
     found, identity = explored.found, f"explored-{number}"
-    points, knees = found["points"], found["answers"]["knees"]
+    points = found["points"]
     series = dict.fromkeys(point["series"] for point in points[1:])
     axes = [(x, y) for x in (SIZE, SPEED) for y in (KL, PERPLEXITY)]
     charts = {(x[0], y[0]): _chart(identity, found, x, y) for x, y in axes}
@@ -44,10 +43,16 @@ def explored_view(number: int, explored: Explored) -> dict[str, Any]:
         "series": series,
         "others": list(points[0]["texts"])[1:],
         "legend": legend(series),
-        "chosen": min(knees.values(), key=lambda i: cost(points[i]) + points[i]["share"]),
-        "knees": list(knees.items()),
+        "beside": _beside(points, found["answers"]),
         "maps": [(i, _map(point, f"/explored/{number}/points/{i}")) for i, point in priced],
     }
+
+
+def _beside(points: Sequence[Point], found: Mapping[str, Any]) -> dict[str, int | None]:
+    """What each other series has at the size of the best knee; None where it does not get so small."""
+    size, own = points[found["best_knee"]]["bytes"], points[found["best_knee"]]["series"]
+    row = next(row for row in found["within"] if row["bytes"] == size)
+    return {name: index for name, index in row["points"].items() if name != own}
 
 
 def _chart(identity: str, found: Mapping[str, Any], x: tuple[str, str], y: tuple[str, str]) -> Markup | None:
