@@ -170,8 +170,8 @@ def test_the_pages_figures_are_those_of_the_json(explored: Path) -> None:
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
 
 
-def point(series: str, kl: float | None, share: float, speedup: float | None = None) -> dict[str, Any]:
-    return {"series": series, "kl": kl, "share": share, "bytes": int(1000 * share), "speedup": speedup}
+def point(curve: str, kl: float | None, share: float, speedup: float | None = None) -> dict[str, Any]:
+    return {"curves": [curve], "kl": kl, "share": share, "bytes": int(1000 * share), "speedup": speedup}
 
 
 POINTS = [

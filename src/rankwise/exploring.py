@@ -97,11 +97,12 @@ def explore(
     options: as of `Recipe`; the effort is quick unless told. What `output` holds from an earlier run is not
         computed again.
 
-    Returns what explored.json holds. points: one mapping each of `series`, `label`, `bytes` of the weights, `share`
-    of the original's, the fields of `Comparison` on the first text (`kl` in nats per token), `texts` with those on
-    each, `speedup` of decoding a token as this machine's table predicts (None in few bits, which are unpacked
-    first), `command` that makes it (None where none does), and of low rank `next_per_cent`: matrix -> nats per token
-    that the next per cent of its parameters costs. answers: see `rankwise.evaluation.frontier.answers`.
+    Returns what explored.json holds. points: one mapping each of `series`, `label`, the `curves` that it is on (bits
+    alone are a choice of bits or ranks too), `bytes` of the weights, `share` of the original's, the fields of
+    `Comparison` on the first text (`kl` in nats per token), `texts` with those on each, `speedup` of decoding as
+    this machine's table predicts (None in few bits, which are unpacked first), `command` that makes it (None where
+    none does), and of low rank `next_per_cent`: matrix -> nats per token that the next per cent of its parameters
+    costs. answers: see `rankwise.evaluation.frontier.answers`.
     Raises `RankwiseError`, before any long work where that can be known.
     """
     if distributed.size() > 1:
@@ -173,7 +174,7 @@ def _alike(ground: Ground) -> Iterator[dict[str, Any]]:
     for bits in progress(EVERYWHERE, "measuring the same bits everywhere"):
         chosen = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, bits))
         layers = stages.written_in_bits(ground.run, ground.statistics, {}, METRIC, chosen, DEFAULT_FORM)
-        yield _point(ground, ALIKE, f"{bits} bits", stages.with_tables(chosen, layers), layers)
+        yield _point(ground, [ALIKE], f"{bits} bits", stages.with_tables(chosen, layers), layers)
 
 
 def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
@@ -186,7 +187,7 @@ def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, A
         with widened(run.model):
             chosen = stages.allocate(run, student, METRIC, LLRCQuick(), budget, shapes)
         prices = {"next_per_cent": _next_per_cent(ground, budget, chosen.masks)}
-        yield _point(ground, LOW_RANK, f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
+        yield _point(ground, [LOW_RANK], f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
 
 
 def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, float]:
@@ -199,8 +200,8 @@ def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, fl
 
 
 def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """At each size bits alone, and bits or a rank for every matrix; the better one by the selection text has a
-    command."""
+    """At each size bits alone, and bits or a rank for every matrix, which may be the same; the better one by the
+    selection text has a command."""
     run, of = ground.run, (ground.run, ground.student, ground.statistics, METRIC, Mixed())
     for size in progress(bits, "measuring bits and ranks"):
         recipe = _in_bits(run, ground.asked, size)
@@ -208,14 +209,14 @@ def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
         plans = stages.plans_in_bits(*of, budget, shapes, recipe.form)
         better = min((chosen for chosen, _ in plans), key=stages.kl_of_plan)
         for chosen, layers in plans:
-            series = BOTH if any(chosen.ranks.values()) else BITS_EACH
+            curves = [BOTH] if any(chosen.ranks.values()) else [BITS_EACH, BOTH][: 3 - len(plans)]
             made_by = recipe if chosen is better else None
-            yield _point(ground, series, f"{size:g} bits", chosen, layers, made_by) | {"bits": size}
+            yield _point(ground, curves, f"{size:g} bits", chosen, layers, made_by) | {"bits": size}
 
 
 def _point(
     ground: Ground,
-    series: str,
+    curves: Sequence[str],
     label: str,
     chosen: Allocation,
     layers: Mapping[str, nn.Module],
@@ -227,10 +228,11 @@ def _point(
     with widened(run.model):
         texts = stages.judged(run, replace(ground.student, shipped=layers), METRIC, chosen, ground.judges)
     first = next(iter(texts.values()))
-    logger.info("%s, %s: KL %.5f in %d bytes", series, label, first["kl"], size["compressed"])
-    name = f"{Path(run.base).name}-{label.replace(' ', '-')}"
+    logger.info("%s, %s: KL %.5f in %d bytes", curves[0], label, first["kl"], size["compressed"])
+    name = f"{Path(run.base).name}-{label}".replace(" ", "-")
     return {
-        "series": series,
+        "series": curves[0],
+        "curves": curves,
         "label": label,
         "bytes": size["compressed"],
         "share": size["compressed"] / size["reference"],
@@ -248,6 +250,7 @@ def _original(ground: Ground, rates: Sequence[float], other: Mapping[str, Any]) 
     texts = {name: _unchanged(row) for name, row in other["texts"].items()}
     point = {
         "series": ORIGINAL,
+        "curves": [],
         "label": "as it is stored",
         "bytes": Size.of(run.model, run.shapes, nothing).bytes["model"]["reference"],
         "share": 1.0,

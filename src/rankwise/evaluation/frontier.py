@@ -1,8 +1,8 @@
 """What a set of measured points answers: how far it pays to go, what so much quality takes, what a size buys.
 
-A point is a mapping with its `series`, `kl` (nats per token), `bytes`, `share` (of the original's bytes) and
-`speedup` (of decoding, None where it is not known). The first point is the original, which begins every series.
-Answers name points by their index. Nothing is interpolated: every answer was measured.
+A point is a mapping with the `curves` that it is on, `kl` (nats per token), `bytes`, `share` (of the original's
+bytes) and `speedup` (of decoding, None where it is not known). The first point is the original, where every curve
+begins. Answers name points by their index. Nothing is interpolated: every answer was measured.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ KL_MARKS = (0.01, 0.03, 0.1, 0.3, 1.0)
 def answers(points: Points) -> dict[str, Any]:
     """All of them, for JSON.
 
-    knees: of each series (see `knee`); best_knee: of all points. smallest: of each series. under: for each of
-    `KL_MARKS` the smallest point of each series that costs no more. within: at the size of the best knee and of
-    each smallest point, the best point of each series that is no larger. cheapest_byte: the point that costs
+    knees: of each curve (see `knee`); best_knee: of all points. smallest: of each curve. under: for each of
+    `KL_MARKS` the smallest point of each curve that costs no more. within: at the size of the best knee and of
+    each smallest point, the best point of each curve that is no larger. cheapest_byte: the point that costs
     least per byte saved; cheapest_speed: per speed-up; None where none saves or is faster.
     """
-    series = {name: indices_of(points, name) for name in dict.fromkeys(p["series"] for p in points[1:])}
-    least = {name: min(of, key=lambda i: points[i]["bytes"]) for name, of in series.items()}
+    curves = curves_of(points)
+    least = {name: min(of, key=lambda i: points[i]["bytes"]) for name, of in curves.items()}
     best_knee = knee(points, range(len(points)))
     saved = {i: 1 - point["share"] for i, point in enumerate(points) if point["share"] < 1}
     gained = {i: point["speedup"] - 1 for i, point in enumerate(points) if (point["speedup"] or 0) > 1}
 
     def under(kl: float) -> dict[str, int | None]:
-        return {name: smallest(points, of, kl) for name, of in series.items()}
+        return {name: smallest(points, of, kl) for name, of in curves.items()}
 
     def within(size: int) -> dict[str, int | None]:
-        return {name: best(points, of, size) for name, of in series.items()}
+        return {name: best(points, of, size) for name, of in curves.items()}
 
     return {
-        "knees": {name: knee(points, of) for name, of in series.items()},
+        "knees": {name: knee(points, of) for name, of in curves.items()},
         "best_knee": best_knee,
         "smallest": least,
         "under": [{"kl": kl, "points": under(kl)} for kl in KL_MARKS],
@@ -49,9 +49,13 @@ def answers(points: Points) -> dict[str, Any]:
     }
 
 
-def indices_of(points: Points, series: str) -> list[int]:
-    """The points of a series, the original first."""
-    return [0, *(i for i, point in enumerate(points) if point["series"] == series)]
+def curves_of(points: Points) -> dict[str, list[int]]:
+    """The points of each curve, the original first."""
+    curves: dict[str, list[int]] = {}
+    for i, point in enumerate(points[1:], start=1):
+        for name in point["curves"]:
+            curves.setdefault(name, [0]).append(i)
+    return curves
 
 
 def knee(points: Points, indices: Iterable[int]) -> int:

@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from rich import box
 from rich.table import Table
 
+from rankwise.evaluation.frontier import curves_of
 from rankwise.plain import shown
 from rankwise.reporting import figures
 from rankwise.reporting.figures import Measured
@@ -29,7 +30,8 @@ def explored_view(number: int, explored: Explored) -> dict[str, Any]:
     """Of what was explored that is at `number` in the page's data."""
     found, identity = explored.found, f"explored-{number}"
     points = found["points"]
-    series = dict.fromkeys(point["series"] for point in points[1:])
+    knees = {index: name for name, index in reversed(found["answers"]["knees"].items())}
+    curves = curves_of(points)
     axes = [(x, y) for x in (SIZE, SPEED) for y in (KL, PERPLEXITY)]
     charts = {(x[0], y[0]): _chart(identity, found, x, y) for x, y in axes}
     priced = [(i, point) for i, point in enumerate(points) if point.get("next_per_cent")]
@@ -40,32 +42,34 @@ def explored_view(number: int, explored: Explored) -> dict[str, Any]:
         "base": found["base_model"].rstrip("/").rsplit("/", 1)[-1],
         "found": found,
         "charts": {key: drawn for key, drawn in charts.items() if drawn},
-        "series": series,
+        "curves": list(curves),
+        "knees": [(name, index) for name, index in found["answers"]["knees"].items() if not index or knees[index] == name],
         "others": list(points[0]["texts"])[1:],
-        "legend": legend(series),
+        "legend": legend(curves),
         "beside": _beside(points, found["answers"]),
         "maps": [(i, _map(point, f"/explored/{number}/points/{i}")) for i, point in priced],
     }
 
 
 def _beside(points: Sequence[Point], found: Mapping[str, Any]) -> dict[str, int | None]:
-    """What each other series has at the size of the best knee; None where it does not get so small."""
-    size, own = points[found["best_knee"]]["bytes"], points[found["best_knee"]]["series"]
-    row = next(row for row in found["within"] if row["bytes"] == size)
-    return {name: index for name, index in row["points"].items() if name != own}
+    """What each other curve has at the size of the best knee; None where it does not get so small."""
+    best = points[found["best_knee"]]
+    row = next(row for row in found["within"] if row["bytes"] == best["bytes"])
+    return {name: index for name, index in row["points"].items() if name not in best["curves"]}
 
 
 def _chart(identity: str, found: Mapping[str, Any], x: tuple[str, str], y: tuple[str, str]) -> Markup | None:
     """One measure against another; None where nothing is known of one of them."""
-    series: dict[str, list[Measured]] = {}
-    for index, point in enumerate(found["points"][1:], start=1):
-        measured, at, costs = series.setdefault(point["series"], []), point[x[0]], point[y[0]]
-        if at is not None and costs is not None:
-            measured.append(Measured(index, at, costs, point["intervals"].get(y[0]), named(point)))
-    if not any(series.values()):
-        return None
-    name = f"{identity}-{x[0]}-{y[0]}"
-    return figures.cost_against(name, (x[1], FORMS[x[0]]), y[1], series, found["answers"]["knees"])
+    points = found["points"]
+    measured = {
+        index: Measured(index, point[x[0]], point[y[0]], point["intervals"].get(y[0]), named(point))
+        for index, point in enumerate(points)
+        if index and point[x[0]] is not None and point[y[0]] is not None
+    }
+    ordered = {name: sorted(of, key=lambda i: points[i]["bytes"]) for name, of in curves_of(points).items()}
+    curves = {name: [measured[i] for i in of if i in measured] for name, of in ordered.items()}
+    name, rings = f"{identity}-{x[0]}-{y[0]}", set(found["answers"]["knees"].values())
+    return figures.cost_against(name, (x[1], FORMS[x[0]]), y[1], curves, rings) if measured else None
 
 
 def named(point: Point) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -230,22 +230,22 @@ class Measured(NamedTuple):
 
 
 def cost_against(
-    name: str, x: tuple[str, Formatter], y: str, series: Mapping[str, Sequence[Measured]], marked: Mapping[str, int]
+    name: str, x: tuple[str, Formatter], y: str, series: Mapping[str, Sequence[Measured]], rings: Collection[int]
 ) -> Markup:
-    """A line of measured points per label, which one may choose; x, y: what the axes are, x with how it is written. marked: of
-    each label the point with a ring around it."""
-    floor = min((p.y for points in series.values() for p in points if p.y > 0), default=1e-9)
+    """A line through measured points per label, in their order; each point can be chosen, on the first of its lines.
+    x, y: what the axes are, x with how it is written. rings: points with a ring around them."""
+    floor, drawn = min((p.y for points in series.values() for p in points if p.y > 0), default=1e-9), set[int]()
     with chart(name, f"{y} against {x[0]}: a line for each way", 400, 300) as drawing:
         axes = drawing.axes
-        for i, (label, points) in enumerate(series.items()):
+        for i, points in enumerate(series.values()):
             colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
-            points = sorted(points, key=lambda point: point.x)
             axes.plot([p.x for p in points], [max(p.y, floor) for p in points], color=colour, linewidth=1.4)
-            for p in points:
+            for p in (p for p in points if p.point not in drawn):
                 at = max(p.y, floor)
+                drawn.add(p.point)
                 if p.interval:
                     axes.plot([p.x, p.x], [max(bound, floor / 2) for bound in p.interval], color=colour, linewidth=1, alpha=0.6)
-                if marked.get(label) == p.point:
+                if p.point in rings:
                     axes.plot([p.x], [at], "o", color=colour, markersize=12, mew=1.2, fillstyle="none")
                 axes.plot([p.x], [at], marker, color=colour, markersize=7, mew=0, gid=drawing.titled(p.title, p.point))
         axes.set(xlabel=x[0], ylabel=y)

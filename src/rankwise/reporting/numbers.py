@@ -47,6 +47,7 @@ _FORMS: dict[str, Callable[[Any], str]] = {
     "percent": percent,
     "significant": significant,
     "brief": brief,
+    "plain": "{:g}".format,
     "millionths": millionths,
     "integer": lambda value: f"{value:,}",
     "size": EngFormatter("B", places=2, sep=THIN),

@@ -62,7 +62,11 @@ for (const section of document.querySelectorAll(".explored")) {
     const of = (point) => point[field];
     const known = points.filter((point) => of(point) !== null);
     const fits = field === "bytes" ? (point) => of(point) <= slider.value : (point) => of(point) >= slider.value;
-    const written = field === "bytes" ? (value) => `${(value / 1e6).toPrecision(3)} MB` : (value) => `${(+value).toFixed(2)}×`;
+    const size = (value) => {
+      const [unit, scale] = [["GB", 1e9], ["MB", 1e6]].find(([, scale]) => value >= scale) ?? ["kB", 1e3];
+      return `${(value / scale).toPrecision(3)} ${unit}`;
+    };
+    const written = field === "bytes" ? size : (value) => `${(+value).toFixed(2)}×`;
     const [low, high] = [Math.min(...known.map(of)), Math.max(...known.map(of))];
     Object.assign(slider, { min: low, max: high, step: "any" });
     const tell = () => { slider.previousElementSibling.textContent = written(slider.value); };
