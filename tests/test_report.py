@@ -129,7 +129,7 @@ def contest(llama: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_compress_writes_a_page_whose_figures_are_the_reports(folder: Path) -> None:
     page = Page(folder / "report.html")
     report = json.loads((folder / "report.json").read_text())
-    assert page.data == {"results": [report], "evaluations": [None], "speeds": [None], "contests": []}
+    assert page.data == {"results": [report], "evaluations": [None], "speeds": [None], "contests": [], "explored": []}
     assert len(page.figures) > 20
     for path, value, text in page.figures:
         assert value == at(page.data, path)
