@@ -95,13 +95,15 @@ def test_texts_are_judged_on(llama: Path, story: Path, explored: Path, tmp_path:
     other = tmp_path / "other.txt"
     other.write_text("Numbers: " + " ".join(str(i * i) for i in range(400)))
     folder = shutil.copytree(explored, tmp_path / "out")
-    options = QUICK | {"rates": [], "bits": [4], "judge_samples": 4}
+    options = QUICK | {"rates": [0.2], "bits": [4], "judge_samples": 4, "effort": "default"}
     found = explore(llama, text=[str(other), str(story)], calibration=str(story), output=folder, **options)
     assert found["text"] == str(other)
     for point in found["points"]:
         assert list(point["texts"]) == [str(other), str(story)]
         assert point["kl"] == point["texts"][str(other)]["kl"]
     assert found["points"][1]["kl"] != found["points"][1]["texts"][str(story)]["kl"]
+    (low_rank,) = (point for point in found["points"] if point["series"] == "low rank")
+    assert "--preset quick" in low_rank["command"]
 
 
 @pytest.mark.parametrize(

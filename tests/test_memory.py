@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import build
 
-from rankwise import RankwiseError, compress, decompose, memory
+from rankwise import RankwiseError, compress, decompose, explore, memory
 from rankwise.contest import hold_contest
 from rankwise.errors import is_out_of_memory
 from rankwise.memory import bytes_of, gigabytes, resident, there
@@ -93,12 +93,13 @@ def test_what_does_not_go_block_by_block_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("work", ["compress", "decompose", "compare", "a model in memory"])
+@pytest.mark.parametrize("work", ["compress", "decompose", "compare", "explore", "a model in memory"])
 def test_work_that_needs_the_whole_model_is_refused(work: str, deep: Path, story: Path, tmp_path: Path, little: None) -> None:
     tasks: dict[str, Callable[[], object]] = {
         "compress": lambda: compress(t5, 0.2, calibration=WINDOWS, allocation="uniform", output=tmp_path / "out"),
         "decompose": lambda: decompose(deep, tmp_path / "out", calibration=WINDOWS),
         "compare": lambda: hold_contest(deep, [0.2], [str(story)], tmp_path / "out", calibration=str(story)),
+        "explore": lambda: explore(deep, calibration=str(story), output=tmp_path / "out"),
         "a model in memory": lambda: compress(build("llama", **DEEP), 0.2, calibration=WINDOWS, output=tmp_path / "out"),
     }
     t5 = tmp_path / "t5"

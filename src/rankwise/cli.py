@@ -332,7 +332,7 @@ def explore(
 
 @command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Result folders, and folders that compare wrote.")],
+    folders: Annotated[list[Path], typer.Argument(help="Result folders, and folders that compare or explore wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Write one page to look at and to show: what was gained, what it cost, which ranks, how to make it again."""

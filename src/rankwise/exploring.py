@@ -202,11 +202,13 @@ def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, fl
 def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
     """At each size bits alone, and bits or a rank for every matrix, which may be the same; the better one by the
     selection text has a command."""
-    run, of = ground.run, (ground.run, ground.student, ground.statistics, METRIC, Mixed())
+    run, student, statistics = ground.run, ground.student, ground.statistics
+    multiple = Recipe.of(**ground.asked).rank_multiple
+    offers = stages.offers_of(run, statistics, student.decompositions, METRIC, multiple) if bits else {}
     for size in progress(bits, "measuring bits and ranks"):
         recipe = _in_bits(run, ground.asked, size)
-        shapes, budget = Target(recipe).budget(run)
-        plans = stages.plans_in_bits(*of, budget, shapes, recipe.form)
+        _, budget = Target(recipe).budget(run)
+        plans = stages.plans_in_bits(run, student, statistics, METRIC, Mixed(), budget, offers, recipe.form)
         better = min((chosen for chosen, _ in plans), key=stages.kl_of_plan)
         for chosen, layers in plans:
             curves = [BOTH] if any(chosen.ranks.values()) else [BITS_EACH, BOTH][: 3 - len(plans)]

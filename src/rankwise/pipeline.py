@@ -282,7 +282,7 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
             clock.lap("decomposition")
         shapes, budget = target.budget(run)
         if recipe.bits == MIXED:
-            chosen = stages.choose_in_bits(run, student, statistics, metric, allocator, budget, shapes, recipe.form)
+            chosen = stages.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
         del statistics  # float64: for a large model more than everything else
         with widened(run.model):
             if recipe.bits != MIXED:

@@ -303,18 +303,12 @@ def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: in
 
 
 def choose_in_bits(
-    run: Run,
-    student: Student,
-    statistics: Statistics,
-    metric: str,
-    allocator: Allocator,
-    budget: Budget,
-    shapes: Shapes,
-    form: str,
+    run: Run, student: Student, statistics: Statistics, metric: str, allocator: Allocator, budget: Budget, form: str
 ) -> Allocation:
-    """The better one of two plans by their KL on the selection text, as what each matrix costs alone does not tell which. The
-    student has the layers in bits from here on."""
-    plans = plans_in_bits(run, student, statistics, metric, allocator, budget, shapes, form)
+    """The better one of two plans by their KL on the selection text, as what each matrix costs alone does not tell
+    which. The student has the layers in bits from here on."""
+    offers = offers_of(run, statistics, student.decompositions, metric, budget.multiple)
+    plans = plans_in_bits(run, student, statistics, metric, allocator, budget, offers, form)
     chosen, student.shipped = min(plans, key=lambda plan: kl_of_plan(plan[0]))
     return replace(chosen, history=[record for each, _ in plans for record in each.history])
 
@@ -331,15 +325,15 @@ def plans_in_bits(
     metric: str,
     allocator: Allocator,
     budget: Budget,
-    shapes: Shapes,
+    offers: Mapping[str, Offer],
     form: str,
 ) -> list[tuple[Allocation, Mapping[str, nn.Module]]]:
-    """A rank or a number of bits for every matrix, and, where ranks are among them, bits alone: plans, each with its layers."""
-    offers = offers_of(run, statistics, student.decompositions, metric, budget.multiple)
+    """A rank or a number of bits for every matrix, and, where ranks are among them, bits alone: plans, each with its
+    layers. budget: bytes."""
 
     def plan(what: str, offered: Mapping[str, Offer]) -> tuple[Allocation, Mapping[str, nn.Module]]:
         with widened(run.model):
-            chosen = allocate(run, student, metric, allocator, budget, shapes, offered)
+            chosen = allocate(run, student, metric, allocator, budget, offers=offered)
         layers = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
         judge, chosen = replace(student, shipped=layers), with_tables(chosen, layers)
         with widened(run.model):

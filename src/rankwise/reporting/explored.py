@@ -30,7 +30,7 @@ def explored_view(number: int, explored: Explored) -> dict[str, Any]:
     """Of what was explored that is at `number` in the page's data."""
     found, identity = explored.found, f"explored-{number}"
     points = found["points"]
-    knees = {index: name for name, index in reversed(found["answers"]["knees"].items())}
+    knees = found["answers"]["knees"].items()
     curves = curves_of(points)
     axes = [(x, y) for x in (SIZE, SPEED) for y in (KL, PERPLEXITY)]
     charts = {(x[0], y[0]): _chart(identity, found, x, y) for x, y in axes}
@@ -43,7 +43,7 @@ def explored_view(number: int, explored: Explored) -> dict[str, Any]:
         "found": found,
         "charts": {key: drawn for key, drawn in charts.items() if drawn},
         "curves": list(curves),
-        "knees": [(name, index) for name, index in found["answers"]["knees"].items() if not index or knees[index] == name],
+        "knees": [(name, i) for name, i in knees if not i or points[i]["series"] == name],  # each once
         "others": list(points[0]["texts"])[1:],
         "legend": legend(curves),
         "beside": _beside(points, found["answers"]),
