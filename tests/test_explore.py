@@ -172,8 +172,10 @@ def test_the_pages_figures_are_those_of_the_json(explored: Path) -> None:
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
 
 
-def point(curve: str, kl: float | None, share: float, speedup: float | None = None) -> dict[str, Any]:
-    return {"curves": [curve], "kl": kl, "share": share, "bytes": int(1000 * share), "speedup": speedup}
+def point(
+    curve: str, kl: float | None, share: float, speedup: float | None = None, command: str | None = "rankwise"
+) -> dict[str, Any]:
+    return {"command": command, "curves": [curve], "kl": kl, "share": share, "bytes": int(1000 * share), "speedup": speedup}
 
 
 POINTS = [
@@ -190,6 +192,9 @@ POINTS = [
 def test_the_knee_is_the_last_point_before_a_per_cent_costs_more_than_a_per_cent() -> None:
     found = answers(POINTS)
     assert found["knees"] == {"a": 1, "b": 4, "c": 0}
+    assert found["best_knee"] == 4
+    yardstick = point("d", 0.0, 0.1, command=None)
+    assert answers([*POINTS, yardstick])["best_knee"] == 4  # what no command makes is not recommended
     further = [*POINTS, point("a", 5.0, 0.05)]
     assert knee(further, [0, 1, 2, len(POINTS)]) == 1
 

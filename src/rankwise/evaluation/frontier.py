@@ -1,8 +1,9 @@
 """What a set of measured points answers: how far it pays to go, what so much quality takes, what a size buys.
 
 A point is a mapping with the `curves` that it is on, `kl` (nats per token), `bytes`, `share` (of the original's
-bytes) and `speedup` (of decoding, None where it is not known). The first point is the original, where every curve
-begins. Answers name points by their index. Nothing is interpolated: every answer was measured.
+bytes), `speedup` (of decoding, None where it is not known) and the `command` that makes it (None where none does).
+The first point is the original, where every curve begins. Answers name points by their index. Nothing is
+interpolated: every answer was measured.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ KL_MARKS = (0.01, 0.03, 0.1, 0.3, 1.0)
 def answers(points: Points) -> dict[str, Any]:
     """All of them, for JSON.
 
-    knees: of each curve (see `knee`); best_knee: of all points. smallest: of each curve. under: for each of
-    `KL_MARKS` the smallest point of each curve that costs no more. within: at the size of the best knee and of
-    each smallest point, the best point of each curve that is no larger. cheapest_byte: the point that costs
-    least per byte saved; cheapest_speed: per speed-up; None where none saves or is faster.
+    knees: of each curve (see `knee`); best_knee: of all points that a command makes. smallest: of each curve.
+    under: for each of `KL_MARKS` the smallest point of each curve that costs no more. within: at the size of the
+    best knee and of each smallest point, the best point of each curve that is no larger. cheapest_byte: the point
+    that costs least per byte saved; cheapest_speed: per speed-up; None where none saves or is faster.
     """
     curves = curves_of(points)
     least = {name: min(of, key=lambda i: points[i]["bytes"]) for name, of in curves.items()}
-    best_knee = knee(points, range(len(points)))
+    best_knee = knee(points, [0, *(i for i, point in enumerate(points) if point["command"])])
     saved = {i: 1 - point["share"] for i, point in enumerate(points) if point["share"] < 1}
     gained = {i: point["speedup"] - 1 for i, point in enumerate(points) if (point["speedup"] or 0) > 1}
 

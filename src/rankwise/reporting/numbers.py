@@ -30,9 +30,11 @@ def brief(value: float) -> str:
 
 
 def millionths(value: float) -> str:
-    """In millionths, whole ones, in as few characters as a cell has room for."""
+    """In millionths, in as few characters as a cell has room for."""
     count = 1e6 * value
-    return f"{count:.0f}" if count < 1000 else f"{count / 1e3:.1f}k" if count < 1e4 else f"{count / 1e3:.0f}k"
+    if count < 999.5:
+        return f"{count:.1f}" if count < 9.95 else f"{count:.0f}"
+    return f"{count / 1e3:.1f}k" if count < 9950 else f"{count / 1e3:.0f}k"
 
 
 def duration(seconds: float) -> str:

@@ -60,7 +60,7 @@ for (const section of document.querySelectorAll(".explored")) {
   for (const slider of section.querySelectorAll(".budget input")) {
     const field = slider.dataset.field;
     const of = (point) => point[field];
-    const known = points.filter((point) => of(point) !== null);
+    const known = points.filter((point, index) => of(point) !== null && (point.command || !index)); // what one can have
     const fits = field === "bytes" ? (point) => of(point) <= slider.value : (point) => of(point) >= slider.value;
     const size = (value) => {
       const [unit, scale] = [["GB", 1e9], ["MB", 1e6]].find(([, scale]) => value >= scale) ?? ["kB", 1e3];
