@@ -290,7 +290,7 @@ def _roundings(run: Run, statistics: Statistics, metric: str, name: str) -> dict
             tensors |= {f"codes.{bits}": pack(rounding.codes, bits), f"scales.{bits}": rounding.scales}
         return tensors
 
-    return run.folder.cached(f"rounding/{metric}/{name}", decomposition_key(run.identity, metric), compute)
+    return run.folder.cached(f"rounded/{metric}/{name}", decomposition_key(run.identity, metric), compute)
 
 
 def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: int) -> Rounding:
