@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -42,7 +41,7 @@ from rankwise.integration.checkpoint import (
     refuse_other_than_its_config,
     resolve_device,
 )
-from rankwise.layers.linear import bias_of, weight_of
+from rankwise.layers.linear import bias_of, tensors_in, weight_of, with_tensors
 from rankwise.layers.matrices import Shape, find_matrices, matches, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE, WIDTHS
@@ -409,22 +408,15 @@ def refine(
 def _refine(
     run: Run, student: Student, layers: Mapping[str, nn.Module], refinement: Refinement
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    key = digest(run.identity, refinement, *_tensors_in(layers).values()) if run.folder.keeps else ""
+    key = digest(run.identity, refinement, *tensors_in(layers).values()) if run.folder.keeps else ""
     learning = replace(student, checkpoint=run.folder.checkpoint("refinement", key))
 
     def compute() -> dict[str, Tensor]:
         found, records = refined(learning, layers, refinement)
-        return as_notes(records) | _tensors_in(found)
+        return as_notes(records) | tensors_in(found)
 
     saved = run.folder.together("refinement", key, compute)
-    found = copy.deepcopy(dict(layers))
-    for name, tensor in _tensors_in(found).items():
-        tensor.copy_(saved[name])
-    return found, notes_in(saved)
-
-
-def _tensors_in(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.state_dict().items()}
+    return with_tensors(layers, saved), notes_in(saved)
 
 
 def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> Comparison:
