@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +151,7 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
     return sorted(rows.values(), key=lambda r: ([*FORMS].index(r["form"]), names.index(r["method"]), r["rate"]))
 
 
-def _figures(found: dict[str, Any]) -> dict[str, Any]:
+def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in ("kl", "perplexity", "reference_perplexity", "tokens")} | {
         "interval": found["intervals"]["kl"]
     }

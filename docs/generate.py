@@ -22,6 +22,7 @@ from rankwise.cli import application
 from rankwise.decomposition.metric import METRICS
 from rankwise.refinement.refinement import REFINEMENTS
 from rankwise.reporting.methods import WHEN
+from rankwise.schema import schema
 
 HERE = Path(__file__).parent
 SECOND_FILES = {"llrc:paper": "rankwise.masks.gumbel", "ars": "rankwise.masks.hypernetwork", "ara": "rankwise.masks.staircase"}
@@ -153,6 +154,18 @@ def command_line() -> None:
     write("cli.md", get_docs_for_click(obj=context.command, ctx=context, name="rankwise", title="Command line"))
 
 
+def report() -> None:
+    """The fields of a report: what `python -m rankwise.schema` prints, to read."""
+    found = schema()
+    rows = [f"| `{name}` | {field['description']} |" for name, field in found["properties"].items()]
+    head = ["| field | what it is |", "|---|---|"]
+    costs = [f"| `{name}` | {field['description']} |" for name, field in found["$defs"]["Costs"]["properties"].items()]
+    parts = ["# Report", found["description"], "\n".join([*head, *rows])]
+    parts += ["## Costs", "The fields of `before_refinement`.", "\n".join([*head, *costs])]
+    write("report.md", "\n\n".join(parts) + "\n")
+
+
 methods()
+report()
 copies()
 command_line()

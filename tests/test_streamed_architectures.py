@@ -18,7 +18,7 @@ from rankwise.calibration.signal import frozen, signal_of
 from rankwise.integration.checkpoint import load_config
 from rankwise.integration.source import empty_model
 from rankwise.layers.matrices import find_matrices
-from rankwise.streaming.blocks import Blocks
+from rankwise.streaming.blocks import StoredBlocks
 
 WINDOWS = torch.randint(3, 90, (12, 24), generator=torch.Generator().manual_seed(0))
 OWN_NAMES = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -89,7 +89,7 @@ def random_model(kind: str, **changes: Any) -> PreTrainedModel:
 def run_block_by_block(folder: Path, windows: Tensor) -> Tensor:
     """The logits [tokens, vocabulary] of windows, one block's weights in memory at a time."""
     empty, source = empty_model(folder, load_config(folder), "auto")
-    blocks = Blocks.of(empty, find_matrices(empty)[0], source, torch.device("cpu"))
+    blocks = StoredBlocks.of(empty, find_matrices(empty)[0], torch.device("cpu"), source=source)
     batch = {"input_ids": windows}
     blocks.try_out(batch)
     ends = blocks.outside()

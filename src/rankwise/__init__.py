@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rankwise.runtime.bench import bench as bench
     from rankwise.runtime.optimize import optimize as optimize
     from rankwise.runtime.pack import pack as pack
+    from rankwise.schema import Report as Report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "RankwiseConfig",
     "RankwiseError",
     "Recipe",
+    "Report",
     "bench",
     "compress",
     "decompose",
@@ -60,6 +62,7 @@ _HOMES = {
     "report": "rankwise.reporting.page",
     "Plan": "rankwise.plans",
     "Recipe": "rankwise.recipe",
+    "Report": "rankwise.schema",
     "RankwiseConfig": "rankwise.integration.quantizer",
     "decompose": "rankwise.decomposing",
     "densify": "rankwise.integration.densify",

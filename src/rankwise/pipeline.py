@@ -50,6 +50,7 @@ from rankwise.reporting.page import page_of
 from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.runtime.latency import Latency
+from rankwise.schema import VERSION, Report
 from rankwise.stages import Calibration
 from rankwise.streaming.stream import Stream
 from rankwise.streaming.student import StreamedStudent
@@ -67,7 +68,7 @@ class Compressed:
 
     model: PreTrainedModel | None
     ranks: Ranks
-    report: dict[str, Any]
+    report: Report
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase | None = None
     spectra: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +99,7 @@ def folder_of(output: Path, model: object, resume: bool, overwrite: bool) -> tup
     return folder, overwrite
 
 
-def to_look_at(name: str, report: dict[str, Any], spectra: dict[str, Any]) -> dict[str, str]:
+def to_look_at(name: str, report: Report, spectra: dict[str, Any]) -> dict[str, str]:
     """The page of a result, and the spectra that it draws: file name -> content."""
     return {SPECTRA: to_json(spectra) + "\n", PAGE: page_of([Result(name, report, spectra)])}
 
@@ -239,13 +240,15 @@ class _Chosen:
         after = replace(self, chosen=replace(chosen, history=chosen.history + history), before=self.comparison)
         return replace(after, comparison=stages.measure(student, chosen, run.data.measuring))
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """Plain values, for JSON; the model is still dense, in the dtype it is stored in."""
         size = Size.of(self.run.model, self.run.shapes, self.chosen.ranks, self.chosen.bits)
         report = _report(self.recipe, self.run, size, self.comparison, self.chosen, self.clock)
         if self.before is not None:
             report["before_refinement"] = self.before.to_dict()
-        return report | ({} if self.latency is None else {"predicted_speedup": self.latency.speedup(self.chosen.ranks)})
+        if self.latency is not None:
+            report["predicted_speedup"] = self.latency.speedup(self.chosen.ranks)
+        return report
 
     def plan(self) -> Plan:
         """One rank for every matrix, those that the text did not reach too."""
@@ -267,6 +270,8 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
     with stacked_on_failure(run.model, run.experts):
         if loadable:
             refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
+        for refinement in asked.refinements:
+            refinement.try_out(run.model, run.shapes, run.data.training[0])
         run = stages.in_metric(run, metric)
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)
@@ -354,11 +359,10 @@ def _compress_streamed(
     return Compressed(None, chosen.ranks, report, recipe, run.tokenizer)
 
 
-def _report(
-    recipe: Recipe, run: stages.Run, size: Size, comparison: Comparison, chosen: Allocation, clock: Clock
-) -> dict[str, Any]:
+def _report(recipe: Recipe, run: stages.Run, size: Size, comparison: Comparison, chosen: Allocation, clock: Clock) -> Report:
     """Plain values, for JSON."""
     return {
+        "version": VERSION,
         "base_model": run.base,
         "rate": recipe.rate or size.achieved(recipe.scope),
         "scope": recipe.scope,

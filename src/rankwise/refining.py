@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from rankwise.pipeline import Compressed, folder_of
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.run_folder import RunFolder
+from rankwise.schema import VERSION, Report
 from rankwise.stages import Calibration, Run
 
 
@@ -75,18 +76,22 @@ def refine(
         raise short.refusal("refine trains the whole model at once")
     run = stages.start(reference, calibration, tokenizer, recipe, [], run_folder)
     with stacked_on_failure(run.model, run.experts):
+        for refinement in refinements:
+            refinement.try_out(run.model, run.shapes, run.data.training[0])
         compressed = load_compressed(folder, recipe.dtype, recipe.device)
         refuse_unrelated(compressed, run.model, str(folder), run.base)
         found = _train(run, compressed, ranks, refinements)
     stack_experts(run.model, run.experts)
+    done = before.model_copy(update={"refine": ", ".join(filter(None, [before.refine, refine]))})
     report |= found | {
+        "version": VERSION,
         "history": report["history"] + found["history"],
         "seconds": report["seconds"] | found["seconds"],
         "conversations": run.data.conversations,
         "refined_on": recipe.calibration,
+        "recipe": done.model_dump(),
     }
-    done = before.model_copy(update={"refine": ", ".join(filter(None, [before.refine, refine]))})
-    result = Compressed(compressed, ranks, report | {"recipe": done.model_dump()}, done, run.tokenizer, spectra)
+    result = Compressed(compressed, ranks, cast(Report, report), done, run.tokenizer, spectra)
     if output is not None:
         result.hand_over(Path(output), run_folder, overwrite)
     return result
@@ -116,7 +121,8 @@ def _train(run: Run, compressed: PreTrainedModel, ranks: Ranks, refinements: Seq
     for name, layer in student.shipped.items():
         compressed.set_submodule(name, layer.to(next(compressed.get_submodule(name).parameters()).dtype))
     stack_experts(compressed, stacked)
-    return after.to_dict() | {
+    return {
+        **after.to_dict(),
         "before_refinement": before.to_dict(),
         "history": history,
         "samples": samples,

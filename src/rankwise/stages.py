@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -43,7 +42,7 @@ from rankwise.integration.checkpoint import (
     refuse_other_than_its_config,
     resolve_device,
 )
-from rankwise.layers.linear import bias_of, weight_of
+from rankwise.layers.linear import bias_of, tensors_in, weight_of, with_tensors
 from rankwise.layers.matrices import Shape, find_matrices, matches, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE, WIDTHS, pack, unpack
@@ -54,6 +53,7 @@ from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
 from rankwise.refinement.refinement import Refinement, refined
 from rankwise.run_folder import RunFolder, as_notes, digest, fingerprint, notes_in
+from rankwise.schema import Costs
 
 logger = logging.getLogger(__name__)
 Calibration = str | Path | Tensor | Iterable[str | Conversation] | Iterable[Mapping[str, Tensor]]
@@ -439,22 +439,15 @@ def refine(
 def _refine(
     run: Run, student: Student, layers: Mapping[str, nn.Module], refinement: Refinement
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    key = digest(run.identity, refinement, *_tensors_in(layers).values()) if run.folder.keeps else ""
+    key = digest(run.identity, refinement, *tensors_in(layers).values()) if run.folder.keeps else ""
     learning = replace(student, checkpoint=run.folder.checkpoint("refinement", key))
 
     def compute() -> dict[str, Tensor]:
         found, records = refined(learning, layers, refinement)
-        return as_notes(records) | _tensors_in(found)
+        return as_notes(records) | tensors_in(found)
 
     saved = run.folder.together("refinement", key, compute)
-    found = copy.deepcopy(dict(layers))
-    for name, tensor in _tensors_in(found).items():
-        tensor.copy_(saved[name])
-    return found, notes_in(saved)
-
-
-def _tensors_in(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.state_dict().items()}
+    return with_tensors(layers, saved), notes_in(saved)
 
 
 def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> Comparison:
@@ -488,7 +481,7 @@ def judging_batches(run: Run, documents: Mapping[str, JudgingText], samples: int
 
 def judged(
     run: Run, student: Student, metric: str, chosen: Allocation, judges: Mapping[str, Sequence[Batch]]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Costs]:
     """The `Comparison` on each text, as plain values; what was measured once is read."""
     written = [tensor for layer in student.shipped.values() for tensor in layer.state_dict().values()]
     masks = [part for item in chosen.masks.items() for part in item]

@@ -7,8 +7,8 @@
    of the first two prices as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
    -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Prices move towards these worths and go to the knapsack again:
    the budget is met exactly at each step, and no penalty weight has to be tuned. Of several steps (the worths are good only
-   nearby) the one with the least KL on the selection text is taken; when none lowers it, the rounds end. So the result is never
-   worse than the start.
+   nearby) the one with the least KL on the selection text is taken; when none lowers it by 1 %, the rounds end. So the result
+   is never worse than the start.
 3. The kept masks' values, those of dense matrices too, are trained on the same KL and folded into the factors.
 
 The idea of training nothing but masks over singular values, against the original model, is LLRC's (Sundrani et al. 2025,
@@ -41,8 +41,9 @@ Prices = dict[str, Tensor]  # matrix -> [k] float64, nats per token
 STEPS = (0.7, 0.4, 0.2, 0.1)  # from the prices before towards the worths
 TINY = 1e-300
 LEAST_PART = 2**10  # tokens that components are priced on
+LEAST_GAIN = 0.01  # of the KL, by a round that another one follows
 MASKED = 1.5
-POINTS, MEASURED, LEAST_MEASURED = 3, 2, 64  # per matrix; of the training text, for all; tokens through each
+POINTS, MEASURED, LEAST_MEASURED = 3, 2, 256  # per matrix; of the training text, for all; tokens through each
 VALUE_PASSES = 1.0  # of value training over the text
 STEP_TOKENS, LEAST_STEPS, MOST_STEPS = 256, 16, 120
 LEARNING_RATE = 0.003  # of steps of `STEP_TOKENS`; the root of as much more for larger ones, whose gradients are less noisy
@@ -52,7 +53,7 @@ LEARNING_RATE = 0.003  # of steps of `STEP_TOKENS`; the root of as much more for
 class LLRC:
     """points: KLs measured per matrix for the third start; rounds of re-pricing at most; steps of value training and its
     learning_rate. 0 points, rounds or steps leave that part out. By default there are three points, on so few tokens that all
-    matrices together read the training text twice, but none where that leaves less than 64; as many steps, up to 120, as it
+    matrices together read the training text twice, but none where that leaves less than 256; as many steps, up to 120, as it
     takes to read the text once; and a learning rate of 0.003 for steps of 256 tokens, the root of as much more for larger ones.
     pricing_tokens: how much of the training text the mask Fisher and each round's gradients are taken on, one part after the
     other; by default a quarter."""
@@ -83,9 +84,9 @@ class LLRC:
             worths = {n: worth(best.chosen.masks[n], gradients[n], h) for n, h in curvature.items()}
             plan = min((best.towards(worths, step, f"round {number}", problem) for step in STEPS), key=lambda plan: plan.kl)
             history.append(plan.record)
-            if plan.kl >= best.kl:
+            before, best = best.kl, min(best, plan, key=lambda plan: plan.kl)
+            if plan.kl > (1 - LEAST_GAIN) * before:
                 break
-            best = plan
         masks = best.chosen.masks
         options = self._value_training(student.training)
         if options.steps:

@@ -15,7 +15,7 @@ from rankwise.errors import RankwiseError, is_out_of_memory, reason
 from rankwise.layers.linear import is_linear, weight_of
 from rankwise.layers.precision import widened
 
-WORKING_MEMORY = 2**31  # bytes that a batch may take on the host; of a GPU a quarter of what is free
+WORKING_MEMORY = 3 * 2**29  # bytes that a batch may take on the host; of a GPU a quarter of what is free
 SECOND = 16_000  # numbers of a sound
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from rankwise.calibration.signal import Signal, divergence, kl_of, token_mask
 from rankwise.calibration.tokens import Batch, written
 from rankwise.evaluation.intervals import Interval, clipped, of_ratio
 from rankwise.progress import progress
+from rankwise.schema import Costs
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Comparison:
     perplexity_ratio: float | None = None
     intervals: dict[str, Interval | None] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Costs:
         """The fields by name."""
-        return asdict(self)
+        return cast(Costs, asdict(self))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from rankwise.evaluation.hidden import WINDOWS as HIDDEN_WINDOWS
 from rankwise.evaluation.hidden import hidden_measures
 from rankwise.evaluation.tasks import Tasks, answer, tokens_of
 from rankwise.run_folder import RunFolder, digest, fingerprint
+from rankwise.schema import Costs
 
 
 class Pair:
@@ -39,7 +40,7 @@ class Pair:
         """The `Comparison` on windows [windows, length] of tokens, as plain values."""
         dense, compressed = self.models.values()
 
-        def compute() -> dict[str, Any]:
+        def compute() -> Costs:
             with frozen(dense), frozen(compressed):
                 return compare(
                     lambda batch: signal_of(dense, batch),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankwise.allocation.plan import Shapes
 from rankwise.layers.linear import weight_of
 from rankwise.layers.tables import table_bytes
+from rankwise.schema import Sizes
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Size:
         counts = self.parameters[scope]
         return 1 - counts["compressed"] / counts["reference"]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Sizes:
         """For JSON: parameters and bytes by scope, and the rates achieved."""
         rates = {scope: self.achieved(scope) for scope in self.parameters}
         return {"parameters": self.parameters, "bytes": self.bytes, "achieved_rate": rates}

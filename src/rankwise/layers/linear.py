@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -61,3 +62,16 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
     finally:
         for name, module in originals.items():
             model.set_submodule(name, module)
+
+
+def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every tensor of the modules, under the module's name and its own."""
+    return {f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()}
+
+
+def with_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Copies of the modules that hold what `tensors_in` gave of others like them."""
+    copies = copy.deepcopy(dict(modules))
+    for name, tensor in tensors_in(copies).items():
+        tensor.copy_(tensors[name])
+    return copies

@@ -1,17 +1,20 @@
-"""Training of whatever the student's layers are made of, on the KL to the original model."""
+"""Training of whatever the student's layers are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rankwise import distributed
 from rankwise.calibration.tokens import Batch, cut, endless, parts_of, sequences_in, written
-from rankwise.masks.student import Layers, Student, mean_gradient
+from rankwise.masks.student import Student, mean_gradient
 from rankwise.progress import progress
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,27 @@ class Descent:
         return (step + 1) / (rise + 1) if step < rise else 1 - (step - rise) / (self.steps - rise)
 
 
+def own_parts(student: Student, tokens: int) -> list[list[Batch]]:
+    """The training text in parts of about so many tokens, of each this process's sequences as the one batch of a list; none
+    where there are more processes than sequences."""
+    sequences = max(1, tokens // written(student.training[0])[0].numel())
+    return [_own(part) for part in parts_of(student.training, sequences)]
+
+
 def descend(
-    student: Student, layers: Layers, scales: Mapping[Tensor, float], options: Descent, what: str, losses: list[float]
+    student: Student,
+    parts: Sequence[T],
+    add_gradients: Callable[[T], tuple[float, int]],
+    scales: Mapping[Tensor, float],
+    options: Descent,
+    what: str,
+    losses: list[float],
 ) -> None:
-    """Train parameters of `layers` in place on KL(original || student) over the training batches, in an order drawn from the
-    student's seed. scales: each parameter -> what the learning rate is multiplied by for it. The loss of each step, nats per
-    token, is added to `losses`; `what` is said of the progress."""
+    """Train parameters in place on the parts, in an order drawn from the student's seed. add_gradients: adds the gradients of the
+    loss on a part to the parameters; the loss and its tokens. scales: each parameter -> what the learning rate is multiplied by
+    for it. The loss of each step, per token, is added to `losses`; `what` is said of the progress."""
     groups = [{"params": [parameter], "lr": options.learning_rate * scale} for parameter, scale in scales.items()]
     optimiser = torch.optim.Adam(groups, betas=options.betas)
-    sequences = max(1, options.tokens // written(student.training[0])[0].numel())
-    parts = [_own(part) for part in parts_of(student.training, sequences)]
     batches = endless(parts, torch.Generator().manual_seed(student.seed))
     done = _restored(student.checkpoint.read(), optimiser, losses)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: options.rate(done + step))
@@ -49,7 +63,7 @@ def descend(
     with student.frozen(), student.together():
         bar = progress(range(done, options.steps), what)
         for _ in bar:
-            own = student.add_gradients(layers, next(batches))
+            own = add_gradients(next(batches))
             totals, tokens = zip(*distributed.everyones(own), strict=True)
             losses.append(sum(totals) / sum(tokens))
             for parameter in scales:
@@ -57,7 +71,7 @@ def descend(
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
-            bar.set_postfix(kl=f"{losses[-1]:.5f}", refresh=False)
+            bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
             student.checkpoint.write(lambda: _state(optimiser, losses))
     student.checkpoint.remove()
 
@@ -86,6 +100,5 @@ def _restored(state: dict[str, Tensor] | None, optimiser: torch.optim.Optimizer,
 
 
 def _own(batch: Batch) -> list[Batch]:
-    """This process's sequences of a batch, as the one batch of a list; none where there are more processes than sequences."""
     rank = distributed.rank()
     return [cut(batch, slice(rank, None, distributed.size()))] if rank < sequences_in(batch) else []

@@ -4,10 +4,12 @@ into the dense weight, the values cost nothing."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from rankwise.masks.descent import Descent, descend
+from rankwise.masks.descent import Descent, descend, own_parts
 from rankwise.masks.layers import MaskedLinear, Masks, WeightedLinear, add, is_whole
 from rankwise.masks.student import Student
 
@@ -21,9 +23,9 @@ def train_values(student: Student, masks: Masks, options: Descent, losses: list[
     given = full | {name: mask for name, mask in masks.items() if mask is not None}
     values = {name: mask[mask != 0].detach().float().to(student.device).requires_grad_(True) for name, mask in given.items()}
     layers = student.layers_of(given, lambda name: _layer(student, name, given[name], values[name]))
-    descend(
-        student, layers, dict.fromkeys(values.values(), 1.0), options, "training mask values", [] if losses is None else losses
-    )
+    parts, add_gradients = own_parts(student, options.tokens), functools.partial(student.add_gradients, layers)
+    scales = dict.fromkeys(values.values(), 1.0)
+    descend(student, parts, add_gradients, scales, options, "training mask values", [] if losses is None else losses)
     trained: Masks = {}
     for name, mask in given.items():
         found = values[name].detach().cpu()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,8 +39,26 @@ class TrainedFactors(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(F.linear(x, self.first.to(x.dtype)), self.second.to(x.dtype), bias)
 
-    def written_as(self, layer: LowRankLinear) -> LowRankLinear:
+    def written_as(self, layer: nn.Module) -> LowRankLinear:
         """A layer of these factors, of the class, rank and dtype of `layer`."""
+        assert isinstance(layer, LowRankLinear)
         dtype = layer.factors[0].dtype
         bias = None if self.bias is None else self.bias.detach()
         return type(layer).from_factors(self.second.detach(), self.first.detach(), bias).to(dtype)
+
+
+def in_training(layers: Mapping[str, nn.Module]) -> dict[str, TrainedFactors]:
+    """The factors of the low-rank ones among the layers."""
+    return {name: TrainedFactors(layer) for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
+
+
+def scales_of(trained: Mapping[str, TrainedFactors]) -> dict[Tensor, float]:
+    """How large a step each parameter may take: in proportion to its numbers, and the smaller the more inputs add up, as all of
+    them move at once (Yang et al. 2022, arXiv 2203.03466)."""
+    parameters = [parameter for factors in trained.values() for parameter in factors.parameters()]
+    return {p: p.detach().square().mean().sqrt().item() / math.sqrt(p.shape[-1]) for p in parameters}
+
+
+def written(trained: Mapping[str, TrainedFactors], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers with what was trained in place of theirs, in their own class, rank and dtype."""
+    return {name: trained[name].written_as(layer) if name in trained else layer for name, layer in layers.items()}

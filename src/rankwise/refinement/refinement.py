@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -11,11 +11,16 @@ from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 from rankwise.masks.student import Layers, Student
 from rankwise.options import made_of, pairs
+from rankwise.refinement.blocks import BlockByBlock
 from rankwise.refinement.distil import Distil
 
 
 class Refinement(Protocol):
     """A frozen dataclass whose fields are the method's options."""
+
+    def try_out(self, model: Any, matrices: Collection[str], batch: Batch) -> None:
+        """Raises `RankwiseError` where a model with these matrices, and such batches, cannot be refined so."""
+        ...
 
     def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
         """New layers in place of `layers`, the compressed ones that the student's model gets: of the same class, rank and dtype
@@ -27,7 +32,7 @@ class Refinement(Protocol):
         ...
 
 
-REFINEMENTS: dict[str, type[Refinement]] = {"distil": Distil}
+REFINEMENTS: dict[str, type[Refinement]] = {"blocks": BlockByBlock, "distil": Distil}
 
 
 def refinements_named(text: str) -> list[Refinement]:

@@ -16,7 +16,7 @@ from rankwise.errors import RankwiseError
 from rankwise.footprint import LIBRARIES, LOGITS, SLACK, moments_of, workspace
 from rankwise.layers.matrices import Shape
 from rankwise.memory import gigabytes, resident
-from rankwise.streaming.blocks import Blocks
+from rankwise.streaming.blocks import StoredBlocks
 
 TOKENS_AT_ONCE = 2048  # that a block is differentiated on
 
@@ -36,7 +36,7 @@ def sequences_at_once(batches: Iterable[Batch]) -> int:
 
 def share_out(
     memory: int,
-    blocks: Blocks,
+    blocks: StoredBlocks,
     shapes: dict[str, Shape],
     batches: Sequence[Batch],
     needs: Collection[str],
@@ -71,13 +71,15 @@ def share_out(
     return Share(spare - more, largest_site + more)
 
 
-def _sizes(blocks: Blocks) -> tuple[dict[str, int], dict[str, int]]:
+def _sizes(blocks: StoredBlocks) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of each parameter, and of each group outside of blocks."""
     sizes = {name: p.numel() * p.element_size() for name, p in blocks.model.named_parameters(remove_duplicate=False)}
     return sizes, {group: sum(sizes[name] for name in names) for group, names in blocks.outside().items()}
 
 
-def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, logits: int, outputs: bool) -> dict[str, int]:
+def _phases(
+    blocks: StoredBlocks, shapes: dict[str, Shape], tokens: int, length: int, logits: int, outputs: bool
+) -> dict[str, int]:
     """The most bytes that each part of the work holds at once."""
     sizes, outside = _sizes(blocks)
     block = max(sum(sizes[name] for name in blocks.names(i)) for i in range(len(blocks)))
@@ -100,7 +102,7 @@ def _phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, length: int, 
     }
 
 
-def _gradient_phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, outputs: bool) -> dict[str, int]:
+def _gradient_phases(blocks: StoredBlocks, shapes: dict[str, Shape], tokens: int, outputs: bool) -> dict[str, int]:
     """As `_phases`, of the passes back on `tokens` at once: a block, its full-length factors, and what its gradient needs."""
     sizes, outside = _sizes(blocks)
     e = max(p.element_size() for p in blocks.model.parameters())
@@ -119,7 +121,7 @@ def _gradient_phases(blocks: Blocks, shapes: dict[str, Shape], tokens: int, outp
     return {"a block's gradients": outside["rest"] + most}
 
 
-def _share_of_tokens(blocks: Blocks, name: str) -> float:
+def _share_of_tokens(blocks: StoredBlocks, name: str) -> float:
     """How many of all tokens a matrix sees: those of a mixture share each token's few experts."""
     chosen = getattr(blocks.model.config.get_text_config(), "num_experts_per_tok", None)
     if not chosen or not name.startswith(tuple(f"{path}." for path in blocks.source.experts)):

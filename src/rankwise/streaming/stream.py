@@ -31,7 +31,7 @@ from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest
 from rankwise.stages import Calibration, Run
 from rankwise.streaming.activations import Activations, Room
-from rankwise.streaming.blocks import Blocks
+from rankwise.streaming.blocks import StoredBlocks
 from rankwise.streaming.memory import Share, share_out
 
 
@@ -43,7 +43,7 @@ class Stream:
     """
 
     run: Run
-    blocks: Blocks
+    blocks: StoredBlocks
     share: Share
     room: Room
     narrow: Callable[[], None]
@@ -103,7 +103,7 @@ def start(
     empty, source = empty_model(model, config, recipe.dtype)
     shapes, left_dense = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
     device = resolve_device(recipe.device)
-    blocks = Blocks.of(empty, shapes, source, device)
+    blocks = StoredBlocks.of(empty, shapes, device, source=source)
     refuse_joined(source.skeleton, blocks.block_of)
     for name in [name for name in shapes if blocks.block_of(name) is None]:
         left_dense[name] = "it is outside of the blocks, which alone are compressed block by block"
