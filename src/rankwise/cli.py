@@ -302,7 +302,7 @@ def explore(
     rates: Annotated[str, typer.Option(help="Of low rank, with commas between.")] = "0.05,0.1,0.2,0.3,0.4,0.5",
     bits: Annotated[str, typer.Option(help="A number, on average, from 2 to 8, with commas between.")] = "8,6,5,4,3.5,3,2.5",
     judge_samples: Annotated[
-        int | None, typer.Option(help="Windows of each text to judge on (default: 8,192 tokens' worth).")
+        int | None, typer.Option(help="Windows of each text to judge on (default: 4,096 tokens' worth).")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for explored.json and the page.")] = Path("explored"),
     as_json: AsJson = False,

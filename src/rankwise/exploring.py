@@ -54,7 +54,8 @@ EVERYWHERE = (8, 4)
 ORIGINAL, ALIKE, LOW_RANK = "original", "same bits everywhere", "low rank"
 BITS_EACH, BOTH = "bits per matrix", "bits or a rank per matrix"
 METRIC = Mixed.decomposition
-JUDGED, LEAST_JUDGED = 2**13, 8  # tokens of each text, and windows
+MIXED_OPTIONS = {"tokens": 2**7}  # that each matrix is measured on: fewer than by default, for an overview
+JUDGED, LEAST_JUDGED = 2**12, 8  # tokens of each text, and windows
 HELD_OUT = "held-out calibration text"
 PER_CENT = 0.01
 
@@ -93,7 +94,7 @@ def explore(
     rates: fractions of parameters to remove by low rank. Ranks are those of `llrc:quick`, the default's first step.
     bits: of a number on average, from 2 to 8: at the size that so many take everywhere, bits, and bits or ranks,
         are chosen for every matrix.
-    judge_samples: windows of each text, drawn at random; by default 8,192 tokens' worth, but 8 at least.
+    judge_samples: windows of each text, drawn at random; by default 4,096 tokens' worth, but 8 at least.
     options: as of `Recipe`; the effort is quick unless told. What `output` holds from an earlier run is not
         computed again.
 
@@ -165,7 +166,8 @@ def _refusing(asked: Mapping[str, Any], rates: Sequence[float], bits: Sequence[f
 
 def _in_bits(run: Run, asked: Mapping[str, Any], bits: float) -> Recipe:
     """What asks for bits that are chosen, at the size of that many everywhere."""
-    return Recipe.of(**asked, target_bytes=bytes_in_bits(run.model, run.shapes, bits), bits=MIXED)
+    size = bytes_in_bits(run.model, run.shapes, bits)
+    return Recipe.of(**asked, target_bytes=size, bits=MIXED, options=MIXED_OPTIONS)
 
 
 def _alike(ground: Ground) -> Iterator[dict[str, Any]]:
@@ -203,12 +205,12 @@ def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
     """At each size bits alone, and bits or a rank for every matrix, which may be the same; the better one by the
     selection text has a command."""
     run, student, statistics = ground.run, ground.student, ground.statistics
-    multiple = Recipe.of(**ground.asked).rank_multiple
+    multiple, allocator = Recipe.of(**ground.asked).rank_multiple, Mixed(**MIXED_OPTIONS)
     offers = stages.offers_of(run, statistics, student.decompositions, METRIC, multiple) if bits else {}
     for size in progress(bits, "measuring bits and ranks"):
         recipe = _in_bits(run, ground.asked, size)
         _, budget = Target(recipe).budget(run)
-        plans = stages.plans_in_bits(run, student, statistics, METRIC, Mixed(), budget, offers, recipe.form)
+        plans = stages.plans_in_bits(run, student, statistics, METRIC, allocator, budget, offers, recipe.form)
         better = min((chosen for chosen, _ in plans), key=stages.kl_of_plan)
         for chosen, layers in plans:
             curves = [BOTH] if any(chosen.ranks.values()) else [BITS_EACH, BOTH][: 3 - len(plans)]
@@ -307,7 +309,7 @@ class _Reading:
     def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
         """Tokens forward and back."""
         forward, back = LLRCQuick().reads(training, selection, matrices)
-        forward += Mixed().reads(training, selection, matrices)[0]
+        forward += Mixed(**MIXED_OPTIONS).reads(training, selection, matrices)[0]
         forward += 2 * (self.rates + self.sizes) * tokens_in(selection)
         return forward + (1 + len(EVERYWHERE) + self.rates + 2 * self.sizes) * self.judged, back
 
