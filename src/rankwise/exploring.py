@@ -62,7 +62,7 @@ PER_CENT = 0.01
 
 @dataclass(frozen=True)
 class Ground:
-    """What all points share. asked: fields of every recipe. latency: None for a model that decodes nothing."""
+    """What all points share. asked: fields of every recipe. latency: None where nothing is decoded."""
 
     run: Run
     student: Student
@@ -84,26 +84,27 @@ def explore(
     output: str | Path = "explored",
     **options: Unpack[ExploreOptions],
 ) -> dict[str, Any]:
-    """Measure a language model compressed by low rank, in few bits and by both, from one set of statistics, and
-    write what was found to `output`/explored.json, of which `rankwise.report` makes a page.
+    """Measure a language model compressed by low rank, in few bits and by both, from one set of statistics,
+    and write what was found to `output`/explored.json, of which `rankwise.report` makes a page.
 
     model: a folder or a name on the hub; None is the bundled model.
-    text: held-out texts to judge on, of which the first is the headline; by default the part of the calibration
-        text that neither statistics nor choices see.
+    text: held-out texts to judge on, of which the first is the headline; by default the part of the
+        calibration text that neither statistics nor choices see.
     calibration: as of `compress`, a source by name.
-    rates: fractions of parameters to remove by low rank. Ranks are those of `llrc:quick`, the default's first step.
-    bits: of a number on average, from 2 to 8: at the size that so many take everywhere, bits, and bits or ranks,
-        are chosen for every matrix.
+    rates: fractions of parameters to remove by low rank. Ranks are those of `llrc:quick`, the default's first
+        step.
+    bits: of a number on average, from 2 to 8: at the size that so many take everywhere, bits, and bits or
+        ranks, are chosen for every matrix.
     judge_samples: windows of each text, drawn at random; by default 4,096 tokens' worth, but 8 at least.
     options: as of `Recipe`; the effort is quick unless told. What `output` holds from an earlier run is not
         computed again.
 
-    Returns what explored.json holds. points: one mapping each of `series`, `label`, the `curves` that it is on (bits
-    alone are a choice of bits or ranks too), `bytes` of the weights, `share` of the original's, the fields of
-    `Comparison` on the first text (`kl` in nats per token), `texts` with those on each, `speedup` of decoding as
-    this machine's table predicts (None in few bits, which are unpacked first), `command` that makes it (None where
-    none does), and of low rank `next_per_cent`: matrix -> nats per token that the next per cent of its parameters
-    costs. answers: see `rankwise.evaluation.frontier.answers`.
+    Returns what explored.json holds. points: one mapping each of `series`, `label`, the `curves` that it is
+    on (bits alone are a choice of bits or ranks too), `bytes` of the weights, `share` of the original's, the
+    fields of `Comparison` on the first text (`kl` in nats per token), `texts` with those on each, `speedup`
+    of decoding as this machine's table predicts (None in few bits, which are unpacked first), `command` that
+    makes it (None where none does), and of low rank `next_per_cent`: matrix -> nats per token that the next
+    per cent of its parameters costs. answers: see `rankwise.evaluation.frontier.answers`.
     Raises `RankwiseError`, before any long work where that can be known.
     """
     if distributed.size() > 1:
@@ -202,8 +203,8 @@ def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, fl
 
 
 def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """At each size bits alone, and bits or a rank for every matrix, which may be the same; the better one by the
-    selection text has a command."""
+    """At each size bits alone, and bits or a rank for every matrix, which may be the same; the better one by
+    the selection text has a command."""
     run, student, statistics = ground.run, ground.student, ground.statistics
     multiple, allocator = Recipe.of(**ground.asked).rank_multiple, Mixed(**MIXED_OPTIONS)
     offers = stages.offers_of(run, statistics, student.decompositions, METRIC, multiple) if bits else {}
@@ -321,8 +322,8 @@ def _estimate(run: Run, reading: _Reading) -> Estimate:
 
 
 def price_of_next(shape: Shape, prices: Tensor, mask: Tensor | None) -> float:
-    """Nats per token that a per cent of the parameters which a matrix has now would cost, the cheapest components
-    dropped first. prices: [k] of each component; mask: [k], which are kept, None for all."""
+    """Nats per token that a per cent of the parameters which a matrix has now would cost, the cheapest
+    components dropped first. prices: [k] of each component; mask: [k], which are kept, None for all."""
     kept = prices if mask is None or is_whole(mask) else prices[mask.bool()]
     held = shape.parameters(None if len(kept) == len(prices) else len(kept))
     fewer = min(shape.rank_within(int((1 - PER_CENT) * held)), len(kept) - 1)

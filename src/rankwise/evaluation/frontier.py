@@ -1,9 +1,9 @@
 """What a set of measured points answers: how far it pays to go, what so much quality takes, what a size buys.
 
-A point is a mapping with the `curves` that it is on, `kl` (nats per token), `bytes`, `share` (of the original's
-bytes), `speedup` (of decoding, None where it is not known) and the `command` that makes it (None where none does).
-The first point is the original, where every curve begins. Answers name points by their index. Nothing is
-interpolated: every answer was measured.
+A point is a mapping with the `curves` that it is on, `kl` (nats per token), `bytes`, `share` (of the
+original's bytes), `speedup` (of decoding, None where it is not known) and the `command` that makes it (None
+where none does). The first point is the original, where every curve begins. Answers name points by their
+index. Nothing is interpolated: every answer was measured.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ def answers(points: Points) -> dict[str, Any]:
     """All of them, for JSON.
 
     knees: of each curve (see `knee`); best_knee: of all points that a command makes. smallest: of each curve.
-    under: for each of `KL_MARKS` the smallest point of each curve that costs no more. within: at the size of the
-    best knee and of each smallest point, the best point of each curve that is no larger. cheapest_byte: the point
-    that costs least per byte saved; cheapest_speed: per speed-up; None where none saves or is faster.
+    under: for each of `KL_MARKS` the smallest point of each curve that costs no more. within: at the size of
+    the best knee and of each smallest point, the best point of each curve that is no larger. cheapest_byte:
+    the point that costs least per byte saved; cheapest_speed: per speed-up; None where none saves or is
+    faster.
     """
     curves = curves_of(points)
     least = {name: min(of, key=lambda i: points[i]["bytes"]) for name, of in curves.items()}
@@ -60,12 +61,12 @@ def curves_of(points: Points) -> dict[str, list[int]]:
 
 
 def knee(points: Points, indices: Iterable[int]) -> int:
-    """The point of least KL + share of the bytes: the last before the next per cent of the bytes costs more than a
-    per cent of perplexity, 0.01 nats per token.
+    """The point of least KL + share of the bytes: the last before the next per cent of the bytes costs more
+    than a per cent of perplexity, 0.01 nats per token.
 
-    That is a price which a user can hold their own against, and one for all curves. The point farthest from the
-    chord, the usual knee, moves with the last point that was measured; on a logarithmic axis it is where a curve
-    flattens, which is long after it became dear.
+    That is a price which a user can hold their own against, and one for all curves. The point farthest from
+    the chord, the usual knee, moves with the last point that was measured; on a logarithmic axis it is where
+    a curve flattens, which is long after it became dear.
     """
     return min(indices, key=lambda i: cost(points[i]) + points[i]["share"])
 
