@@ -22,6 +22,10 @@ class Refinement(Protocol):
         """Raises `RankwiseError` where a model with these matrices, and such batches, cannot be refined so."""
         ...
 
+    def trained(self, model: nn.Module, matrices: Collection[str]) -> list[str]:
+        """Those of the matrices, the most, that are trained at once."""
+        ...
+
     def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
         """New layers in place of `layers`, the compressed ones that the student's model gets: of the same class, rank and dtype
         each. What each step loses, nats per token, is added to `losses`; deterministic by the student's seed."""
