@@ -1,10 +1,12 @@
 """What training wins back of what compression has lost, at the same ranks and bytes.
 
     python benchmarks/recovery.py [--models SmolLM2-135M-Instruct MGM-9M bundled] [--rates 0.2 0.4] [--samples 64]
-                                  [--refine-samples 256] [--refine "distil passes=1"] [--judge-samples 16]
+                                  [--refine-samples 256] [--judge-samples 16]
+                                  [--refine blocks "blocks, distil passes=1" "distil passes=1"]
 
 Every model is compressed on `--samples` windows of text, then refined on `--refine-samples` others of the same source: C4; for
-MGM, of which there is no text, what it writes itself; for the bundled model its own documentation. Both are judged on texts of
+MGM, of which there is no text, what it writes itself; for the bundled model its own documentation. A chain of refinements comes
+after its beginning in the list. All are judged on texts of
 that source and of others (see real_models.py). The share is that of the KL which is won back. All that is found is kept in
 benchmarks/results/recovery.json and printed to recovery.md; what was computed is kept in --work.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,22 @@ def contest_of(name: str, rate: float, args: argparse.Namespace) -> list[dict[st
     if not small.exists():
         options = {"allocation": "mask-fisher", "effort": "quick", "samples": args.samples}
         rankwise.compress(folder, rate, output=small, resume=True, **options, **asked)
-    found = [("", small, 0.0)]
+    found = {"": (small, 0.0)}
     for refine in args.refine:
-        output, since = args.work / f"{small.name}-{refine}-{args.refine_samples}", time.perf_counter()
+        before, _, last = refine.rpartition(", ")  # a chain goes on from what is there of it
+        start, seconds = found[before]
+        output = args.work / f"{small.name}-{refine}-{args.refine_samples}"
         if not output.exists():
             rankwise.refine(
-                small, folder, refine=refine, samples=args.refine_samples, seed=SEED, output=output, resume=True, **asked
+                start, folder, refine=last, samples=args.refine_samples, seed=SEED, output=output, resume=True, **asked
             )
-        seconds = json.loads((output / "report.json").read_text())["seconds"]["refinement"]
-        found.append((refine, output, seconds))
-        print(f"{name} {rate:g} {refine}: {time.perf_counter() - since:.0f} s", flush=True)
+        seconds += json.loads((output / "report.json").read_text())["seconds"]["refinement"]
+        found[refine] = output, seconds
+        print(f"{name} {rate:g} {refine}: {seconds:.0f} s", flush=True)
     original = load(folder)
     judges = judges_of(original, AutoTokenizer.from_pretrained(folder), texts, args.judge_samples)
     rows = []
-    for refine, path, seconds in found:
+    for refine, (path, seconds) in found.items():
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval().to(original.device)
         tokens = args.refine_samples * LENGTH if refine else 0
         row = {"rate": rate, "refine": refine, "tokens": tokens, "seconds": seconds, "machine": machine()}
@@ -98,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M", BUNDLED])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.4])
-    parser.add_argument("--refine", nargs="+", default=["distil passes=1"])
+    parser.add_argument("--refine", nargs="+", default=["blocks", "blocks, distil passes=1", "distil passes=1"])
     parser.add_argument("--samples", type=int, default=64, help="windows to compress with")
     parser.add_argument("--refine-samples", type=int, default=256)
     parser.add_argument("--judge-samples", type=int, default=16)

@@ -61,6 +61,14 @@ def test_it_goes_block_by_block_by_itself(
     assert one["model.safetensors"] == other["model.safetensors"]
 
 
+def test_one_block_at_a_time_is_trained_in_less(deep: Path, story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"calibration": story, "samples": 12, "length": 16, "allocation": "uniform"}
+    monkeypatch.setenv("RANKWISE_MEMORY", gigabytes(resident() + 700 * 10**6))
+    compress(deep, 0.2, refine="blocks passes=0.1", **asked)
+    with pytest.raises(RankwiseError, match="refine trains the whole model at once"):
+        compress(deep, 0.2, refine="blocks, distil", **asked)
+
+
 def test_the_command_line_refuses_in_one_line(
     rankwise: Run, llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from rankwise.layers.lowrank import FORMS, LowRankLinear, layer_class
 from rankwise.masks.descent import Descent, descend, own_parts
 from rankwise.masks.student import Student
 from rankwise.refinement.blocks import BlockByBlock
+from rankwise.refinement.distil import Distil
 from rankwise.refinement.factors import TrainedFactors
 from rankwise.refinement.refinement import REFINEMENTS, refined
 from rankwise.run_folder import Checkpoint, RunFolder
@@ -127,6 +128,29 @@ def test_what_makes_it_worse_is_taken_back(original: PreTrainedModel, monkeypatc
     found, records = refined(student, layers, _Spoiling())  # type: ignore[arg-type]
     assert all(found[name] is layer for name, layer in layers.items())
     assert records[1]["kl"] > records[0]["kl"] == pytest.approx(student.cost(found))
+
+
+def test_what_serves_one_text_and_harms_another_is_taken_back(original: PreTrainedModel) -> None:
+    small = compress(copy.deepcopy(original), 0.3, calibration=text(original), **FAST).model
+    assert small is not None
+    layers = {name: module for name, module in build_unstacked(small).named_modules() if isinstance(module, LowRankLinear)}
+    few = [{"input_ids": window} for window in text(original, 2).split(1)]
+    other = [{"input_ids": torch.randint(3, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(1))}]
+    student, by_heart = Student(build_unstacked(original), {}, few, few), Distil(passes=60, tokens=32, learning_rate=0.3)
+    learned, records = refined(student, layers, by_heart)
+    assert records[1]["kl"] < records[0]["kl"]
+    assert student.cost(learned, other) > student.cost(layers, other)
+    kept, records = refined(student, layers, by_heart, other)
+    assert all(kept[name] is layer for name, layer in layers.items())
+    assert records[1]["other_kl"] > records[0]["other_kl"]
+
+
+def test_another_text_is_read_beside_the_calibration(llama: Path, small_llama: Path, story: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"samples": 12, "length": 16, "refine": "distil passes=0.1"}
+    made = refine(small_llama, llama, text=str(story), **asked)
+    assert all("other_kl" in record for record in made.report["history"][-2:])
+    with pytest.raises(RankwiseError, match="no such text"):
+        refine(small_llama, llama, text=str(tmp_path / "nowhere.txt"), **asked)
 
 
 def build_unstacked(model: PreTrainedModel) -> PreTrainedModel:

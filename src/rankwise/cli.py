@@ -160,6 +160,9 @@ def decompose(
 def refine(
     folder: Folder,
     reference: Annotated[str | None, typer.Option(help="The original model; without it, the bundled one.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text of another source, as of evaluate: a refinement that makes it worse is taken back.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("refined"),
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -174,7 +177,7 @@ def refine(
     from rankwise.refining import refine
 
     with _silent(as_json), _interruptible("the same command with --resume goes on from here"):
-        result = refine(folder, reference, output=output, overwrite=overwrite, resume=resume, **asked)
+        result = refine(folder, reference, text=text, output=output, overwrite=overwrite, resume=resume, **asked)
     if as_json:
         print(to_json(result.report))
         return

@@ -29,6 +29,7 @@ from rankwise.layers.precision import has_units_for
 from rankwise.masks.student import TEACHER_BYTES
 from rankwise.masks.trunk import KEPT_BYTES
 from rankwise.recipe import Recipe
+from rankwise.refinement.refinement import refinements_named
 
 LIBRARIES = 400 * 2**20  # what torch, its kernels and the solvers take beyond what is resident when the figure is made
 SLACK = 1.1  # for what an allocator cannot give back at once
@@ -77,7 +78,8 @@ def shortage(
     held = stored if isinstance(model, PreTrainedModel) else 0
     needs = frozenset[str]().union(*(metric_named(metric).NEEDS for metric in metrics))
     writes = isinstance(calibration, str) and calibration == "self"
-    phases = _phases(empty, shapes, needs, e, *_text(empty, calibration, recipe, device), trains, writes, bool(recipe.refine))
+    trained = [set(refinement.trained(empty, shapes)) for refinement in refinements_named(recipe.refine or "")]
+    phases = _phases(empty, shapes, needs, e, *_text(empty, calibration, recipe, device), trains, writes, trained)
     computed, fixed = int(SLACK * (max(phases.values()) - held)), memory.resident() + LIBRARIES
     needed = {"host": fixed + computed}
     if device.type == "cuda":
@@ -130,9 +132,10 @@ def _phases(
     text: int,
     trains: bool,
     writes: bool,
-    refines: bool,
+    trained: Collection[Collection[str]],
 ) -> dict[str, int]:
-    """The most bytes that each part of the work holds at once. batch, text: tokens of one, and of all."""
+    """The most bytes that each part of the work holds at once. batch, text: tokens of one, and of all; trained: the matrices that
+    each refinement trains at once."""
     config = empty.config.get_text_config()
     d, layers = getattr(config, "hidden_size", 1), getattr(config, "num_hidden_layers", 1)
     weights = e * sum(p.numel() for p in empty.parameters())
@@ -141,6 +144,7 @@ def _phases(
     forward = e * batch * (8 * d + 4 * widest)
     backward, masked = (int(e * batch * numbers_of_a_token(empty, of_components)) for of_components in (0, 2))
     answers = min(TEACHER_BYTES, e * d * text) + min(KEPT_BYTES, e * d * layers * text // 10)
+    learned = max((sum(shapes[name].dense for name in names) for names in trained), default=0)
     solved = max(workspace(shape, "output" in needs) for shape in shapes.values())
     vocabulary = vocabulary_of(empty)
     logits = LOGITS * min(batch * vocabulary, max(LOGITS_AT_ONCE, vocabulary))
@@ -149,7 +153,7 @@ def _phases(
         "statistics": weights + totals + (backward if GRADIENTS & set(needs) else forward) + logits,
         "decomposition": weights + totals + factors + solved,
         "ranks": weights + factors + answers + (masked if trains else forward) + logits,
-        "refinement": refines * (weights + factors + TRAINED * sum(s.dense for s in shapes.values()) + answers + masked + logits),
+        "refinement": bool(trained) * (weights + factors + TRAINED * learned + answers + masked + logits),
     }
 
 

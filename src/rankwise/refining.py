@@ -14,11 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise import bundled, stages
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
+from rankwise.calibration.batches import batches_of
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
+from rankwise.calibration.tokens import Batch, windows_of, written
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.evaluate import refuse_unrelated
 from rankwise.evaluation.memory import peak_memory
+from rankwise.evaluation.protocols import JudgingText, own_source, read_judging_text
 from rankwise.evaluation.samples import sample_texts
 from rankwise.footprint import shortage
 from rankwise.integration.checkpoint import load_compressed, load_config, quantization_of
@@ -36,6 +39,8 @@ from rankwise.run_folder import RunFolder
 from rankwise.schema import VERSION, Report
 from rankwise.stages import Calibration, Run
 
+JUDGED = 2**12  # tokens of another text that a refinement must not make worse
+
 
 @torch.inference_mode(False)
 def refine(
@@ -44,6 +49,7 @@ def refine(
     *,
     refine: str = "distil",
     calibration: Calibration | None = None,
+    text: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -55,6 +61,7 @@ def refine(
     folder: what `compress` wrote. reference: the original model; None is the bundled one. refine: refinements with commas
         between, as of `compress`. calibration, tokenizer, output, overwrite, resume, options: as of `compress`; what is not said
         is as the folder's recipe says.
+    text: a text of another source, as of `evaluate`; a refinement that raises the KL there is taken back.
     Raises `RankwiseError` for whatever is wrong with these, before any long work where it can be known.
     """
     folder, reference = Path(folder), bundled.MODEL if reference is None else reference
@@ -66,8 +73,9 @@ def refine(
     (report, spectra), before = _read(folder), read_recipe(folder) or Recipe.of()
     if calibration is None and before.calibration == IN_MEMORY:
         calibration = "self"
-    recipe = _recipe(before, calibration, refine, options)
+    recipe = _recipe(before, calibration, text, refine, options)
     calibration = listed(recipe.calibration if calibration is None else calibration)
+    judging = None if text is None else read_judging_text(text, recipe.text_column, recipe.dataset_options)
     run_folder = RunFolder()
     if output is not None:
         run_folder, overwrite = folder_of(Path(output), reference, resume, overwrite)
@@ -80,7 +88,7 @@ def refine(
             refinement.try_out(run.model, run.shapes, run.data.training[0])
         compressed = load_compressed(folder, recipe.dtype, recipe.device)
         refuse_unrelated(compressed, run.model, str(folder), run.base)
-        found = _train(run, compressed, ranks, refinements)
+        found = _train(run, compressed, ranks, refinements, [] if judging is None else _batches(run, judging))
     stack_experts(run.model, run.experts)
     done = before.model_copy(update={"refine": ", ".join(filter(None, [before.refine, refine]))})
     report |= found | {
@@ -97,17 +105,28 @@ def refine(
     return result
 
 
-def _recipe(before: Recipe, calibration: Calibration | None, refine: str, options: Mapping[str, Any]) -> Recipe:
+def _recipe(before: Recipe, calibration: Calibration | None, text: str | None, refine: str, options: Mapping[str, Any]) -> Recipe:
     """The folder's recipe with what is asked for. Raises `RankwiseError` for what cannot be."""
     asked = {name: value for name, value in options.items() if value is not None} | {"memory": None, "refine": refine}
     if calibration is not None:
         asked["calibration"] = str(calibration) if isinstance(calibration, str | Path) else IN_MEMORY
     recipe = Recipe.of(**before.under(asked))
-    refuse_unused([recipe.calibration], recipe.text_column, recipe.dataset_options)
+    refuse_unused([recipe.calibration, *filter(None, [own_source(text or "")])], recipe.text_column, recipe.dataset_options)
     return recipe
 
 
-def _train(run: Run, compressed: PreTrainedModel, ranks: Ranks, refinements: Sequence[Refinement]) -> dict[str, Any]:
+def _batches(run: Run, judging: JudgingText) -> list[Batch]:
+    """Some of a text, in windows as long as those of the run's. Raises `RankwiseError` without a tokenizer."""
+    if run.tokenizer is None:
+        raise RankwiseError("the model has no tokenizer for the text: give one")
+    length = written(run.data.training[0]).shape[1]
+    windows = windows_of(run.tokenizer, judging.documents, length, max(1, JUDGED // length), run.seed)
+    return batches_of(run.model, windows)
+
+
+def _train(
+    run: Run, compressed: PreTrainedModel, ranks: Ranks, refinements: Sequence[Refinement], other: Sequence[Batch]
+) -> dict[str, Any]:
     """Refine the compressed model in place, as far as it differs from the run's; what there is to report."""
     stacked, since = unstack_experts(compressed), time.perf_counter()
     with widened(run.model, compressed):
@@ -115,7 +134,7 @@ def _train(run: Run, compressed: PreTrainedModel, ranks: Ranks, refinements: Seq
         student.shipped = changed_modules(compressed, run.model)
         chosen = Allocation(ranks, dict.fromkeys(student.shipped))
         before = stages.measure(student, chosen, run.data.measuring)
-        student.shipped, history = stages.refine(run, student, student.shipped, refinements)
+        student.shipped, history = stages.refine(run, student, student.shipped, refinements, other)
         after = stages.measure(student, chosen, run.data.measuring)
         samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
     for name, layer in student.shipped.items():

@@ -426,24 +426,26 @@ def allocate(
 
 
 def refine(
-    run: Run, student: Student, layers: Mapping[str, nn.Module], refinements: Sequence[Refinement]
+    run: Run, student: Student, layers: Mapping[str, nn.Module], refinements: Sequence[Refinement], other: Sequence[Batch] = ()
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    """The layers of the compressed model after the refinements, of the same sizes, and a record of each step."""
+    """The layers of the compressed model after the refinements, of the same sizes, and a record of each step. What raises the KL
+    on the `other` text is taken back."""
     history: list[dict[str, Any]] = []
     for refinement in refinements:
-        layers, records = _refine(run, student, layers, refinement)
+        layers, records = _refine(run, student, layers, refinement, other)
         history += records
     return dict(layers), history
 
 
 def _refine(
-    run: Run, student: Student, layers: Mapping[str, nn.Module], refinement: Refinement
+    run: Run, student: Student, layers: Mapping[str, nn.Module], refinement: Refinement, other: Sequence[Batch]
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    key = digest(run.identity, refinement, *tensors_in(layers).values()) if run.folder.keeps else ""
+    read = [tensor for batch in other for tensor in batch.values()]
+    key = digest(run.identity, refinement, *read, *tensors_in(layers).values()) if run.folder.keeps else ""
     learning = replace(student, checkpoint=run.folder.checkpoint("refinement", key))
 
     def compute() -> dict[str, Tensor]:
-        found, records = refined(learning, layers, refinement)
+        found, records = refined(learning, layers, refinement, other)
         return as_notes(records) | tensors_in(found)
 
     saved = run.folder.together("refinement", key, compute)

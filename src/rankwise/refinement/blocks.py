@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from rankwise.calibration.signal import device_of
 from rankwise.calibration.tokens import Batch, tokens_in
 from rankwise.errors import InMemoryOnlyError, RankwiseError
 from rankwise.integration.blocks import Blocks, Call
+from rankwise.layers.blocks import block_lists, block_of
 from rankwise.layers.linear import swapped, tensors_in, with_tensors
 from rankwise.masks.descent import Descent, descend, own_parts
 from rankwise.masks.student import Layers, Student
@@ -52,15 +54,25 @@ class _Flow:
 
 @options(frozen=True, config=ConfigDict(extra="forbid"))
 class BlockByBlock:
-    """passes: how often each block reads the training text; tokens: of each step; learning_rate: as of `distil`."""
+    """passes: how often each block reads the training text; tokens: of each step; learning_rate: as of `distil`, but larger: an
+    error goes no further than its block."""
 
-    passes: PositiveFloat = 4
+    passes: PositiveFloat = 3
     tokens: PositiveInt = 1024
-    learning_rate: PositiveFloat = 0.005
+    learning_rate: PositiveFloat = 0.06
 
     def try_out(self, model: Any, matrices: Collection[str], batch: Batch) -> None:
         """Raises `RankwiseError` for a model whose blocks do more than hand on hidden states."""
         _blocks(model, matrices, batch)
+
+    def trained(self, model: nn.Module, matrices: Collection[str]) -> list[str]:
+        """Those of the block that has most of them."""
+        paths = block_lists(model, matrices)
+        places = Counter((path, block_of(name, path)) for path in paths for name in matrices if block_of(name, path) is not None)
+        if not places:
+            return list(matrices)
+        ((path, index), _), *_ = places.most_common(1)
+        return [name for name in matrices if block_of(name, path) == index]
 
     def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
         """`losses` gets the mean of each block's last pass."""

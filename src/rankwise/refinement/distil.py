@@ -29,6 +29,10 @@ class Distil:
     def try_out(self, model: Any, matrices: Collection[str], batch: Batch) -> None:
         """Every model that masks are trained on can be refined so."""
 
+    def trained(self, model: nn.Module, matrices: Collection[str]) -> list[str]:
+        """All of them."""
+        return list(matrices)
+
     def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
         """One forward pass of the original and one forward and back of the student per step."""
         trained = in_training(layers)

@@ -22,6 +22,10 @@ class Refinement(Protocol):
         """Raises `RankwiseError` where a model with these matrices, and such batches, cannot be refined so."""
         ...
 
+    def trained(self, model: nn.Module, matrices: Collection[str]) -> list[str]:
+        """Those of the matrices, the most, that are trained at once."""
+        ...
+
     def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
         """New layers in place of `layers`, the compressed ones that the student's model gets: of the same class, rank and dtype
         each. What each step loses, nats per token, is added to `losses`; deterministic by the student's seed."""
@@ -48,16 +52,18 @@ def _named(text: str) -> Refinement:
 
 
 def refined(
-    student: Student, layers: Mapping[str, nn.Module], refinement: Refinement
+    student: Student, layers: Mapping[str, nn.Module], refinement: Refinement, other: Sequence[Batch] = ()
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    """The layers after the refinement, and a record of it; where it does not lower the KL on the selection text, the layers as
-    they were."""
+    """The layers after the refinement, and a record of it; where it does not lower the KL on the selection text, or raises it on
+    the `other` text, the layers as they were."""
     losses: list[float] = []
-    before, found = student.cost(layers), refinement.refine(student, layers, losses)
-    after = student.cost(found)
+    before, found = _costs(student, layers, other), refinement.refine(student, layers, losses)
+    after = _costs(student, found, other)
     name = next(name for name, cls in REFINEMENTS.items() if type(refinement) is cls)
-    records = [
-        {"step": f"before {name}", "kl": before},
-        {"step": name, "kl": after, "losses": [float(f"{x:.4g}") for x in losses]},
-    ]
-    return (found if after < before else dict(layers)), records
+    records = [{"step": f"before {name}", **before}, {"step": name, **after, "losses": [float(f"{x:.4g}") for x in losses]}]
+    better = after["kl"] < before["kl"] and all(after[text] <= before[text] for text in before)
+    return (found if better else dict(layers)), records
+
+
+def _costs(student: Student, layers: Layers, other: Sequence[Batch]) -> dict[str, float]:
+    return {"kl": student.cost(layers)} | ({"other_kl": student.cost(layers, other)} if other else {})

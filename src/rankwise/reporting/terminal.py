@@ -56,9 +56,11 @@ def print_report(report: Mapping[str, Any]) -> None:
     if "seconds" in report:
         memory = "".join(f", {size / 2**20:,.0f} MiB of {kind} memory" for kind, size in report["peak_memory_bytes"].items())
         console.print(f"took {sum(report['seconds'].values()):.0f} s{memory} at most")
-    steps = [f"{record['step']} {shown(record['kl'], '{:.5f}'.format)}" for record in report.get("history", []) if "kl" in record]
-    if 0 < len(steps) <= MOST_STEPS:
-        console.print(f"KL on the selection text, step by step: {', '.join(steps)}")
+    for key, text in {"kl": "the selection text", "other_kl": "the other text"}.items():
+        records = [record for record in report.get("history", []) if key in record]
+        steps = [f"{record['step']} {shown(record[key], '{:.5f}'.format)}" for record in records]
+        if 0 < len(steps) <= MOST_STEPS:
+            console.print(f"KL on {text}, step by step: {', '.join(steps)}")
     dense = [name for name, rank in report["ranks"].items() if rank is None]
     console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
     widths = Counter(report.get("bits", {}).values())
