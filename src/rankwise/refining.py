@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise import bundled, stages
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
-from rankwise.calibration.batches import batches_of
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
-from rankwise.calibration.tokens import Batch, windows_of, written
+from rankwise.calibration.tokens import Batch, written
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.evaluate import refuse_unrelated
 from rankwise.evaluation.memory import peak_memory
@@ -120,8 +119,7 @@ def _batches(run: Run, judging: JudgingText) -> list[Batch]:
     if run.tokenizer is None:
         raise RankwiseError("the model has no tokenizer for the text: give one")
     length = written(run.data.training[0]).shape[1]
-    windows = windows_of(run.tokenizer, judging.documents, length, max(1, JUDGED // length), run.seed)
-    return batches_of(run.model, windows)
+    return stages.judging_batches(run, {"": judging}, max(1, JUDGED // length), run.seed)[""]
 
 
 def _train(
