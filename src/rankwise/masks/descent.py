@@ -54,7 +54,8 @@ def descend(
     loss on a part to the parameters; the loss and its tokens. scales: each parameter -> what the learning rate is multiplied by
     for it. The loss of each step, per token, is added to `losses`; `what` is said of the progress."""
     groups = [{"params": [parameter], "lr": options.learning_rate * scale} for parameter, scale in scales.items()]
-    optimiser = torch.optim.Adam(groups, betas=options.betas)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in scales)
+    optimiser = torch.optim.Adam(groups, betas=options.betas, fused=on_cpu or None)
     batches = endless(parts, torch.Generator().manual_seed(student.seed))
     done = _restored(student.checkpoint.read(), optimiser, losses)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: options.rate(done + step))
@@ -67,13 +68,21 @@ def descend(
             totals, tokens = zip(*distributed.everyones(own), strict=True)
             losses.append(sum(totals) / sum(tokens))
             for parameter in scales:
-                parameter.grad = mean_gradient(parameter, sum(tokens)).to(parameter)
+                _divide_gradient(parameter, sum(tokens))
             optimiser.step()
             optimiser.zero_grad()
             schedule.step()
             bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
             student.checkpoint.write(lambda: _state(optimiser, losses))
     student.checkpoint.remove()
+
+
+def _divide_gradient(parameter: Tensor, tokens: int) -> None:
+    """Make the parameter's gradient one per token of all processes."""
+    if distributed.size() == 1 and parameter.grad is not None:
+        parameter.grad /= tokens  # in place: of all factors of a model float64 copies take longer than the step
+    else:
+        parameter.grad = mean_gradient(parameter, tokens).to(parameter)
 
 
 def _state(optimiser: torch.optim.Optimizer, losses: list[float]) -> dict[str, Tensor]:

@@ -22,9 +22,9 @@ class Distil:
     """passes: how often the training text is read; tokens: of each step; learning_rate: of Adam, for a factor of one input whose
     root mean square is 1."""
 
-    passes: PositiveFloat = 2
-    tokens: PositiveInt = 1024
-    learning_rate: PositiveFloat = 0.005
+    passes: PositiveFloat = 1
+    tokens: PositiveInt = 256
+    learning_rate: PositiveFloat = 0.01
 
     def try_out(self, model: Any, matrices: Collection[str], batch: Batch) -> None:
         """Every model that masks are trained on can be refined so."""
