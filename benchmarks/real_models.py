@@ -20,6 +20,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -203,6 +204,7 @@ def timed(folder: Path, effort: str, args: argparse.Namespace, work: Path) -> di
     command = [sys.executable, "-m", "rankwise", "compress", str(folder), "--rate", "0.2", "--effort", effort, "--json"]
     command += ["--output", str(work / f"timed-{effort}"), "--overwrite"]
     work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work / f"timed-{effort}.run", ignore_errors=True)  # what a killed run has found would be read
     if not torch.cuda.is_available():
         os.environ["OMP_NUM_THREADS"] = "2"
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)

@@ -2,13 +2,13 @@
 
     python benchmarks/recovery.py [--models SmolLM2-135M-Instruct MGM-9M bundled] [--rates 0.2 0.4] [--samples 64]
                                   [--refine-samples 256] [--judge-samples 16]
-                                  [--refine blocks "blocks, distil passes=1" "distil passes=1"]
+                                  [--refine blocks "blocks, distil" distil]
 
 Every model is compressed on `--samples` windows of text, then refined on `--refine-samples` others of the same source: C4; for
 MGM, of which there is no text, what it writes itself; for the bundled model its own documentation. A chain of refinements comes
-after its beginning in the list. All are judged on texts of
-that source and of others (see real_models.py). The share is that of the KL which is won back. All that is found is kept in
-benchmarks/results/recovery.json and printed to recovery.md; what was computed is kept in --work.
+after its beginning in the list. All are judged on texts of that source and of others (see real_models.py). The share is that of the
+KL which is won back. All that is found is kept in benchmarks/results/recovery.json and printed to recovery.md; what was computed is
+kept in --work.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M", BUNDLED])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.4])
-    parser.add_argument("--refine", nargs="+", default=["blocks", "blocks, distil passes=1", "distil passes=1"])
+    parser.add_argument("--refine", nargs="+", default=["blocks", "blocks, distil", "distil"])
     parser.add_argument("--samples", type=int, default=64, help="windows to compress with")
     parser.add_argument("--refine-samples", type=int, default=256)
     parser.add_argument("--judge-samples", type=int, default=16)

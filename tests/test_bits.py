@@ -23,10 +23,11 @@ from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker
 from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits, nearest
 from rankwise.layers.lowrank import FORMS, layer_class
-from rankwise.layers.matrices import Shape
+from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.layers.quantised import WIDTHS, QuantisedLinear, pack, unpack
 from rankwise.reporting.inspect import inspect
 from rankwise.runtime.kernels import with_kernels
+from rankwise.targets import bytes_in_bits
 
 WINDOWS = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(1))
 IDS = torch.arange(3, 30)[None]
@@ -237,8 +238,20 @@ def test_ranks_stand_beside_bits_only_where_that_is_measured_to_be_better() -> N
         dense = sum(parameter.nbytes for parameter in model.parameters())
         result = compress(model, target_bytes=int(part * dense), **QUICK)
         kls = {record["step"]: record["kl"] for record in result.report["history"]}
-        better = kls["bits or ranks"] < kls.get("bits alone", torch.inf)
-        assert any(result.ranks.values()) <= better
+        others = [kls.get(plan, torch.inf) for plan in ("bits alone", "the same bits everywhere")]
+        assert any(result.ranks.values()) <= (kls["bits or ranks"] < min(others))
+
+
+def test_bits_are_the_same_everywhere_where_choosing_them_is_measured_to_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every matrix alone costs may mislead: prices upside down lose to no choice at all."""
+    monkeypatch.setattr("rankwise.allocation.mixed.kl_of_errors", lambda errors, *_: 1 / (1 + errors))
+    model = build("llama")
+    everywhere = bytes_in_bits(model, find_matrices(model)[0], 4)
+    result = compress(model, target_bytes=everywhere, **QUICK)
+    kls = {record["step"]: record["kl"] for record in result.report["history"]}
+    assert kls["the same bits everywhere"] < kls["bits or ranks"]
+    assert {result.report["bits"][name] for name in result.ranks} == {4}
+    assert result.report["bytes"]["model"]["compressed"] <= everywhere
 
 
 def test_a_mixture_of_experts_and_a_transposed_layer(tmp_path: Path) -> None:

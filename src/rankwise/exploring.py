@@ -30,7 +30,6 @@ from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.evaluation.size import Size
 from rankwise.footprint import shortage
 from rankwise.integration.checkpoint import load_tokenizer, refuse_taken
-from rankwise.layers.lowrank import DEFAULT_FORM
 from rankwise.layers.matrices import Shape, stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
@@ -50,7 +49,6 @@ logger = logging.getLogger(__name__)
 EXPLORED = "explored.json"
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 BITS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.5)
-EVERYWHERE = (8, 4)
 ORIGINAL, ALIKE, LOW_RANK = "original", "same bits everywhere", "low rank"
 BITS_EACH, BOTH = "bits per matrix", "bits or a rank per matrix"
 METRIC = Mixed.decomposition
@@ -145,7 +143,7 @@ def explore(
             student = stages.student_of(run, stages.decompose_all(run, statistics, METRIC), METRIC)
             clock.lap("decomposition")
         ground = Ground(run, student, statistics, judges, asked, latency)
-        points = [*_alike(ground), *_of_low_rank(ground, rates), *_mixed(ground, bits)]
+        points = [*_of_low_rank(ground, rates), *_in_few_bits(ground, bits)]
         points = [_original(ground, rates, points[0]), *points]
         clock.lap("points")
         found = plain(_found(ground, points, clock))
@@ -171,15 +169,6 @@ def _in_bits(run: Run, asked: Mapping[str, Any], bits: float) -> Recipe:
     return Recipe.of(**asked, target_bytes=size, bits=MIXED, options=MIXED_OPTIONS)
 
 
-def _alike(ground: Ground) -> Iterator[dict[str, Any]]:
-    """Every matrix in the same number of bits, to compare with: no command makes these."""
-    nothing = dict.fromkeys(ground.run.shapes)
-    for bits in progress(EVERYWHERE, "measuring the same bits everywhere"):
-        chosen = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, bits))
-        layers = stages.written_in_bits(ground.run, ground.statistics, {}, METRIC, chosen, DEFAULT_FORM)
-        yield _point(ground, [ALIKE], f"{bits} bits", stages.with_tables(chosen, layers), layers)
-
-
 def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
     """The ranks of the default's first step, and what the next per cent of each matrix would cost."""
     run, student = ground.run, ground.student
@@ -202,9 +191,9 @@ def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, fl
     return {name: price_of_next(shape, prices[name], masks[name]) for name, shape in run.shapes.items()}
 
 
-def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """At each size bits alone, and bits or a rank for every matrix, which may be the same; the better one by
-    the selection text has a command."""
+def _in_few_bits(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """At each size bits alone, bits or a rank for every matrix, which may be the same, and the same bits everywhere: where
+    these are the size, or the best. The best one by the selection text has a command."""
     run, student, statistics = ground.run, ground.student, ground.statistics
     multiple, allocator = Recipe.of(**ground.asked).rank_multiple, Mixed(**MIXED_OPTIONS)
     offers = stages.offers_of(run, statistics, student.decompositions, METRIC, multiple) if bits else {}
@@ -212,11 +201,15 @@ def _mixed(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
         recipe = _in_bits(run, ground.asked, size)
         _, budget = Target(recipe).budget(run)
         plans = stages.plans_in_bits(run, student, statistics, METRIC, allocator, budget, offers, recipe.form)
-        better = min((chosen for chosen, _ in plans), key=stages.kl_of_plan)
-        for chosen, layers in plans:
-            curves = [BOTH] if any(chosen.ranks.values()) else [BITS_EACH, BOTH][: 3 - len(plans)]
-            made_by = recipe if chosen is better else None
-            yield _point(ground, curves, f"{size:g} bits", chosen, layers, made_by) | {"bits": size}
+        best = min((chosen for chosen, _ in plans.values()), key=stages.kl_of_plan)
+        curves = {stages.BITS_OR_RANKS: [BOTH], stages.BITS_ALONE: [BITS_EACH], stages.SAME_BITS: [ALIKE]}
+        if stages.BITS_ALONE not in plans:
+            curves[stages.BITS_OR_RANKS] = [BITS_EACH, BOTH]
+        for what, (chosen, layers) in plans.items():
+            width = float(max(chosen.bits[name] for name in run.shapes)) if what == stages.SAME_BITS else size
+            if width == size or chosen is best:
+                made_by = recipe if chosen is best else None
+                yield _point(ground, curves[what], f"{width:g} bits", chosen, layers, made_by) | {"bits": size}
 
 
 def _point(
@@ -311,8 +304,8 @@ class _Reading:
         """Tokens forward and back."""
         forward, back = LLRCQuick().reads(training, selection, matrices)
         forward += Mixed(**MIXED_OPTIONS).reads(training, selection, matrices)[0]
-        forward += 2 * (self.rates + self.sizes) * tokens_in(selection)
-        return forward + (1 + len(EVERYWHERE) + self.rates + 2 * self.sizes) * self.judged, back
+        forward += (2 * self.rates + 3 * self.sizes) * tokens_in(selection)
+        return forward + (1 + self.rates + 3 * self.sizes) * self.judged, back
 
 
 def _estimate(run: Run, reading: _Reading) -> Estimate:

@@ -56,6 +56,7 @@ from rankwise.run_folder import RunFolder, as_notes, digest, fingerprint, notes_
 from rankwise.schema import Costs
 
 logger = logging.getLogger(__name__)
+BITS_OR_RANKS, BITS_ALONE, SAME_BITS = "bits or ranks", "bits alone", "the same bits everywhere"
 Calibration = str | Path | Tensor | Iterable[str | Conversation] | Iterable[Mapping[str, Tensor]]
 
 
@@ -305,10 +306,10 @@ def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: in
 def choose_in_bits(
     run: Run, student: Student, statistics: Statistics, metric: str, allocator: Allocator, budget: Budget, form: str
 ) -> Allocation:
-    """The better one of two plans by their KL on the selection text, as what each matrix costs alone does not tell
+    """The best one of a few plans by their KL on the selection text, as what each matrix costs alone does not tell
     which. The student has the layers in bits from here on."""
     offers = offers_of(run, statistics, student.decompositions, metric, budget.multiple)
-    plans = plans_in_bits(run, student, statistics, metric, allocator, budget, offers, form)
+    plans = plans_in_bits(run, student, statistics, metric, allocator, budget, offers, form).values()
     chosen, student.shipped = min(plans, key=lambda plan: kl_of_plan(plan[0]))
     return replace(chosen, history=[record for each, _ in plans for record in each.history])
 
@@ -327,22 +328,32 @@ def plans_in_bits(
     budget: Budget,
     offers: Mapping[str, Offer],
     form: str,
-) -> list[tuple[Allocation, Mapping[str, nn.Module]]]:
-    """A rank or a number of bits for every matrix, and, where ranks are among them, bits alone: plans, each with its
-    layers. budget: bytes."""
+) -> dict[str, tuple[Allocation, Mapping[str, nn.Module]]]:
+    """Plans by name, each with its layers: a rank or a number of bits for every matrix; where ranks are among them, bits
+    alone; and the most bits that fit everywhere. budget: bytes."""
 
-    def plan(what: str, offered: Mapping[str, Offer]) -> tuple[Allocation, Mapping[str, nn.Module]]:
-        with widened(run.model):
-            chosen = allocate(run, student, metric, allocator, budget, offers=offered)
+    def written(what: str, chosen: Allocation) -> tuple[Allocation, Mapping[str, nn.Module]]:
         layers = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
         judge, chosen = replace(student, shipped=layers), with_tables(chosen, layers)
         with widened(run.model):
             kl = judge.divergence(chosen.masks)
         return replace(chosen, history=[*chosen.history, {"step": what, "kl": kl}]), layers
 
-    plans = [plan("bits or ranks", offers)]
-    if any(plans[0][0].ranks.values()):
-        plans.append(plan("bits alone", {name: offer.of_bits() for name, offer in offers.items()}))
+    def plan(what: str, offered: Mapping[str, Offer]) -> tuple[Allocation, Mapping[str, nn.Module]]:
+        with widened(run.model):
+            chosen = allocate(run, student, metric, allocator, budget, offers=offered)
+        return written(what, chosen)
+
+    plans = {BITS_OR_RANKS: plan(BITS_OR_RANKS, offers)}
+    if any(plans[BITS_OR_RANKS][0].ranks.values()):
+        plans[BITS_ALONE] = plan(BITS_ALONE, {name: offer.of_bits() for name, offer in offers.items()})
+    fitting = [
+        w for w in WIDTHS if sum(offer.bytes[offer.ways.index((None, w))] for offer in offers.values()) <= budget.parameters
+    ]
+    if fitting:
+        nothing = dict.fromkeys(run.shapes)
+        alike = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, max(fitting)))
+        plans[SAME_BITS] = written(SAME_BITS, alike)
     return plans
 
 

@@ -43,6 +43,10 @@ class Offer:
         dense = [rank is None for rank, _ in self.ways]
         return Offer([way for way, kept in zip(self.ways, dense, strict=True) if kept], self.bytes[dense], self.errors[dense])
 
+    def dense_bytes(self, bits: int) -> int:
+        """What the dense matrix takes in so many bits."""
+        return int(self.bytes[self.ways.index((None, bits))])
+
 
 def tail_of(spectrum: Tensor) -> Floats:
     """[k + 1]: the squared error of each rank."""
