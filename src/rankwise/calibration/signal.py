@@ -132,12 +132,12 @@ def signal_of(model: nn.Module, batch: Batch, device: torch.device | None = None
     head = head_of(model, names, lambda model: call(model, few_tokens(batch), device))
     if head is None:
         values, kind = values_of(model, batch, device)
-        return Signal(_of_tokens(values, batch), kind)
+        return Signal(of_tokens(values, batch), kind)
     states = last_states(model, lambda model: call(model, batch, device))
-    return Signal(_of_tokens(states, batch), "categorical", head)
+    return Signal(of_tokens(states, batch), "categorical", head)
 
 
-def _of_tokens(values: Tensor, batch: Batch) -> Tensor:
+def of_tokens(values: Tensor, batch: Batch) -> Tensor:
     """[sequences, length, c] -> [tokens, c], without padding."""
     mask = token_mask(batch)
     if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor, nn
 
-from rankwise.calibration.signal import device_of
+from rankwise.calibration.signal import device_of, of_tokens
 from rankwise.calibration.tokens import Batch, tokens_in
 from rankwise.errors import InMemoryOnlyError, RankwiseError
 from rankwise.integration.blocks import Blocks, Call
@@ -115,8 +115,8 @@ class BlockByBlock:
             total, tokens = 0.0, 0
             for flow in part:
                 with torch.enable_grad(), swapped(student.model, {**layers, **trained}):
-                    wanted = flow.original.to(student.device).float()
-                    error = blocks.run(index, flow.compressed, flow.call).float() - wanted
+                    wanted = of_tokens(flow.original.to(student.device).float(), flow.batch)
+                    error = of_tokens(blocks.run(index, flow.compressed, flow.call).float(), flow.batch) - wanted
                     loss = (error.square().sum(-1) / wanted.square().sum(-1).clamp_min(TINY)).sum()
                 loss.backward()
                 total, tokens = total + loss.item(), tokens + wanted.shape[:-1].numel()
