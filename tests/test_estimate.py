@@ -19,7 +19,7 @@ from rankwise.estimate import Estimate
     ("effort", "parameters", "device", "tokens"),
     [
         ("default", 1_000_000, "cpu", 2**18),
-        ("default", 135_000_000, "cpu", 3 * 2**13),
+        ("default", 135_000_000, "cpu", 28_672),
         ("default", 7_000_000_000, "cuda", 2**18),
         ("quick", 1_000_000, "cpu", 2**15),
         ("quick", 135_000_000, "cpu", 12_288),
