@@ -1,6 +1,5 @@
 """Block by block: each block's factors are trained to give what the original's block gives, from what the compressed
-blocks before it make. So each makes up for those before it (AA-SVD, arXiv 2604.02119), no gradient leaves a block, and
-little text goes far, as a token says as much about a block as that has outputs.
+blocks before it make. So each makes up for those before it (AA-SVD, arXiv 2604.02119), and no gradient leaves a block.
 
 Errors count in proportion to the hidden state that they are of: plain distances would be those of the few tokens whose
 hidden states are hundreds of times as long as the others'.
