@@ -252,7 +252,8 @@ def _table(model: str, key: str, text: str, rows: list[dict[str, Any]], quantize
         cells = [_cell(own[rate]["texts"][text]) if rate in own else "not run" for rate in rates]
         seconds = sum(row["seconds"] for row in own.values()) / len(own)
         name = METHODS.get(method, method) + ", pairs" * (form == PairLinear.form)
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
+        on = f" on {', '.join(dict.fromkeys(row['machine'] for row in own.values()))}" if ", " in machines else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f}{on} |")
     return [*lines, ""]
 
 

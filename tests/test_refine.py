@@ -153,6 +153,15 @@ def test_another_text_is_read_beside_the_calibration(llama: Path, small_llama: P
         refine(small_llama, llama, text=str(tmp_path / "nowhere.txt"), **asked)
 
 
+def test_a_second_refinement_adds_to_the_first(llama: Path, small_llama: Path, story: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"calibration": str(story), "samples": 12, "length": 16, "refine": "distil passes=0.1"}
+    first = refine(small_llama, llama, output=tmp_path / "once", **asked).report
+    second = refine(tmp_path / "once", llama, **asked).report
+    assert second["seconds"]["refinement"] > first["seconds"]["refinement"]
+    assert len(second["history"]) == len(first["history"]) + 2
+    assert second["recipe"]["refine"] == "distil passes=0.1, distil passes=0.1"
+
+
 def build_unstacked(model: PreTrainedModel) -> PreTrainedModel:
     from rankwise.layers.matrices import unstack_experts
 

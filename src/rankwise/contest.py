@@ -103,12 +103,14 @@ def hold_contest(
     if short is not None:
         raise short.refusal("compress goes block by block, one method at a time")
     gradients = trains or any(GRADIENTS & metric_named(metric).NEEDS for metric in metrics)
-    run = stages.start(model, recipe.calibration, None, recipe, rates, folder, gradients=gradients)
+
+    def rehearse(run: Run) -> dict[str, list[Batch]]:
+        _budgets(run, recipe, metrics, rates)
+        return stages.judging_batches(run, documents, judge_samples, recipe.seed)
+
+    run = stages.start(model, recipe.calibration, None, recipe, rates, folder, gradients=gradients, rehearse=rehearse)
     with stacked_on_failure(run.model, run.experts), widened(run.model):
-        if run.tokenizer is None:
-            raise RankwiseError(f"{model} has no tokenizer")
-        judges = stages.judging_batches(run, documents, judge_samples, recipe.seed)
-        return _judged(run, recipe, rates, methods, judges, output / RESULTS)
+        return _judged(run, recipe, rates, methods, rehearse(run), output / RESULTS)
 
 
 def _judged(
@@ -121,7 +123,6 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """The rows of a contest, written to `file` after each."""
     metrics = dict.fromkeys(method.metric for method in methods)
-    _budgets(run, recipe, metrics, rates)  # a rate that cannot be reached is refused before the long work
     statistics = stages.collect_statistics(run, frozenset().union(*(metric_named(metric).NEEDS for metric in metrics)))
     budgets = _budgets(run, recipe, metrics, rates)  # without the matrices that the text does not reach
     results: list[dict[str, Any]] = []

@@ -29,7 +29,7 @@ from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.evaluation.size import Size
 from rankwise.footprint import shortage
-from rankwise.integration.checkpoint import load_tokenizer, refuse_taken
+from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import Shape, stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
@@ -120,18 +120,19 @@ def explore(
     short = shortage(model, recipe.calibration, recipe, [METRIC], trains=True)
     if short is not None:
         raise short.refusal("compress goes block by block, one point at a time")
-    tokenizer = load_tokenizer(model)
-    if texts and tokenizer is None:
-        raise RankwiseError(f"{model} has no tokenizer for the text to judge on: leave it out")
     clock = Clock()
-    run = stages.start(model, recipe.calibration, tokenizer, recipe, rates, RunFolder(output / "run"))
-    with stacked_on_failure(run.model, run.experts):
-        for size in bits:  # what cannot be reached is refused before the long work
+
+    def rehearse(run: Run) -> dict[str, list[Batch]]:
+        for size in bits:
             Target(_in_bits(run, asked, size)).budget(run)
         length = next(iter(run.data.training[0].values())).shape[1]
         samples = max(LEAST_JUDGED, JUDGED // length) if judge_samples is None else judge_samples
-        judges = stages.judging_batches(run, documents, samples, recipe.seed)
-        judges = judges or {HELD_OUT: run.data.measuring}
+        return stages.judging_batches(run, documents, samples, recipe.seed) or {HELD_OUT: run.data.measuring}
+
+    folder = RunFolder(output / "run")
+    run = stages.start(model, recipe.calibration, None, recipe, rates, folder, rehearse=rehearse)
+    with stacked_on_failure(run.model, run.experts):
+        judges = rehearse(run)
         latency = latency_of(run) if decodes(run.model) else None
         clock.lap("loading")
         with widened(run.model):

@@ -266,12 +266,17 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
     needs, clock = metric_named(metric).NEEDS, Clock()
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
     gradients = asked.trains or bool(GRADIENTS & needs)
-    run = stages.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients)
-    with stacked_on_failure(run.model, run.experts):
+
+    def rehearse(run: stages.Run) -> None:
         if loadable:
             refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
         for refinement in asked.refinements:
             refinement.try_out(run.model, run.shapes, run.data.training[0])
+        if recipe.target_bytes is not None:
+            Target(recipe).budget(stages.in_metric(run, metric))
+
+    run = stages.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients, rehearse)
+    with stacked_on_failure(run.model, run.experts):
         run = stages.in_metric(run, metric)
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)

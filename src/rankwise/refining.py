@@ -81,19 +81,23 @@ def refine(
     short = shortage(reference, calibration, recipe, [], trains=True)
     if short is not None:
         raise short.refusal("refine trains the whole model at once")
-    run = stages.start(reference, calibration, tokenizer, recipe, [], run_folder)
-    with stacked_on_failure(run.model, run.experts):
+    compressed = load_compressed(folder, recipe.dtype, recipe.device)
+
+    def rehearse(run: Run) -> list[Batch]:
+        refuse_unrelated(compressed, run.model, str(folder), run.base)
         for refinement in refinements:
             refinement.try_out(run.model, run.shapes, run.data.training[0])
-        compressed = load_compressed(folder, recipe.dtype, recipe.device)
-        refuse_unrelated(compressed, run.model, str(folder), run.base)
-        found = _train(run, compressed, ranks, refinements, [] if judging is None else _batches(run, judging))
+        return [] if judging is None else _batches(run, judging)
+
+    run = stages.start(reference, calibration, tokenizer, recipe, [], run_folder, rehearse=rehearse)
+    with stacked_on_failure(run.model, run.experts):
+        found = _train(run, compressed, ranks, refinements, rehearse(run))
     stack_experts(run.model, run.experts)
     done = before.model_copy(update={"refine": ", ".join(filter(None, [before.refine, refine]))})
     report |= found | {
         "version": VERSION,
         "history": report["history"] + found["history"],
-        "seconds": report["seconds"] | found["seconds"],
+        "seconds": report["seconds"] | {"refinement": report["seconds"].get("refinement", 0) + found["seconds"]["refinement"]},
         "conversations": run.data.conversations,
         "refined_on": recipe.calibration,
         "recipe": done.model_dump(),
@@ -115,9 +119,7 @@ def _recipe(before: Recipe, calibration: Calibration | None, text: str | None, r
 
 
 def _batches(run: Run, judging: JudgingText) -> list[Batch]:
-    """Some of a text, in windows as long as those of the run's. Raises `RankwiseError` without a tokenizer."""
-    if run.tokenizer is None:
-        raise RankwiseError("the model has no tokenizer for the text: give one")
+    """Some of a text, in windows as long as those of the run's."""
     length = written(run.data.training[0]).shape[1]
     return stages.judging_batches(run, {"": judging}, max(1, JUDGED // length), run.seed)[""]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,13 +20,13 @@ from rankwise.allocation.given import Given
 from rankwise.allocation.offer import Offer
 from rankwise.allocation.plan import Budget, Ranks, Shapes
 from rankwise.allocation.problem import Allocation, Problem
-from rankwise.calibration.batches import batches_of, refuse_unfit, refuse_without_gradients, sides
+from rankwise.calibration.batches import batches_of, refuse_without_gradients
 from rankwise.calibration.chat import Conversation, conversation, count_conversations, opening
 from rankwise.calibration.data import Data, listed
 from rankwise.calibration.moments import Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, own_windows, windows_asked, windows_of
+from rankwise.calibration.tokens import Batch, own_windows, refuse_mute, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.rounding import Rounding, best_roundings, low_rank_in_bits, tables_in_bits
 from rankwise.decomposition.solver import Decomposition
@@ -88,11 +89,13 @@ def start(
     folder: RunFolder,
     identity: str | None = None,
     gradients: bool = True,
+    rehearse: Callable[[Run], object] = bool,
 ) -> Run:
     """Read the text, open the model, find its matrices, check that every rate can be reached, cut the text into batches.
 
-    identity: as of `Run`, where it is known already. gradients: whether statistics or masks take any. Raises `RankwiseError` for
-    whatever is wrong with these, and leaves a model in memory as it was.
+    identity: as of `Run`, where it is known already. gradients: whether statistics or masks take any. rehearse: refuses what
+    cannot be done with the run; where the model writes its own text, it sees the run before, with windows of zeros. Raises
+    `RankwiseError` for whatever is wrong with these, and leaves a model in memory as it was.
     """
     if isinstance(calibration, str | Path) and calibration != "self":
         calibration = read_documents(str(calibration), recipe.text_column, recipe.dataset_options)
@@ -106,9 +109,21 @@ def start(
         if gradients:
             refuse_without_gradients(dense, shapes)
         of_model = fingerprint(dense) if folder.path and identity is None else ""
-        data = read_data(dense, calibration, tokenizer, recipe, folder, of_model)
-    identity = identity or digest(of_model, *data.tensors, recipe.seed)
-    return Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity, recipe.seed)
+        read = functools.partial(read_data, dense, tokenizer=tokenizer, recipe=recipe, folder=folder, identity=of_model)
+        data = read(unwritten_windows(dense, recipe) if calibration == "self" else calibration)
+        run = Run(dense, tokenizer, base, shapes, left_dense, experts, data, folder, identity or "", recipe.seed)
+        rehearse(run)
+        if calibration == "self":
+            run.data = read("self")
+    return replace(run, identity=identity or digest(of_model, *run.data.tensors, recipe.seed))
+
+
+def unwritten_windows(model: PreTrainedModel, recipe: Recipe) -> Tensor:
+    """Windows [3, length] of zeros, as long as those that the model is to write. Raises `RankwiseError` for a model that
+    writes none."""
+    refuse_mute(model)
+    length, _ = windows_asked(model, recipe.effort, resolve_device(recipe.device).type, recipe.length, recipe.samples)
+    return torch.zeros(3, length, dtype=torch.int64)
 
 
 def _open(
@@ -143,8 +158,6 @@ def read_data(
         return Data.of_windows(model, calibration)
     if calibration == "self":
         begun = opening(tokenizer, length)
-        if model.can_generate():
-            refuse_unfit(model, dict.fromkeys(sides(model), torch.zeros(1, length, dtype=torch.int64)))
         key = digest(identity, length, samples, recipe.seed, *begun)
         with frozen(model), widened(model):
             written = folder.together("text", key, lambda: {"windows": own_windows(model, length, samples, recipe.seed, begun)})
@@ -483,11 +496,16 @@ def cached_comparison(run: Run, student: Student, chosen: Allocation, batches: S
 
 
 def judging_batches(run: Run, documents: Mapping[str, JudgingText], samples: int | None, seed: int) -> dict[str, list[Batch]]:
-    """The batches of each text, in windows as long as those of the calibration text; samples: of each, all where None."""
-    assert run.tokenizer is not None
+    """The batches of each text, in windows as long as those of the calibration text; samples: of each, all where None. Raises
+    `RankwiseError` for a text that is shorter, and for one without a tokenizer."""
+    tokenizer = run.tokenizer
+    if not documents:
+        return {}
+    if tokenizer is None:
+        raise RankwiseError(f"{run.base} has no tokenizer for the text to judge on: put the original's beside it")
     length = next(iter(run.data.training[0].values())).shape[1]
     return {
-        text: batches_of(run.model, windows_of(run.tokenizer, found.documents, length, samples, seed)[: found.windows])
+        text: batches_of(run.model, windows_of(tokenizer, found.documents, length, samples, seed)[: found.windows])
         for text, found in documents.items()
     }
 

@@ -18,7 +18,7 @@ from rankwise.progress import progress
 Batch = dict[str, Tensor]
 
 MOST_TEXT = 2**18  # tokens of a calibration: 128 windows of 2048, the field's habit
-LEAST_TEXT, LEAST_QUICK = 7 * 2**12, 3 * 2**12  # by default, and in a hurry
+LEAST_TEXT, LEAST_QUICK = 7 * 2**12, 2**14  # by default, and in a hurry
 SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
 PLACE = 8, 2**11  # characters of a piece: for each token of a window, and at least
 LEAST_SAMPLES = 16  # however long they are
@@ -33,7 +33,7 @@ INSIDE = "text_config", "encoder", "decoder", "text_encoder"  # configs within a
 
 def text_of(effort: str, parameters: int, device: str) -> int:
     """Tokens of a calibration text: 262,144 for a thorough run. By default as many on a GPU and for a small model; on a CPU
-    fewer, the larger the model, but 28,672 at least. A quick run reads an eighth of the default, but 12,288 at least."""
+    fewer, the larger the model, but 28,672 at least. A quick run reads an eighth of the default, but 16,384 at least."""
     most = MOST_TEXT
     if device == "cpu" and effort != "thorough":
         most = max(LEAST_TEXT, min(MOST_TEXT, MOST_TEXT * SMALL_MODEL // parameters))
@@ -127,6 +127,12 @@ def refuse_foreign(model: Any, windows: Tensor) -> None:
         raise RankwiseError(f"the text has the token {token}, but the model only {vocabulary}: is the tokenizer the model's own?")
 
 
+def refuse_mute(model: Any) -> None:
+    """Raises `RankwiseError` for a model that does not write text."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise RankwiseError(f"{type(model).__name__} cannot write its own calibration text: name one with calibration")
+
+
 def own_windows(model: Any, length: int, samples: int, seed: int, opening: Sequence[int]) -> Tensor:
     """As `sampled_windows`, in random order; with an `opening`, of dialogues, half of them from there, and half from the model's
     first token: a model for chat is asked for other text too, and both together serve either better than one alone."""
@@ -143,8 +149,7 @@ def sampled_windows(model: Any, length: int, samples: int, seed: int, opening: S
 
     Raises `RankwiseError` for a model that does not generate text.
     """
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise RankwiseError(f"{type(model).__name__} cannot write its own calibration text: name one with calibration")
+    refuse_mute(model)
     generator = torch.Generator().manual_seed(seed)
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0)
     own = model.generation_config

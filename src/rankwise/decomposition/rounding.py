@@ -10,7 +10,7 @@ largest weight of the group the code -2^(bits-1): of negative codes there is one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from rankwise.decomposition.metric import Metric
 from rankwise.decomposition.solver import Root
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.lowrank import LowRankLinear
-from rankwise.layers.quantised import BYTE, QuantisedEmbedding, QuantisedLinear, dequantised, group_of, in_bits
+from rankwise.layers.quantised import BYTE, GROUP, QuantisedEmbedding, QuantisedLinear, dequantised, group_of, in_bits
 
 DAMPING = 1e-2  # added to the second moment, relative to its mean diagonal: errors are made up for with few bits too
 SIZES = torch.linspace(1.0, 0.55, 16)  # of a scale, relative to that which clips nothing
@@ -41,10 +41,12 @@ class Rounding:
         return QuantisedLinear.of(self.codes, self.scales, self.bits, bias)
 
     def squared_error(self, W: Tensor, left: Root | None, right: Root | None) -> float:
-        """||R^T (W - W') L||^2 in the metric of the roots, for W [m, n]."""
-        E = (W.detach() - dequantised(self.codes, self.scales, self.bits)).double()
-        E = E if left is None else left.apply(E.to(left.scale))
-        return float((E @ E.T if right is None else right.gram(E.to(right.scale))).diagonal().sum())
+        """||L^T (W - W') R||^2 in the metric of the roots, for W [m, n]: in float32, as it is a sum of squares, of which
+        nothing is taken away."""
+        E = (W.detach() - dequantised(self.codes, self.scales, self.bits)).float()
+        E = E if left is None else left.apply(E)
+        E = E if right is None else right.apply(E.T)
+        return float(E.double().square().sum())
 
 
 def best_roundings(W: Tensor, widths: tuple[int, ...], metric: Metric, moments: Moments) -> dict[int, tuple[Rounding, float]]:
@@ -52,22 +54,22 @@ def best_roundings(W: Tensor, widths: tuple[int, ...], metric: Metric, moments: 
     that has the smaller error. Needs the second moment of the inputs."""
     roots, found = metric.roots(moments), {}
     assert roots[1] is not None
-    compensation = Compensation.of(roots[1]) if min(widths) < BYTE else None
+    few = [bits for bits in widths if bits < BYTE]
+    compensated = Compensation.of(roots[1]).rounded(W, few) if few else {}
     for bits in widths:
-        ways = [nearest(W, bits)]
-        if compensation is not None and bits < BYTE:
-            ways.append(compensation.rounded(W, bits))
+        ways = [nearest(W, bits), *filter(None, [compensated.get(bits)])]
         found[bits] = min(((way, way.squared_error(W, *roots)) for way in ways), key=lambda item: item[1])
     return found
 
 
 def nearest(W: Tensor, bits: int) -> Rounding:
     """Every weight of W [m, n] by itself."""
-    weight = W.detach().float()
-    group = group_of(bits, weight.shape[1])
-    parts = weight.split(group, 1)
-    scales = [_scale(part.T, bits, torch.ones_like(part[0])).to(W.dtype) for part in parts]
-    codes = [_code(part, scale.float()[:, None], bits) for part, scale in zip(parts, scales, strict=True)]
+    weight, most = W.detach().float(), torch.tensor(2.0 ** (bits - 1), device=W.device)
+    codes, scales = [], []
+    for part in weight.split(group_of(bits, weight.shape[1]), 1):
+        scale = _unclipped(part.T, most) if bits == BYTE else _scale(part.T, most, torch.ones_like(part[0]))
+        scales.append(scale.to(W.dtype))
+        codes.append(_code(part, scales[-1].float()[:, None], most))
     return Rounding(torch.cat(codes, 1).to(torch.int8), torch.stack(scales, 1), bits)
 
 
@@ -108,39 +110,43 @@ class Compensation:
         damped.diagonal().add_(inputs.scale.square() + DAMPING * damped.diagonal().mean())
         return cls(_inverse_factor(damped).float(), damped.diagonal().float())
 
-    def rounded(self, W: Tensor, bits: int) -> Rounding:
-        """W [m, n], by GPTQ."""
-        rows, U, importance = W.detach().float().T.contiguous(), self.U.to(W.device), self.importance.to(W.device)  # rows: [n, m]
-        group, codes, scales = group_of(bits, len(rows)), torch.empty_like(rows, dtype=torch.int8), []
-        for begin in range(0, len(rows), group):
-            inside = slice(begin, begin + group)
+    def rounded(self, W: Tensor, widths: Sequence[int]) -> dict[int, Rounding]:
+        """W [m, n] by GPTQ in so many bits each, all below 8 and in one pass: outputs do not depend on each other."""
+        U, importance = self.U.to(W.device), self.importance.to(W.device)
+        rows = W.detach().float().T.repeat(1, len(widths))  # [n, widths * m]
+        most = torch.tensor([2.0 ** (bits - 1) for bits in widths], device=W.device).repeat_interleave(len(W))
+        codes, scales = torch.empty_like(rows, dtype=torch.int8), []
+        for begin in range(0, len(rows), GROUP):
+            inside = slice(begin, begin + GROUP)
             block, within = rows[inside], U[inside, inside]
-            scale = _scale(block, bits, importance[inside]).to(W.dtype)
+            scale = _scale(block, most, importance[inside]).to(W.dtype)
             wide, errors = scale.float(), torch.empty_like(block)
             for j, row in enumerate(block):
-                code = _code(row, wide, bits)
+                code = _code(row, wide, most)
                 codes[begin + j] = code
                 errors[j] = (row - code * wide) / within[j, j]
                 block[j + 1 :].addcmul_(within[j, j + 1 :, None], errors[j], value=-1)
-            rows[begin + group :].addmm_(U[inside, begin + group :].T, errors, alpha=-1)
+            rows[begin + GROUP :].addmm_(U[inside, begin + GROUP :].T, errors, alpha=-1)
             scales.append(scale)
-        return Rounding(codes.T.contiguous(), torch.stack(scales, 1), bits)
+        parts = zip(codes.T.split(len(W)), torch.stack(scales, 1).split(len(W)), widths, strict=True)
+        return {bits: Rounding(own.contiguous(), of_own.contiguous(), bits) for own, of_own, bits in parts}
 
 
-def _code(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    most = 2 ** (bits - 1)
-    return (weight / scale).round_().clamp_(-most, most - 1)
+def _code(weight: Tensor, scale: Tensor, most: Tensor) -> Tensor:
+    """The whole numbers nearest to weight / scale, from -most to most - 1."""
+    return torch.clamp((weight / scale).round_(), -most, most - 1)
 
 
-def _scale(block: Tensor, bits: int, importance: Tensor) -> Tensor:
-    """The scale [m] of the columns [columns, m] of a group."""
-    largest = block.gather(0, block.abs().argmax(0, keepdim=True))[0]
-    whole = largest / -(2 ** (bits - 1))
-    whole = torch.where(whole.abs() < TINY, TINY, whole)
-    if bits == BYTE:
-        return whole
-    sizes = whole * SIZES.to(block)[:, None]
-    errors = [importance @ (_code(block, size, bits) * size - block).square() for size in sizes]
+def _unclipped(block: Tensor, most: Tensor) -> Tensor:
+    """The scale [m] of the columns [columns, m] of a group that gives the largest weight the code -`most` [m]."""
+    scale = block.gather(0, block.abs().argmax(0, keepdim=True))[0] / -most
+    return torch.where(scale.abs() < TINY, TINY, scale)
+
+
+def _scale(block: Tensor, most: Tensor, importance: Tensor) -> Tensor:
+    """The scale [m] with the least error of the columns [columns, m] of a group, of some that clip more or less."""
+    sizes = _unclipped(block, most) * SIZES.to(block)[:, None]
+    errors = [importance @ (_code(block, size, most) * size - block).square() for size in sizes]
     return sizes.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 

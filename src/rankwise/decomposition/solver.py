@@ -57,8 +57,8 @@ class Root:
         return (X @ self.full).div_(self.count).addcmul_(X, self.scale.square()) @ X.T
 
     def apply(self, X: Tensor) -> Tensor:
-        """F^T X for X [d, c]."""
-        return self.scale[:, None] * X if self.full is None else self._factor.T @ X
+        """F^T X for X [d, c], in its dtype."""
+        return self.scale[:, None].to(X) * X if self.full is None else self._factor.T.to(X) @ X
 
     def solve(self, X: Tensor) -> Tensor:
         """F^-T X for X [d, c]."""
