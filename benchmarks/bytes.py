@@ -23,7 +23,7 @@ from typing import Any
 from main_job import HERE
 from real_models import LENGTH, machine, texts_of
 
-from rankwise import stages
+from rankwise import few_bits, stages
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.mixed import Mixed
 from rankwise.allocation.offer import Offer
@@ -64,7 +64,7 @@ class Contest:
             self.statistics = stages.collect_statistics(self.run, metric_named(METRIC).NEEDS)
             decompositions = stages.decompose_all(self.run, self.statistics, METRIC)
         self.student = stages.student_of(self.run, decompositions, METRIC)
-        self.offers = stages.offers_of(self.run, self.statistics, decompositions, METRIC, 1)
+        self.offers = few_bits.offers_of(self.run, self.statistics, decompositions, METRIC, 1)
         self.judges = {name: self._judge(path, args.judge_samples) for name, path in texts.items()}
         self.numbers = sum(shape.dense for shape in self.run.shapes.values())
 
@@ -93,7 +93,7 @@ class Contest:
             layers: Any = {n: nearest(weight_of(m), chosen.bits[n]).layer(bias_of(m)) for n, m in linear.items()}
         else:
             decompositions = self.student.decompositions
-            layers = stages.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
+            layers = few_bits.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
         self.student.shipped = layers
         dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
         held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())

@@ -21,7 +21,7 @@ from rankwise import RankwiseError, bench, compress, densify, lora_targets, opti
 from rankwise.allocation.mixed import kl_of_errors
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker
-from rankwise.decomposition.rounding import best_roundings, low_rank_in_bits, nearest
+from rankwise.decomposition.rounding import low_rank_in_bits, nearest, roundings
 from rankwise.layers.lowrank import FORMS, layer_class
 from rankwise.layers.matrices import Shape, find_matrices
 from rankwise.layers.quantised import WIDTHS, QuantisedLinear, pack, unpack
@@ -79,7 +79,7 @@ def moments_of(inputs: int, outputs: int) -> Moments:
 def test_rounding_looks_at_the_inputs(bits: int) -> None:
     W, moments = drawn(48, 160), moments_of(160, 48)
     roots = kronecker.roots(moments)
-    rounding, error = best_roundings(W, (bits,), kronecker, moments)[bits]
+    rounding, error = roundings(W, (bits,), kronecker, moments)[bits]
     assert error == pytest.approx(rounding.squared_error(W, *roots))
     assert error < 0.7 * nearest(W, bits).squared_error(W, *roots)
 
@@ -93,7 +93,7 @@ def test_odd_weights_and_inputs_are_rounded(bits: int, what: str) -> None:
         moments.second[3, 3] = 1.0
     else:
         W = W * {"zero": 0.0, "huge": 1e30, "tiny": 1e-30}[what]
-    rounding, _ = best_roundings(W, (bits,), kronecker, moments)[bits]
+    rounding, _ = roundings(W, (bits,), kronecker, moments)[bits]
     weight = rounding.layer(None).weight
     assert torch.isfinite(weight).all()
     assert (weight - W).norm() <= W.norm()

@@ -22,7 +22,7 @@ from rankwise.exploring import EXPLORED, price_of_next
 from rankwise.layers.matrices import Shape
 
 QUICK: dict[str, Any] = {"rates": [0.2, 0.4], "bits": [4, 2.5], "samples": 12, "length": 32}
-WORK = ("collect", "decompose_in", "best_roundings", "compare", "own_windows")
+WORK = ("stages.collect", "stages.decompose_in", "few_bits.roundings", "stages.compare", "stages.own_windows")
 
 
 def found_in(folder: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def found_in(folder: Path) -> dict[str, Any]:
 
 def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in WORK:
-        monkeypatch.setattr(stages, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(f"rankwise.{name}", lambda *_, name=name: pytest.fail(f"{name} was called"))
 
 
 @pytest.mark.parametrize("asked", ["--rate", "--bits"])

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import rankwise
-from rankwise import bundled, distributed, stages
+from rankwise import bundled, distributed, few_bits, stages
 from rankwise.allocation.llrc import LLRCQuick
 from rankwise.allocation.mixed import Mixed
 from rankwise.allocation.plan import Budget
@@ -197,17 +197,17 @@ def _in_few_bits(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, An
     these are the size, or the best. The best one by the selection text has a command."""
     run, student, statistics = ground.run, ground.student, ground.statistics
     multiple, allocator = Recipe.of(**ground.asked).rank_multiple, Mixed(**MIXED_OPTIONS)
-    offers = stages.offers_of(run, statistics, student.decompositions, METRIC, multiple) if bits else {}
+    offers = few_bits.offers_of(run, statistics, student.decompositions, METRIC, multiple) if bits else {}
     for size in progress(bits, "measuring bits and ranks"):
         recipe = _in_bits(run, ground.asked, size)
         _, budget = Target(recipe).budget(run)
-        plans = stages.plans_in_bits(run, student, statistics, METRIC, allocator, budget, offers, recipe.form)
-        best = min((chosen for chosen, _ in plans.values()), key=stages.kl_of_plan)
-        curves = {stages.BITS_OR_RANKS: [BOTH], stages.BITS_ALONE: [BITS_EACH], stages.SAME_BITS: [ALIKE]}
-        if stages.BITS_ALONE not in plans:
-            curves[stages.BITS_OR_RANKS] = [BITS_EACH, BOTH]
+        plans = few_bits.plans_in_bits(run, student, statistics, METRIC, allocator, budget, offers, recipe.form)
+        best = min((chosen for chosen, _ in plans.values()), key=few_bits.kl_of_plan)
+        curves = {few_bits.BITS_OR_RANKS: [BOTH], few_bits.BITS_ALONE: [BITS_EACH], few_bits.SAME_BITS: [ALIKE]}
+        if few_bits.BITS_ALONE not in plans:
+            curves[few_bits.BITS_OR_RANKS] = [BITS_EACH, BOTH]
         for what, (chosen, layers) in plans.items():
-            width = float(max(chosen.bits[name] for name in run.shapes)) if what == stages.SAME_BITS else size
+            width = float(max(chosen.bits[name] for name in run.shapes)) if what == few_bits.SAME_BITS else size
             if width == size or chosen is best:
                 made_by = recipe if chosen is best else None
                 yield _point(ground, curves[what], f"{width:g} bits", chosen, layers, made_by) | {"bits": size}

@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
-from rankwise import distributed, stages, streaming
+from rankwise import distributed, few_bits, stages, streaming
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
@@ -292,7 +292,7 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
             clock.lap("decomposition")
         shapes, budget = target.budget(run)
         if recipe.bits == MIXED:
-            chosen = stages.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
+            chosen = few_bits.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
         del statistics  # float64: for a large model more than everything else
         with widened(run.model):
             if recipe.bits != MIXED:

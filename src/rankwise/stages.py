@@ -28,7 +28,6 @@ from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, own_windows, refuse_mute, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
-from rankwise.decomposition.rounding import Rounding, best_roundings, low_rank_in_bits, tables_in_bits
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.compare import Comparison, compare
@@ -43,12 +42,10 @@ from rankwise.integration.checkpoint import (
     refuse_other_than_its_config,
     resolve_device,
 )
-from rankwise.layers.linear import bias_of, tensors_in, weight_of, with_tensors
+from rankwise.layers.linear import tensors_in, weight_of, with_tensors
 from rankwise.layers.matrices import Shape, find_matrices, matches, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import BYTE, WIDTHS, pack, unpack
-from rankwise.layers.tables import tables_of
-from rankwise.masks.layers import factorised, is_whole
+from rankwise.masks.layers import is_whole
 from rankwise.masks.student import Kept, Student
 from rankwise.progress import progress, stage
 from rankwise.recipe import Recipe
@@ -57,7 +54,6 @@ from rankwise.run_folder import RunFolder, as_notes, digest, fingerprint, notes_
 from rankwise.schema import Costs
 
 logger = logging.getLogger(__name__)
-BITS_OR_RANKS, BITS_ALONE, SAME_BITS = "bits or ranks", "bits alone", "the same bits everywhere"
 Calibration = str | Path | Tensor | Iterable[str | Conversation] | Iterable[Mapping[str, Tensor]]
 
 
@@ -278,117 +274,6 @@ def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, De
             decomposed(name)
         distributed.wait()
     return {name: decomposed(name) for name in progress(run.shapes, "decomposing")}
-
-
-def offers_of(
-    run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, multiple: int
-) -> dict[str, Offer]:
-    """What every matrix may be written as in bytes, in the dtypes that the model is stored in."""
-
-    def offer(name: str) -> Offer:
-        errors = _roundings(run, statistics, metric, name)["errors"].tolist()
-        rounding, dtype = dict(zip(WIDTHS, errors, strict=True)), weight_of(run.model.get_submodule(name)).dtype
-        return Offer.of(run.shapes[name], decompositions[name].spectrum, rounding, dtype, multiple)
-
-    return {name: offer(name) for name in progress(run.shapes, "rounding")}
-
-
-def _roundings(run: Run, statistics: Statistics, metric: str, name: str) -> dict[str, Tensor]:
-    """The squared errors [widths] of a matrix in so many bits, and whole numbers and scales of each, packed."""
-
-    def compute() -> dict[str, Tensor]:
-        weight = weight_of(run.model.get_submodule(name))
-        found = best_roundings(weight, WIDTHS, metric_named(metric), statistics.of(name))
-        tensors = {"errors": torch.tensor([error for _, error in found.values()], dtype=torch.float64)}
-        for bits, (rounding, _) in found.items():
-            tensors |= {f"codes.{bits}": pack(rounding.codes, bits), f"scales.{bits}": rounding.scales}
-        return tensors
-
-    return run.folder.cached(f"rounded/{metric}/{name}", decomposition_key(run.identity, metric), compute)
-
-
-def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: int) -> Rounding:
-    """The matrix in so many bits: what was found for its offer, where that is kept."""
-    weight = weight_of(run.model.get_submodule(name))
-    if run.folder.path is None:
-        return best_roundings(weight, (bits,), metric_named(metric), statistics.of(name))[bits][0]
-    saved = {part: tensor.to(weight.device) for part, tensor in _roundings(run, statistics, metric, name).items()}
-    return Rounding(unpack(saved[f"codes.{bits}"], bits, weight.shape[1]), saved[f"scales.{bits}"], bits)
-
-
-def choose_in_bits(
-    run: Run, student: Student, statistics: Statistics, metric: str, allocator: Allocator, budget: Budget, form: str
-) -> Allocation:
-    """The best one of a few plans by their KL on the selection text, as what each matrix costs alone does not tell
-    which. The student has the layers in bits from here on."""
-    offers = offers_of(run, statistics, student.decompositions, metric, budget.multiple)
-    plans = plans_in_bits(run, student, statistics, metric, allocator, budget, offers, form).values()
-    chosen, student.shipped = min(plans, key=lambda plan: kl_of_plan(plan[0]))
-    return replace(chosen, history=[record for each, _ in plans for record in each.history])
-
-
-def kl_of_plan(chosen: Allocation) -> float:
-    """KL of a plan in bits on the selection text, nats per token."""
-    return float(chosen.history[-1]["kl"])
-
-
-def plans_in_bits(
-    run: Run,
-    student: Student,
-    statistics: Statistics,
-    metric: str,
-    allocator: Allocator,
-    budget: Budget,
-    offers: Mapping[str, Offer],
-    form: str,
-) -> dict[str, tuple[Allocation, Mapping[str, nn.Module]]]:
-    """Plans by name, each with its layers: a rank or a number of bits for every matrix; where ranks are among them, bits
-    alone; and the most bits that fit everywhere. budget: bytes."""
-
-    def written(what: str, chosen: Allocation) -> tuple[Allocation, Mapping[str, nn.Module]]:
-        layers = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
-        judge, chosen = replace(student, shipped=layers), with_tables(chosen, layers)
-        with widened(run.model):
-            kl = judge.divergence(chosen.masks)
-        return replace(chosen, history=[*chosen.history, {"step": what, "kl": kl}]), layers
-
-    def plan(what: str, offered: Mapping[str, Offer]) -> tuple[Allocation, Mapping[str, nn.Module]]:
-        with widened(run.model):
-            chosen = allocate(run, student, metric, allocator, budget, offers=offered)
-        return written(what, chosen)
-
-    plans = {BITS_OR_RANKS: plan(BITS_OR_RANKS, offers)}
-    if any(plans[BITS_OR_RANKS][0].ranks.values()):
-        plans[BITS_ALONE] = plan(BITS_ALONE, {name: offer.of_bits() for name, offer in offers.items()})
-    fitting = [
-        w for w in WIDTHS if sum(offer.bytes[offer.ways.index((None, w))] for offer in offers.values()) <= budget.parameters
-    ]
-    if fitting:
-        nothing = dict.fromkeys(run.shapes)
-        alike = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, max(fitting)))
-        plans[SAME_BITS] = written(SAME_BITS, alike)
-    return plans
-
-
-def written_in_bits(
-    run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, chosen: Allocation, form: str
-) -> dict[str, nn.Module]:
-    """The layers of the matrices that are written in few bits, and of the vocabulary's tables."""
-    layers = tables_in_bits(tables_of(run.model, run.shapes))
-    for name, bits in progress(chosen.bits.items(), "writing in few bits"):
-        linear, mask = run.model.get_submodule(name), chosen.masks[name]
-        if mask is None or is_whole(mask):
-            layers[name] = _rounding(run, statistics, metric, name, bits).layer(bias_of(linear))
-        else:
-            layer = factorised(decompositions[name], mask, bias_of(linear), form).to(weight_of(linear).dtype)
-            layers[name] = low_rank_in_bits(layer, bits)
-    return layers
-
-
-def with_tables(chosen: Allocation, in_bits: Mapping[str, nn.Module]) -> Allocation:
-    """The answer with the vocabulary's tables in it, of which it knows nothing."""
-    tables = [name for name in in_bits if name not in chosen.bits]
-    return replace(chosen, masks=chosen.masks | dict.fromkeys(tables), bits=chosen.bits | dict.fromkeys(tables, BYTE))
 
 
 def student_of(run: Run, decompositions: dict[str, Decomposition], metric: str) -> Student:

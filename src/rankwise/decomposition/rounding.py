@@ -49,17 +49,15 @@ class Rounding:
         return float(E.double().square().sum())
 
 
-def best_roundings(W: Tensor, widths: tuple[int, ...], metric: Metric, moments: Moments) -> dict[int, tuple[Rounding, float]]:
-    """Bits -> the rounding of W [m, n] to so many, and its squared error in the metric: every weight by itself, or by GPTQ where
-    that has the smaller error. Needs the second moment of the inputs."""
-    roots, found = metric.roots(moments), {}
+def roundings(W: Tensor, widths: Sequence[int], metric: Metric, moments: Moments) -> dict[int, tuple[Rounding, float]]:
+    """Bits -> W [m, n] in so many, and its squared error in the metric: in fewer than 8 by GPTQ, which needs the second moment of
+    the inputs, in 8 every weight by itself."""
+    roots = metric.roots(moments)
     assert roots[1] is not None
     few = [bits for bits in widths if bits < BYTE]
-    compensated = Compensation.of(roots[1]).rounded(W, few) if few else {}
-    for bits in widths:
-        ways = [nearest(W, bits), *filter(None, [compensated.get(bits)])]
-        found[bits] = min(((way, way.squared_error(W, *roots)) for way in ways), key=lambda item: item[1])
-    return found
+    found = Compensation.of(roots[1]).rounded(W, few) if few else {}
+    found |= {bits: nearest(W, bits) for bits in widths if bits == BYTE}
+    return {bits: (found[bits], found[bits].squared_error(W, *roots)) for bits in widths}
 
 
 def nearest(W: Tensor, bits: int) -> Rounding:
