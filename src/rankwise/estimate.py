@@ -38,9 +38,11 @@ class Estimate:
     taken: dict[str, float]
 
     @classmethod
-    def of(cls, run: Run, metric: str, allocator: Any, alone: int, refinements: Sequence[Refinement]) -> Estimate:
+    def of(
+        cls, run: Run, metric: str, allocator: Any, alone: int, refinements: Sequence[Refinement], widths: int = 0
+    ) -> Estimate:
         """The stages of `compress`, which measures `alone` matrices by themselves in the end; 0 for an allocation that does not
-        tell what it `reads`: tokens forward and back."""
+        tell what it `reads`: tokens forward and back. widths: of numbers, in which each matrix is rounded before it."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
@@ -53,7 +55,7 @@ class Estimate:
             {
                 "calibration": second * tokens_in(data.training) * (1 + back) * MOMENTS * bool(needs),
                 "decomposition": solving / SOLVED,
-                "allocation": second * (read[0] + BACK * read[1]),
+                "allocation": second * (read[0] + BACK * read[1]) + _rounding(run, widths) / SOLVED,
                 "measuring": second * 2 * tokens_in(data.measuring),
                 "looking closer": second * LATER * alone * tokens_of_each(alone),
             }
@@ -91,6 +93,12 @@ class Clock:
         logger.info("%s took %.1f s", name, self.seconds[name])
         if self.estimate is not None:
             self.estimate.after(name, self.seconds[name])
+
+
+def _rounding(run: Run, widths: int) -> float:
+    """Operations of GPTQ in so many widths, the errors of the roundings and the factors of both moments with it."""
+    sides = [(shape.out_features, shape.in_features) for shape in run.shapes.values()]
+    return sum(widths * m * n * (2 * m + 3 * n) + 3 * (m**3 + n**3) for m, n in sides if widths)
 
 
 def _seconds_of_a_token(run: Run) -> float:

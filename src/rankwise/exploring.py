@@ -310,7 +310,7 @@ class _Reading:
 
 
 def _estimate(run: Run, reading: _Reading) -> Estimate:
-    expected = Estimate.of(run, METRIC, reading, 0, []).expected
+    expected = Estimate.of(run, METRIC, reading, 0, [], len(WIDTHS) * bool(reading.sizes)).expected
     before = {name: expected[name] for name in ("calibration", "decomposition")}
     return Estimate(before | {"points": expected["allocation"]}, {})
 

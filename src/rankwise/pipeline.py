@@ -38,6 +38,7 @@ from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
 from rankwise.layers.matrices import Shape, stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
+from rankwise.layers.quantised import WIDTHS
 from rankwise.masks.layers import folded
 from rankwise.masks.student import Student
 from rankwise.options import CompressOptions
@@ -284,7 +285,8 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
-            clock.estimate = Estimate.of(run, metric, allocator, len(run.shapes) if closer else 0, asked.refinements)
+            alone, widths = len(run.shapes) * closer, len(WIDTHS) * (recipe.bits == MIXED)
+            clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
