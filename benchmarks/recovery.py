@@ -56,7 +56,7 @@ def contest_of(name: str, rate: float, args: argparse.Namespace) -> list[dict[st
             rankwise.refine(
                 start, folder, refine=last, samples=args.refine_samples, seed=SEED, output=output, resume=True, **asked
             )
-        seconds += json.loads((output / "report.json").read_text())["seconds"]["refinement"]
+        seconds = json.loads((output / "report.json").read_text())["seconds"]["refinement"]
         found[refine] = output, seconds
         print(f"{name} {rate:g} {refine}: {seconds:.0f} s", flush=True)
     original = load(folder)

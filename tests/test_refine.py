@@ -17,11 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rankwise import Compressed, RankwiseError, Recipe, compress, plan, refine
-from rankwise.layers.linear import tensors_in
 from rankwise.layers.lowrank import FORMS, LowRankLinear, layer_class
 from rankwise.masks.descent import Descent, descend, own_parts
 from rankwise.masks.student import Student
-from rankwise.refinement.blocks import BlockByBlock
 from rankwise.refinement.distil import Distil
 from rankwise.refinement.factors import TrainedFactors
 from rankwise.refinement.refinement import REFINEMENTS, refined
@@ -234,38 +232,32 @@ def test_a_training_that_is_killed_goes_on_where_it_was(
 
 
 def test_blocks_that_are_killed_go_on_after_the_last_one_that_was_done(
-    original: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, original: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankwise.run_folder.CHECKPOINT_EVERY", 0.0)
-    small, dense = compress(copy.deepcopy(original), 0.3, calibration=text(original), **FAST).model, build_unstacked(original)
-    assert small is not None
-    layers = {name: module for name, module in build_unstacked(small).named_modules() if isinstance(module, LowRankLinear)}
-    batches = [{"input_ids": window} for window in text(original, 8).split(1)]
+    asked: dict[str, Any] = {"refine": METHODS["blocks"], "calibration": text(original)}
+    in_peace = refine(folder / "small", folder / "dense", **asked)
     trained: list[int] = []
 
-    def blocks(checkpoint: Checkpoint, killed_at: int = 99) -> tuple[dict[str, torch.Tensor], list[float]]:
-        losses = list[float]()
-
+    def until(last: int) -> Any:
         def training(*arguments: Any) -> None:
-            if len(losses) == killed_at:
+            if len(trained) == last:
                 raise _KilledError
-            trained.append(len(losses))
+            trained.append(1)
             descend(*arguments)
 
-        monkeypatch.setattr("rankwise.refinement.blocks.descend", training)
-        student = Student(dense, {}, batches, batches[:2], checkpoint=checkpoint)
-        return tensors_in(BlockByBlock(tokens=64, learning_rate=0.2).refine(student, layers, losses)), losses
+        return training
 
-    in_peace, every = blocks(Checkpoint())
-    assert trained == [*range(len(every))]
-    checkpoint = RunFolder(tmp_path).checkpoint("refinement", "key")
+    monkeypatch.setattr("rankwise.refinement.blocks.descend", until(1))
     with pytest.raises(_KilledError):
-        blocks(checkpoint, 1)
-    trained.clear()
-    found, losses = blocks(checkpoint)
-    assert trained == [*range(1, len(every))]
-    assert losses == every
-    assert all(torch.equal(found[name], tensor) for name, tensor in in_peace.items())
+        refine(folder / "small", folder / "dense", output=tmp_path / "out", **asked)
+    monkeypatch.setattr("rankwise.refinement.blocks.descend", until(99))
+    found = refine(folder / "small", folder / "dense", output=tmp_path / "out", resume=True, **asked)
+    assert found.report["history"] == in_peace.report["history"]
+    assert len(trained) == len(found.report["history"][-1]["losses"])  # blocks, each trained once
+    assert in_peace.model is not None
+    assert found.model is not None
+    again = found.model.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in in_peace.model.state_dict().items())
 
 
 def test_blocks_refuse_what_does_not_go_block_by_block(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rankwise import RankwiseError, compress
 from rankwise.integration.weights import write_safetensors
+from rankwise.masks.descent import descend
 from rankwise.streaming import decomposition, stream
 from rankwise.streaming.activations import Activations, Room
 from rankwise.streaming.memory import Share
@@ -86,6 +87,52 @@ def differ_by_rounding(model: Path, output: Path, calibration: Any, **options: A
     with torch.no_grad():
         logits = [model(WINDOWS).logits for model in models]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-2, atol=1e-3)
+
+
+BLOCKS = "blocks passes=8 tokens=64 learning_rate=0.03"
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("refine", [BLOCKS, f"{BLOCKS}, blocks passes=1 tokens=64"], ids=["once", "twice"])
+def test_refined_block_by_block(name: str, refine: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path / "model")
+    windows = model.generate(torch.zeros(60, 1, dtype=torch.int64) + 5, do_sample=True, min_new_tokens=23, max_new_tokens=23)
+    whole, streamed = both(tmp_path / "model", tmp_path, windows, 0.3, allocation="uniform", refine=refine)
+    steps = [[(record["step"], record.get("losses")) for record in report["history"]] for report in (streamed, whole)]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == 2 * len(refine.split(", "))
+    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    assert streamed["kl"] < streamed["before_refinement"]["kl"] == pytest.approx(whole["before_refinement"]["kl"], rel=1e-5)
+
+
+def test_what_trains_the_whole_model_does_not_stream(llama: Path, story: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError, match=r"refine='blocks, distil' trains the whole model at once \(take blocks, or none\)"):
+        compress(llama, 0.3, calibration=story, output=tmp_path / "out", memory=ENOUGH, refine="blocks, distil", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refined_stream_that_is_killed_goes_on_after_the_last_block(
+    llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"calibration": story, "memory": ENOUGH, "refine": BLOCKS, **SMALL}
+    compress(llama, 0.3, output=tmp_path / "in-peace", **asked)
+    done: list[int] = []
+
+    def training(*given: Any) -> None:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(1)
+        descend(*given)
+
+    with monkeypatch.context() as killed:
+        killed.setattr("rankwise.refinement.blocks.descend", training)
+        with pytest.raises(KeyboardInterrupt):
+            compress(llama, 0.3, output=tmp_path / "out", **asked)
+    monkeypatch.setattr("rankwise.refinement.blocks.descend", lambda *given: (done.append(1), descend(*given)))
+    compress(llama, 0.3, output=tmp_path / "out", resume=True, **asked)
+    assert len(done) == 2  # blocks, each trained once
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "in-peace")
 
 
 LEARNED: dict[str, Any] = {"options": {"points": 0, "rounds": 2, "value_steps": 3, "pricing_tokens": 256}}

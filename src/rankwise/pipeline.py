@@ -46,6 +46,7 @@ from rankwise.plain import to_json
 from rankwise.plans import Plan
 from rankwise.progress import say, stage
 from rankwise.recipe import MIXED, Recipe
+from rankwise.refinement.blocks import BlockByBlock
 from rankwise.refinement.refinement import Refinement
 from rankwise.reporting.page import page_of
 from rankwise.reporting.read import Result
@@ -328,8 +329,9 @@ def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) ->
     recipe, metric, clock = asked.recipe, asked.metric, Clock()
     if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
-    if asked.refinements:
-        raise InMemoryOnlyError("refine trains the whole model at once (compress without it)")
+    refinements = [refinement for refinement in asked.refinements if isinstance(refinement, BlockByBlock)]
+    if len(refinements) < len(asked.refinements):
+        raise InMemoryOnlyError(f"refine={recipe.refine!r} trains the whole model at once (take blocks, or none)")
     if folder.path is None:
         raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
     stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder)
@@ -343,11 +345,16 @@ def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) ->
     _, budget = Target(recipe).budget(run)
     chosen = stages.allocate(run, student, metric, asked.allocator, budget)
     clock.lap("allocation")
-    comparison = streaming.measure(stream, student, chosen)
+    comparison, before = streaming.measure(stream, student, chosen), None
+    if refinements:
+        history = streaming.refine(stream, student, chosen, recipe.form, refinements)
+        chosen, before = replace(chosen, history=chosen.history + history), comparison
+        clock.lap("refinement")
+        comparison = streaming.measure(stream, student, chosen)
     stream.narrow()
     distributed.wait()  # the others read the run folder too
     clock.lap("measuring")
-    return _Streamed(recipe, run, student, chosen, comparison, clock, matrices, stream=stream)
+    return _Streamed(recipe, run, student, chosen, comparison, clock, matrices, before=before, stream=stream)
 
 
 def _compress_streamed(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from rankwise.run_folder import RunFolder, as_notes, digest, fingerprint, notes_
 from rankwise.schema import Costs
 
 logger = logging.getLogger(__name__)
+S = TypeVar("S", bound=Student)
 Calibration = str | Path | Tensor | Iterable[str | Conversation] | Iterable[Mapping[str, Tensor]]
 
 
@@ -351,7 +352,7 @@ def _refine(
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
     read = [tensor for batch in other for tensor in batch.values()]
     key = digest(run.identity, refinement, *read, *tensors_in(layers).values()) if run.folder.keeps else ""
-    learning = replace(student, checkpoint=run.folder.checkpoint("refinement", key))
+    learning = learning_student(run, student, key)
 
     def compute() -> dict[str, Tensor]:
         found, records = refined(learning, layers, refinement, other)
@@ -359,6 +360,15 @@ def _refine(
 
     saved = run.folder.together("refinement", key, compute)
     return with_tensors(layers, saved), notes_in(saved)
+
+
+def learning_student(run: Run, student: S, key: str) -> S:
+    """The student whose training is kept in the run folder under the `key`: its state, and what it has finished of it."""
+
+    def kept(what: str, parts: Iterable[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return run.folder.together(f"refinement/{what}", digest(key, *parts), compute)
+
+    return replace(student, checkpoint=run.folder.checkpoint("refinement", key), kept=kept)
 
 
 def measure(student: Student, chosen: Allocation, batches: Sequence[Batch]) -> Comparison:

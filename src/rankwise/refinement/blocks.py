@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ConfigDict, PositiveFloat, PositiveInt
@@ -29,26 +29,30 @@ from rankwise.masks.descent import Descent, descend, own_parts
 from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
 from rankwise.refinement.factors import in_training, scales_of, written
-from rankwise.run_folder import Checkpoint
+from rankwise.run_folder import Checkpoint, as_notes, notes_in
 
 TINY = 1e-30
-DONE, LOSSES = "__done__", "__losses__"  # beside the layers in a checkpoint: the number of blocks that are done, and their losses
 
 
-@dataclass
+class Hidden(Protocol):
+    """The hidden states of batches by their numbers, on the host."""
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Those of a batch."""
+        ...
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        """Set those of a batch."""
+        ...
+
+
+@dataclass(frozen=True)
 class _Flow:
-    """A batch on its way through the blocks: how the next one is called, and the hidden states of the original and of the
-    compressed model, on the host."""
+    """A batch on its way through the blocks, and how the next one is called."""
 
+    number: int
     batch: Batch
     call: Call
-    original: Tensor
-    compressed: Tensor
-
-    @classmethod
-    def of(cls, blocks: Blocks, batch: Batch) -> _Flow:
-        hidden = blocks.enter(batch).cpu()
-        return cls(batch, blocks.call_of(0, batch), hidden, hidden)
 
 
 @options(frozen=True, config=ConfigDict(extra="forbid"))
@@ -75,26 +79,49 @@ class BlockByBlock:
 
     def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
         """`losses` gets the mean of each block's last pass."""
-        blocks = _blocks(student.model, layers, student.training[0])
-        found, done = _restored(student.checkpoint, layers, losses)
-        alone = replace(student, checkpoint=Checkpoint())  # a block's training is not gone on with, but done again
+        blocks, found = _blocks(student.model, layers, student.training[0]), dict(layers)
+
+        def layers_of(index: int) -> Layers:
+            return {name: layer for name, layer in layers.items() if blocks.block_of(name) == index}
+
         with student.frozen(), torch.no_grad():
-            parts = [[_Flow.of(blocks, batch) for batch in part] for part in own_parts(student, self.tokens)]
-            flows = [flow for part in parts for flow in part]
-            for index in progress(range(len(blocks)), "refining the blocks"):
+            for own in self.in_turn(student, blocks, layers_of, ({}, {}), losses):
+                found |= own
+        return found
+
+    def in_turn(
+        self,
+        student: Student,
+        blocks: Blocks,
+        layers_of: Callable[[int], Layers],
+        hidden: tuple[Hidden, Hidden],
+        losses: list[float],
+    ) -> Iterator[Layers]:
+        """The new layers of one block after the other, each while that block is loaded.
+
+        layers_of: the compressed model's layers in a block that is loaded. hidden: where the hidden states of the original and
+        of the compressed model are held. Call it where nothing else asks for gradients.
+        """
+        parts, (original, compressed) = own_parts(student, self.tokens), hidden
+        batches = [batch for part in parts for batch in part]
+        with blocks.loaded(blocks.outside()["embedding"]):
+            for number, batch in enumerate(batches):
+                original[number] = compressed[number] = blocks.enter(batch).cpu()
+        for index in progress(range(len(blocks)), "refining the blocks"):
+            with blocks.loaded(blocks.names(index)):
+                flows = [_Flow(number, batch, blocks.call_of(index, batch)) for number, batch in enumerate(batches)]
                 for flow in flows:
-                    flow.call = blocks.call_of(index, flow.batch)
-                    flow.original = blocks.run(index, flow.original, flow.call).cpu()
-                own = {name: layer for name, layer in found.items() if blocks.block_of(name) == index}
-                if index >= done:
-                    own = self._trained(alone, blocks, index, own, parts, losses)
-                    found |= own
-                    student.checkpoint.write(functools.partial(_state, found, index + 1, losses))
+                    original[flow.number] = blocks.run(index, original[flow.number], flow.call).cpu()
+                own, rest = layers_of(index), iter(flows)
+                dealt = [[next(rest) for _ in part] for part in parts]
+                train = functools.partial(self._trained, student, blocks, index, own, dealt, hidden)
+                saved = student.kept(f"block-{index}", (), train)
+                own = with_tensors(own, saved)
+                losses += notes_in(saved)
                 with swapped(student.model, own):
                     for flow in flows:
-                        flow.compressed = blocks.run(index, flow.compressed, flow.call).cpu()
-        student.checkpoint.remove()
-        return found
+                        compressed[flow.number] = blocks.run(index, compressed[flow.number], flow.call).cpu()
+                yield own
 
     def _trained(
         self,
@@ -103,19 +130,20 @@ class BlockByBlock:
         index: int,
         layers: Layers,
         parts: Sequence[Sequence[_Flow]],
-        losses: list[float],
-    ) -> dict[str, nn.Module]:
-        """The layers of one block, trained."""
-        trained = in_training(layers)
+        hidden: tuple[Hidden, Hidden],
+    ) -> dict[str, Tensor]:
+        """The tensors of one block's layers, trained, and as a note the mean loss of the last pass, if there is one."""
+        trained, (original, compressed) = in_training(layers), hidden
         if not trained:
-            return dict(layers)
+            return tensors_in(layers) | as_notes([])
 
         def add_gradients(part: Sequence[_Flow]) -> tuple[float, int]:
             total, tokens = 0.0, 0
             for flow in part:
                 with torch.enable_grad(), swapped(student.model, {**layers, **trained}):
-                    wanted = of_tokens(flow.original.to(student.device).float(), flow.batch)
-                    error = of_tokens(blocks.run(index, flow.compressed, flow.call).float(), flow.batch) - wanted
+                    wanted = of_tokens(original[flow.number].to(student.device).float(), flow.batch)
+                    answer = blocks.run(index, compressed[flow.number], flow.call).float()
+                    error = of_tokens(answer, flow.batch) - wanted
                     loss = (error.square().sum(-1) / wanted.square().sum(-1).clamp_min(TINY)).sum()
                 loss.backward()
                 total, tokens = total + loss.item(), tokens + wanted.shape[:-1].numel()
@@ -123,10 +151,10 @@ class BlockByBlock:
 
         steps = math.ceil(self.passes * tokens_in(student.training) / self.tokens)
         options = Descent(steps, self.learning_rate, self.tokens, warm_up=0.1)
-        own = list[float]()
-        descend(student, parts, add_gradients, scales_of(trained), options, "training a block", own)
-        losses.append(sum(own[-len(parts) :]) / len(own[-len(parts) :]))
-        return written(trained, layers)
+        alone = replace(student, checkpoint=Checkpoint())  # a block's training is not gone on with, but done again
+        losses = list[float]()
+        descend(alone, parts, add_gradients, scales_of(trained), options, "training a block", losses)
+        return tensors_in(written(trained, layers)) | as_notes([sum(losses[-len(parts) :]) / len(losses[-len(parts) :])])
 
     def reads(self, training: Sequence[Batch]) -> tuple[float, float]:
         """Tokens forward and back."""
@@ -141,17 +169,3 @@ def _blocks(model: Any, matrices: Collection[str], batch: Batch) -> Blocks:
     except InMemoryOnlyError as error:
         raise RankwiseError(f"the refinement blocks: {error} (take distil)") from None
     return blocks
-
-
-def _state(layers: Mapping[str, nn.Module], done: int, losses: Sequence[float]) -> dict[str, Tensor]:
-    return tensors_in(layers) | {DONE: torch.tensor(done), LOSSES: torch.tensor(losses, dtype=torch.float64)}
-
-
-def _restored(checkpoint: Checkpoint, layers: Layers, losses: list[float]) -> tuple[dict[str, nn.Module], int]:
-    """The layers so far, and how many blocks were done."""
-    state = checkpoint.read()
-    if state is None:
-        return dict(layers), 0
-    losses += state.pop(LOSSES).tolist()
-    done = int(state.pop(DONE))
-    return with_tensors(layers, state), done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -52,17 +52,28 @@ def _named(text: str) -> Refinement:
 
 
 def refined(
-    student: Student, layers: Mapping[str, nn.Module], refinement: Refinement, other: Sequence[Batch] = ()
-) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    """The layers after the refinement, and a record of it; where it does not lower the KL on the selection text, or raises it on
-    the `other` text, the layers as they were."""
+    student: Student, layers: Layers, refinement: Refinement, other: Sequence[Batch] = ()
+) -> tuple[Layers, list[dict[str, Any]]]:
+    """The layers after the refinement, and a record of it, as of `if_better`."""
+    return if_better(student, layers, refinement, lambda losses: refinement.refine(student, layers, losses), other)
+
+
+def if_better(
+    student: Student,
+    layers: Layers,
+    refinement: Refinement,
+    refine: Callable[[list[float]], Layers],
+    other: Sequence[Batch] = (),
+) -> tuple[Layers, list[dict[str, Any]]]:
+    """What `refine` makes of the layers, adding to a list of losses, and a record of it; where it does not lower the KL on the
+    selection text, or raises it on the `other` text, the layers as they were."""
     losses: list[float] = []
-    before, found = _costs(student, layers, other), refinement.refine(student, layers, losses)
+    before, found = _costs(student, layers, other), refine(losses)
     after = _costs(student, found, other)
     name = next(name for name, cls in REFINEMENTS.items() if type(refinement) is cls)
     records = [{"step": f"before {name}", **before}, {"step": name, **after, "losses": [float(f"{x:.4g}") for x in losses]}]
     better = after["kl"] < before["kl"] and all(after[text] <= before[text] for text in before)
-    return (found if better else dict(layers)), records
+    return (found if better else layers), records
 
 
 def _costs(student: Student, layers: Layers, other: Sequence[Batch]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 from rankwise.calibration.signal import LOGITS_AT_ONCE
 from rankwise.calibration.tokens import Batch, vocabulary_of
 from rankwise.errors import RankwiseError
-from rankwise.footprint import LIBRARIES, LOGITS, SLACK, moments_of, workspace
+from rankwise.footprint import LIBRARIES, LOGITS, SLACK, TRAINED, moments_of, workspace
 from rankwise.layers.matrices import Shape
 from rankwise.memory import gigabytes, resident
 from rankwise.streaming.blocks import StoredBlocks
@@ -41,9 +41,10 @@ def share_out(
     batches: Sequence[Batch],
     needs: Collection[str],
     gradients: bool,
+    trained: int = 0,
 ) -> Share:
-    """Share `memory` bytes out, for a metric's `needs` and, with `gradients`, passes back. Raises `RankwiseError` with the
-    figure needed where they are not enough."""
+    """Share `memory` bytes out, for a metric's `needs`, with `gradients` for passes back, and for a block that is `trained` on so
+    many tokens at once. Raises `RankwiseError` with the figure needed where they are not enough."""
     tokens = max(next(iter(batch.values())).numel() for batch in batches)
     length = max(next(iter(batch.values())).shape[1] for batch in batches)
     outputs = "output" in needs
@@ -56,6 +57,8 @@ def share_out(
     phases = _phases(blocks, shapes, tokens, length, logits, outputs)
     if gradients:
         phases |= _gradient_phases(blocks, shapes, sequences_at_once(batches) * length, outputs)
+    if trained:
+        phases |= _training_phase(blocks, shapes, max(trained, length))
     needed = int(fixed + SLACK * max(phases.values()))
     if needed > memory:
         phase = max(phases, key=lambda name: phases[name])
@@ -113,12 +116,31 @@ def _gradient_phases(blocks: StoredBlocks, shapes: dict[str, Shape], tokens: int
         of_block = {name: shape for name, shape in shapes.items() if blocks.block_of(name) == index}
         own = of_block.values()
         factors = sum(e * shape.full_rank * shape.per_rank for shape in own)
-        kept = 16 * d + int(sum(_share_of_tokens(blocks, name) * (s.per_rank + 3 * s.full_rank) for name, s in of_block.items()))
+        kept = _kept_for_gradients(blocks, of_block)
         widest = max((max(shape.in_features, shape.out_features) for shape in own), default=0)
         seen = max((moments_of(shape, outputs) + 4 * tokens * widest for shape in own), default=0)
         held = sum(sizes[name] for name in names) + max(factors + max(sizes[name] for name in names), seen)
         most = max(most, held + tokens * (kept * e + 12 * widest + 8 * d))
     return {"a block's gradients": outside["rest"] + most}
+
+
+def _training_phase(blocks: StoredBlocks, shapes: dict[str, Shape], tokens: int) -> dict[str, int]:
+    """As `_phases`, of a block whose factors are trained on `tokens` at once: with its layers before and after."""
+    sizes, outside = _sizes(blocks)
+    e = max(p.element_size() for p in blocks.model.parameters())
+    most = 0
+    for index in range(len(blocks)):
+        of_block = {name: shape for name, shape in shapes.items() if blocks.block_of(name) == index}
+        numbers = sum(shape.dense for shape in of_block.values())
+        held = sum(sizes[name] for name in blocks.names(index)) + (TRAINED + 2 * e) * numbers
+        most = max(most, held + tokens * (_kept_for_gradients(blocks, of_block) * e + 32 * blocks.width))
+    return {"a block's refinement": outside["rest"] + most}
+
+
+def _kept_for_gradients(blocks: StoredBlocks, of_block: dict[str, Shape]) -> int:
+    """Numbers that a block with these matrices keeps of each token for the way back."""
+    own = sum(_share_of_tokens(blocks, name) * (shape.per_rank + 3 * shape.full_rank) for name, shape in of_block.items())
+    return 16 * blocks.width + int(own)
 
 
 def _share_of_tokens(blocks: StoredBlocks, name: str) -> float:

@@ -28,6 +28,8 @@ from rankwise.layers.precision import widen
 from rankwise.memory import bytes_of
 from rankwise.progress import progress
 from rankwise.recipe import Recipe
+from rankwise.refinement.blocks import BlockByBlock
+from rankwise.refinement.refinement import refinements_named
 from rankwise.run_folder import RunFolder, digest
 from rankwise.stages import Calibration, Run
 from rankwise.streaming.activations import Activations, Room
@@ -118,9 +120,11 @@ def start(
         raise InMemoryOnlyError("batches whose tensors have not all a row for each sequence are not cut (give one sequence each)")
     needs = metric_named(str(recipe.decomposition)).NEEDS
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
-    share = share_out(memory, blocks, shapes, everything, needs, gradients)
+    of_a_step = (r.tokens for r in refinements_named(recipe.refine or "") if isinstance(r, BlockByBlock))
+    asked = needs, gradients, max(of_a_step, default=0)
+    share = share_out(memory, blocks, shapes, everything, *asked)
     if blocks.try_out(everything[0]):
-        share = share_out(memory, blocks, shapes, everything, needs, gradients)
+        share = share_out(memory, blocks, shapes, everything, *asked)
     groups = source.together(name for name, _ in empty.named_parameters())
     own = [_digest(source, group) for group in progress(distributed.dealt(groups), "reading the model")]
     identity = digest(str(config), *distributed.collected(own), *empty.buffers(), *data.tensors, recipe.seed)

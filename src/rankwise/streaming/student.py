@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from rankwise.calibration.signal import Signal, divergence
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.evaluation.compare import Comparison, compare
-from rankwise.layers.linear import swapped
+from rankwise.layers.linear import swapped, weight_of
 from rankwise.layers.lowrank import PairLinear
 from rankwise.masks.layers import Masks, folded
 from rankwise.masks.student import Layers, Student
@@ -60,12 +60,20 @@ class StreamedStudent(Student):
         return _Made(list(names), make)
 
     def low_rank(self, index: int, masks: Masks, form: str = PairLinear.form) -> dict[str, nn.Module]:
-        """The layers of a loaded block under `masks`."""
-        return {
-            name: folded(self.model.get_submodule(name), self.decompositions[name], mask, form).to(self.device)
-            for name in self.stream.matrices_of(index)
-            if (mask := masks.get(name)) is not None
-        }
+        """The layers of a loaded block that are shipped, and under `masks` those of the other matrices."""
+        layers = {}
+        for name in self.stream.matrices_of(index):
+            linear, mask = self.model.get_submodule(name), masks.get(name)
+            if name in self.shipped:
+                layers[name] = self.shipped[name].to(self.device, weight_of(linear).dtype)
+            elif mask is not None:
+                layers[name] = folded(linear, self.decompositions[name], mask, form).to(self.device)
+        return layers
+
+    def cost(self, layers: Layers, batches: Sequence[Batch] | None = None) -> float:
+        """As of `Student`."""
+        with self.together():
+            return replace(self, shipped=layers)._divergence({}, self.selection if batches is None else batches)
 
     def differentiate(self, layers: Layers, batches: Iterable[Batch], loss: Callable[[Batch, Signal], Tensor]) -> None:
         """As of `Student`, window by window at the head."""
@@ -102,8 +110,8 @@ class StreamedStudent(Student):
         stream, blocks, batches = self.stream, self.stream.blocks, distributed.dealt(batches)
         with stream.opened():
             dense = self._dense_states(batches)
-            touched = [i for i in range(len(blocks)) if any(masks.get(name) is not None for name in stream.matrices_of(i))]
-            first = min(touched, default=len(blocks))
+            changed = {*self.shipped, *(name for name, mask in masks.items() if mask is not None)}
+            first = min((i for i in range(len(blocks)) if changed & {*stream.matrices_of(i)}), default=len(blocks))
             small = Activations("student", stream.room)
             for number in range(len(batches)):
                 small[number] = dense[first][number]
