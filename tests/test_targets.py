@@ -19,7 +19,7 @@ from rankwise.allocation.plan import Budget, parameters
 from rankwise.errors import RankwiseError
 from rankwise.layers.matrices import Shape
 from rankwise.recipe import Recipe
-from rankwise.runtime.latency import Latency, TimedShape, measure
+from rankwise.runtime.latency import Latency, TimedShape, time_layers
 
 WINDOWS = torch.randint(3, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
 FAST = {"calibration": WINDOWS, "allocation": "uniform", "decomposition": "svd"}
@@ -110,7 +110,7 @@ def test_timed_shapes() -> None:
 
 @pytest.mark.parametrize("allocation", ["mask-fisher", "llrc", "uniform"])
 def test_the_target_holds_in_the_table(allocation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "measure", lambda model, shapes: table(shapes, rest=20_000))
+    monkeypatch.setattr(targets, "time_layers", lambda model, shapes: table(shapes, rest=20_000))
     model = build("llama", hidden_size=144, intermediate_size=288, num_hidden_layers=1)
     options = {"options": {"rounds": 1, "value_steps": 2}} if allocation == "llrc" else {}
     result = compress(model, target_speedup=1.3, calibration=WINDOWS, decomposition="svd", allocation=allocation, **options)
@@ -120,7 +120,7 @@ def test_the_target_holds_in_the_table(allocation: str, monkeypatch: pytest.Monk
 def test_measuring_times_every_matrix() -> None:
     model = build("llama")
     run = stages.start(model, WINDOWS, None, Recipe.of(rate=0.2), [], stages.RunFolder())
-    found = measure(run.model, run.shapes, repeats=1)
+    found = time_layers(run.model, run.shapes, repeats=1)
     assert found.shapes.keys() == run.shapes.keys()
     for name, shape in found.shapes.items():
         assert (shape.out_features, shape.in_features) == (run.shapes[name].out_features, run.shapes[name].in_features)
@@ -128,4 +128,4 @@ def test_measuring_times_every_matrix() -> None:
         assert min(shape.dense, *shape.times) > 0
     assert found.speedup(dict.fromkeys(found.shapes)) == 1
     with pytest.raises(RankwiseError, match="no causal"):
-        measure(build("t5"), {})
+        time_layers(build("t5"), {})

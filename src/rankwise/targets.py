@@ -14,7 +14,7 @@ from rankwise.layers.linear import weight_of
 from rankwise.layers.quantised import WIDTHS
 from rankwise.layers.tables import table_bytes, tables_of
 from rankwise.recipe import MIXED, Recipe
-from rankwise.runtime.latency import Latency, TimedShape, measure
+from rankwise.runtime.latency import Latency, TimedShape, time_layers
 from rankwise.stages import Run, budget_of, kept_ranks
 
 
@@ -150,7 +150,7 @@ def latency_of(run: Run) -> Latency:
     that does not decode."""
 
     def compute() -> dict[str, torch.Tensor]:
-        found = measure(run.model, run.shapes)
+        found = time_layers(run.model, run.shapes)
         numbers = {n: torch.tensor([[0, *s.ranks], [s.dense_time, *s.times]]) for n, s in found.shapes.items()}
         return numbers | {"": torch.tensor(found.step)}
 

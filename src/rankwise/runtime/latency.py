@@ -124,7 +124,7 @@ def decodes(model: Any) -> bool:
     return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
-def measure(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> Latency:
+def time_layers(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS) -> Latency:
     """Time the model's matrices and one step of its decoding, all in turn. Raises `RankwiseError` for a model that does not
     decode."""
     if not decodes(model):

@@ -27,7 +27,7 @@ def pieces_of(batches: Iterable[Batch]) -> list[Batch]:
     return parts_of(given, sequences_at_once(given))
 
 
-def windows_of(batches: Sequence[Batch]) -> list[tuple[Batch, int, int]]:
+def sequences_of(batches: Sequence[Batch]) -> list[tuple[Batch, int, int]]:
     """Every single sequence as a batch of its own, with its batch's number and its place there."""
     return [
         ({name: tensor[i : i + 1] for name, tensor in batch.items()}, number, i)
@@ -54,7 +54,7 @@ def gradients_of(stream: Stream, last: Activations, batches: Sequence[Batch], lo
     gradients, blocks = Activations("gradients", stream.room), stream.blocks
     rows: dict[int, list[Tensor]] = {}
     with blocks.loaded(blocks.outside()["head"]), torch.enable_grad():
-        for window, number, i in windows_of(batches):
+        for window, number, i in sequences_of(batches):
             hidden = blocks.sequence(last[number], i).to(blocks.device).requires_grad_()
             loss(window, blocks.leave(window, hidden)).backward()
             assert hidden.grad is not None

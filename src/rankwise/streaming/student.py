@@ -24,7 +24,7 @@ from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
 from rankwise.stages import kept_in
 from rankwise.streaming.activations import Activations
-from rankwise.streaming.backward import backward, forward, pieces_of, windows_of
+from rankwise.streaming.backward import backward, forward, pieces_of, sequences_of
 from rankwise.streaming.decomposition import Stored
 from rankwise.streaming.stream import Stream
 
@@ -95,7 +95,7 @@ class StreamedStudent(Student):
     def add_gradients(self, layers: Layers, batches: Iterable[Batch]) -> tuple[float, int]:
         """As of `Student`; what the original says is found from its last hidden states."""
         pieces, last = self._original(list(batches))
-        places = iter(windows_of(pieces))
+        places = iter(sequences_of(pieces))
 
         @torch.no_grad()
         def original(window: Batch) -> Signal:
@@ -120,7 +120,7 @@ class StreamedStudent(Student):
                     stream.advance(index, small, batches)
             parts = [[0.0, 0] for _ in batches]
             with blocks.loaded(blocks.outside()["head"]):
-                for piece, number, i in windows_of(batches):
+                for piece, number, i in sequences_of(batches):
                     reference, other = (blocks.leave(piece, blocks.sequence(hidden[number], i)) for hidden in (dense[-1], small))
                     parts[number][0] += divergence(reference, other).item()
                     parts[number][1] += len(reference)
@@ -196,7 +196,7 @@ def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Com
                 stream.advance(index, dense, batches)
                 with swapped(stream.run.model, student.low_rank(index, chosen.masks)):
                     stream.advance(index, small, batches)
-        pieces = windows_of(batches)
+        pieces = sequences_of(batches)
         place = {id(piece): (number, i) for piece, number, i in pieces}
 
         def values(hidden: Activations, piece: Batch) -> Signal:
