@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rankwise import RankwiseError, bench, compress, densify, lora_targets, optimize
+from rankwise import RankwiseError, Recipe, bench, compress, densify, lora_targets, optimize
 from rankwise.allocation.mixed import kl_of_errors
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker
@@ -271,8 +272,8 @@ def test_a_mixture_of_experts_and_a_transposed_layer(tmp_path: Path) -> None:
     ("options", "complaint"),
     [
         (["--rate", "0.5"], "bits=mixed spends bytes"),
-        (["--target-bytes", "150kB", "--allocation", "llrc"], "chooses ranks and bits by itself"),
-        (["--target-bytes", "150kB", "--memory", "4GB"], "with the model in memory"),
+        (["--target-bytes", "150kB", "--allocation", "llrc"], "no ranks are chosen"),
+        (["--target-bytes", "150kB", "--memory", "4GB"], "holds the model in memory"),
         (["--target-bytes", "150kB", "--keep", "*.q_proj=0.5"], "leave out keep"),
         (["--target-bytes", "150kB", "--dry-run"], "no bits yet"),
         (["--target-bytes", "150kB", "--decomposition", "svd"], "second moment of the inputs"),
@@ -292,8 +293,68 @@ def test_bad_requests(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt2", "mixtral"])
+def test_the_same_bits_everywhere(name: str, bits: int, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "dense")
+    asked: dict[str, Any] = {"calibration": WINDOWS, "bits": bits, "output": tmp_path / "small"}
+    result = compress(tmp_path / "dense", **asked)
+    assert set(result.ranks.values()) == {None}
+    assert {result.report["bits"][name] for name in result.ranks} == {bits}
+    assert result.recipe.rate is None
+    assert Recipe.read(tmp_path / "small") == result.recipe
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert result.model is not None
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, result.model(IDS).logits)
+    assert 0 < result.report["kl"] < {4: 0.5, 8: 1e-2}[bits]
+
+
+def test_rounding_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").save_pretrained(tmp_path / "dense")
+    asked: dict[str, Any] = {"calibration": WINDOWS, "bits": 4}
+    found: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        if len(found) == 5:
+            raise KeyboardInterrupt
+        found.append(1)
+        return roundings(*given)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("rankwise.few_bits.roundings", counted)
+        with pytest.raises(KeyboardInterrupt):
+            compress(tmp_path / "dense", output=tmp_path / "small", **asked)
+    again: list[int] = []
+    monkeypatch.setattr("rankwise.few_bits.roundings", lambda *given: (again.append(1), roundings(*given))[1])
+    resumed = compress(tmp_path / "dense", output=tmp_path / "small", resume=True, **asked)
+    assert len(again) == len(resumed.ranks) - 5
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--rate", "0.5"], "bits=4 and rate are two targets"),
+        (["--target-bytes", "150kB"], "bits=4 and target_bytes are two targets.*bits=mixed"),
+        (["--allocation", "llrc"], "no ranks are chosen"),
+        (["--refine", "distil"], "cannot train"),
+        (["--memory", "4GB"], "holds the model in memory"),
+        (["--dry-run"], "no bits yet"),
+        (["--decomposition", "svd"], "second moment of the inputs"),
+    ],
+)
+def test_bad_requests_beside_the_same_bits(
+    options: list[str], complaint: str, rankwise: Callable[..., Any], llama: Path, story: Path, tmp_path: Path
+) -> None:
+    ended = rankwise("compress", llama, "--bits", "4", "--calibration", story, "--length", 32, "-o", tmp_path / "out", *options)
+    assert ended.code == 2
+    assert re.search(complaint, ended.err)
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_allocation_stands_beside_no_other() -> None:
-    with pytest.raises(RankwiseError, match="chooses ranks and bits by itself"):
+    with pytest.raises(RankwiseError, match="no ranks are chosen"):
         compress(build("llama"), 0.3, calibration=WINDOWS, allocation="mixed")
 
 

@@ -104,7 +104,7 @@ def asked_for(
 
 def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:
     """The allocation where none is named."""
-    if fields.get("bits") == MIXED:
+    if fields.get("bits") not in (None, "stored"):
         return MIXED
     if artifact is not None:
         return "mask-fisher"
@@ -123,8 +123,8 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
-    if recipe.bits == MIXED and "second" not in metric_named(metric).NEEDS:
+    if recipe.bits != "stored" and "second" not in metric_named(metric).NEEDS:
         raise RankwiseError(
-            f"bits=mixed rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
+            f"bits={recipe.bits} rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
         )
     return recipe.model_copy(update={"decomposition": metric}), allocation

@@ -194,7 +194,7 @@ def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, fl
 
 def _in_few_bits(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
     """At each size bits alone, bits or a rank for every matrix, which may be the same, and the same bits everywhere: where
-    these are the size, or the best. The best one by the selection text has a command."""
+    these are the size, or the best. The best one by the selection text has a command, and the same bits everywhere."""
     run, student, statistics = ground.run, ground.student, ground.statistics
     multiple, allocator = Recipe.of(**ground.asked).rank_multiple, Mixed(**MIXED_OPTIONS)
     offers = few_bits.offers_of(run, statistics, student.decompositions, METRIC, multiple) if bits else {}
@@ -210,6 +210,8 @@ def _in_few_bits(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, An
             width = float(max(chosen.bits[name] for name in run.shapes)) if what == few_bits.SAME_BITS else size
             if width == size or chosen is best:
                 made_by = recipe if chosen is best else None
+                if what == few_bits.SAME_BITS:
+                    made_by = Recipe.of(**ground.asked, bits=int(width))
                 yield _point(ground, curves[what], f"{width:g} bits", chosen, layers, made_by) | {"bits": size}
 
 
@@ -228,7 +230,7 @@ def _point(
         texts = stages.judged(run, replace(ground.student, shipped=layers), METRIC, chosen, ground.judges)
     first = next(iter(texts.values()))
     logger.info("%s, %s: KL %.5f in %d bytes", curves[0], label, first["kl"], size["compressed"])
-    name = f"{Path(run.base).name}-{label}".replace(" ", "-")
+    name = f"{Path(run.base).name}-{'same-' if curves[0] == ALIKE else ''}{label}".replace(" ", "-")
     return {
         "series": curves[0],
         "curves": curves,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from rankwise.layers.tables import tables_of
 from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Student
 from rankwise.progress import progress
+from rankwise.run_folder import digest
 from rankwise.stages import Run, allocate
 
 BITS_OR_RANKS, BITS_ALONE, SAME_BITS = "bits or ranks", "bits alone", "the same bits everywhere"
@@ -42,27 +43,39 @@ def offers_of(
     return {name: offer(name) for name in progress(run.shapes, "rounding")}
 
 
-def _roundings(run: Run, statistics: Statistics, metric: str, name: str) -> dict[str, Tensor]:
+def _roundings(run: Run, statistics: Statistics, metric: str, name: str, widths: Sequence[int] = WIDTHS) -> dict[str, Tensor]:
     """The squared errors [widths] of a matrix in so many bits, and whole numbers and scales of each, packed."""
 
     def compute() -> dict[str, Tensor]:
         weight = weight_of(run.model.get_submodule(name))
-        found = roundings(weight, WIDTHS, metric_named(metric), statistics.of(name))
+        found = roundings(weight, widths, metric_named(metric), statistics.of(name))
         tensors = {"errors": torch.tensor([error for _, error in found.values()], dtype=torch.float64)}
         for bits, (rounding, _) in found.items():
             tensors |= {f"codes.{bits}": pack(rounding.codes, bits), f"scales.{bits}": rounding.scales}
         return tensors
 
-    return run.folder.cached(f"rounded/{metric}/{name}", decomposition_key(run.identity, metric), compute)
+    key = digest(decomposition_key(run.identity, metric), *widths)
+    return run.folder.cached(f"rounded/{metric}/{name}", key, compute)
 
 
-def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: int) -> Rounding:
-    """The matrix in so many bits: what was found for its offer, where that is kept."""
+def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: int, among: Sequence[int]) -> Rounding:
+    """The matrix in so many bits; where it is kept, as it was found `among` others."""
     weight = weight_of(run.model.get_submodule(name))
     if run.folder.path is None:
         return roundings(weight, (bits,), metric_named(metric), statistics.of(name))[bits][0]
-    saved = {part: tensor.to(weight.device) for part, tensor in _roundings(run, statistics, metric, name).items()}
+    saved = {part: tensor.to(weight.device) for part, tensor in _roundings(run, statistics, metric, name, among).items()}
     return Rounding(unpack(saved[f"codes.{bits}"], bits, weight.shape[1]), saved[f"scales.{bits}"], bits)
+
+
+def alike(run: Run, student: Student, statistics: Statistics, metric: str, width: int) -> Allocation:
+    """Every matrix in so many bits. The student has the layers from here on."""
+    nothing = dict.fromkeys(run.shapes)
+    chosen = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, width))
+    student.shipped = tables_in_bits(tables_of(run.model, run.shapes))
+    for name in progress(run.shapes, f"writing in {width} bits"):
+        rounding = _rounding(run, statistics, metric, name, width, among=(width,))
+        student.shipped[name] = rounding.layer(bias_of(run.model.get_submodule(name)))
+    return with_tables(chosen, student.shipped)
 
 
 def choose_in_bits(
@@ -127,7 +140,7 @@ def written_in_bits(
     for name, bits in progress(chosen.bits.items(), "writing in few bits"):
         linear, mask = run.model.get_submodule(name), chosen.masks[name]
         if mask is None or is_whole(mask):
-            layers[name] = _rounding(run, statistics, metric, name, bits).layer(bias_of(linear))
+            layers[name] = _rounding(run, statistics, metric, name, bits, WIDTHS).layer(bias_of(linear))
         else:
             layer = factorised(decompositions[name], mask, bias_of(linear), form).to(weight_of(linear).dtype)
             layers[name] = low_rank_in_bits(layer, bits)

@@ -68,7 +68,7 @@ class CompressOptions(DecomposeOptions, ContestOptions, total=False):
 
     target_bytes: int | str | None
     target_speedup: float | None
-    bits: Literal["stored", "mixed"]
+    bits: Literal["stored", "mixed", "2", "3", "4", "5", "6", "8"]
     refine: str | None
     preset: str
     options: dict[str, Any]

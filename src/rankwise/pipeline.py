@@ -192,8 +192,8 @@ def plan(
     one costs. All others as of `compress`, `RankwiseError` too.
     """
     asked = replace(asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
-    if asked.recipe.bits == MIXED:
-        raise RankwiseError("a plan holds ranks and no bits yet: compress with bits=mixed, its report says what was chosen")
+    if asked.recipe.bits != "stored":
+        raise RankwiseError(f"a plan holds ranks and no bits yet: compress with bits={asked.recipe.bits} without a dry run")
     folder = RunFolder()
     if output is not None:
         output = Path(output)
@@ -286,19 +286,23 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
-            alone, widths = len(run.shapes) * closer, len(WIDTHS) * (recipe.bits == MIXED)
+            alone, widths = len(run.shapes) * closer, len(WIDTHS) if recipe.bits == MIXED else int(recipe.width is not None)
             clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
-            student = stages.student_of(run, stages.decompose_all(run, statistics, metric), metric)
+            decompositions = {} if recipe.width else stages.decompose_all(run, statistics, metric)
+            student = stages.student_of(run, decompositions, metric)
             clock.lap("decomposition")
-        shapes, budget = target.budget(run)
+        if recipe.width is not None:
+            chosen = few_bits.alike(run, student, statistics, metric, recipe.width)
+        else:
+            shapes, budget = target.budget(run)
         if recipe.bits == MIXED:
             chosen = few_bits.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
         del statistics  # float64: for a large model more than everything else
         with widened(run.model):
-            if recipe.bits != MIXED:
+            if recipe.bits == "stored":
                 chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)

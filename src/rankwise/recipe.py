@@ -22,6 +22,9 @@ DEFAULT_RATE = 0.2
 IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
 
 
+Bits = Literal["stored", "mixed", "2", "3", "4", "5", "6", "8"]
+
+
 class Recipe(BaseModel):
     """What was asked for. Two equal recipes on the same model and text give the same ranks, bit for bit."""
 
@@ -77,9 +80,10 @@ class Recipe(BaseModel):
         "by itself takes distil",
     )
     rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
-    bits: Literal["stored", "mixed"] = Field(
+    bits: Bits = Field(
         "stored",
-        description="what numbers are written in: as the model's are (stored), or as few bits as fit target-bytes best (mixed)",
+        description="what numbers are written in: as the model's are (stored), as few bits as fit target-bytes best (mixed), or "
+        "the same of every matrix, 2 to 8, by GPTQ, and no rank is chosen",
     )
     form: Literal["pivoted", "pair"] = Field(
         "pivoted", description="of a matrix of low rank: rows and combinations of them, or a pair of factors"
@@ -105,10 +109,13 @@ class Recipe(BaseModel):
         targets = [name for name in TARGETS if fields.get(name) is not None]
         if len(targets) > 1:
             raise RankwiseError(f"{' and '.join(targets)} are two targets: ask for one")
-        if fields.get("bits") == MIXED:
-            fields = {"allocation": MIXED} | fields
+        fields = {"bits": "stored"} | fields
+        fields["bits"] = bits = str(fields["bits"])
+        alike = bits not in ("stored", MIXED)
+        if bits != "stored":
+            fields = {"allocation": MIXED, "decomposition": "whitened" if alike else None} | fields
         try:
-            recipe = cls(**fields if targets else {**fields, "rate": DEFAULT_RATE})
+            recipe = cls(**fields if targets or alike else {**fields, "rate": DEFAULT_RATE})
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
@@ -116,21 +123,33 @@ class Recipe(BaseModel):
                 raise RankwiseError(f"unknown option {name!r}; there are {', '.join(cls.model_fields)}") from None
             meaning = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
-        if recipe.bits == MIXED or recipe.allocation == MIXED:
+        if recipe.bits != "stored" or recipe.allocation == MIXED:
             recipe._refuse_beside_bits()
         return recipe
 
+    @property
+    def width(self) -> int | None:
+        """The bits of every matrix, where they are the same; None where they are not, or are chosen."""
+        return int(self.bits) if self.bits.isdigit() else None
+
     def _refuse_beside_bits(self) -> None:
-        """Raises `RankwiseError` for what cannot stand beside bits that are chosen."""
-        if not self.bits == self.allocation == MIXED:
-            asked = f"bits={self.bits} and allocation={self.allocation}"
-            raise RankwiseError(f"{asked}: bits=mixed chooses ranks and bits by itself, name no other allocation")
-        if self.target_bytes is None or self.memory is not None:
-            raise RankwiseError("bits=mixed spends bytes, with the model in memory: ask for target_bytes, and for no memory")
+        """Raises `RankwiseError` for what cannot stand beside few bits."""
+        asked = f"bits={self.bits}"
+        if self.bits == "stored" or self.allocation != MIXED:
+            raise RankwiseError(
+                f"{asked} and allocation={self.allocation}: where bits are named, no ranks are chosen: name one of them"
+            )
+        targets = [name for name in TARGETS if getattr(self, name) is not None]
+        if self.width is None and targets != ["target_bytes"]:
+            raise RankwiseError(f"{asked} spends bytes: ask for target_bytes")
+        if self.width is not None and targets:
+            raise RankwiseError(f"{asked} and {targets[0]} are two targets: ask for one, or for bits=mixed in target_bytes")
+        if self.memory is not None:
+            raise RankwiseError(f"{asked} holds the model in memory: ask for no memory")
         if self.refine:
-            raise RankwiseError("bits=mixed writes whole numbers, which refine cannot train: leave one of them out")
+            raise RankwiseError(f"{asked} writes whole numbers, which refine cannot train: leave one of them out")
         if self.keep:
-            raise RankwiseError("bits=mixed chooses for every matrix: leave out keep, or exclude what is to stay as it is")
+            raise RankwiseError(f"{asked} is for every matrix: leave out keep, or exclude what is to stay as it is")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

@@ -38,7 +38,8 @@ class Target:
                 run.left_dense[name] = "no rank makes it faster on this machine"
                 del run.shapes[name]
         target = cls(recipe, latency)
-        target.budget(run)
+        if recipe.width is None:
+            target.budget(run)
         return target
 
     def budget(self, run: Run) -> tuple[Shapes, Budget]:

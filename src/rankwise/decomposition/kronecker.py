@@ -18,8 +18,13 @@ SAMPLING = 3.0  # times features over tokens: how far a moment of few tokens is 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
     """The roots of the mean of g g^T over tokens [m, m] and of H [n, n], damped relative to their mean diagonals: the less text,
     the more."""
+    return output_root(moments), input_root(moments)
+
+
+def input_root(moments: Moments) -> Root:
+    """The root of H [n, n]."""
     assert moments.second is not None
-    return output_root(moments), Root.of(moments.second, damping(INPUT_DAMPING, moments.second, moments.count))
+    return Root.of(moments.second, damping(INPUT_DAMPING, moments.second, moments.count))
 
 
 def output_root(moments: Moments) -> Root:

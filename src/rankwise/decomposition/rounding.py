@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.calibration.moments import Moments
+from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import Metric
 from rankwise.decomposition.solver import Root
 from rankwise.layers.linear import bias_of, weight_of
@@ -52,10 +53,8 @@ class Rounding:
 def roundings(W: Tensor, widths: Sequence[int], metric: Metric, moments: Moments) -> dict[int, tuple[Rounding, float]]:
     """Bits -> W [m, n] in so many, and its squared error in the metric: in fewer than 8 by GPTQ, which needs the second moment of
     the inputs, in 8 every weight by itself."""
-    roots = metric.roots(moments)
-    assert roots[1] is not None
-    few = [bits for bits in widths if bits < BYTE]
-    found = Compensation.of(roots[1]).rounded(W, few) if few else {}
+    roots, few = metric.roots(moments), [bits for bits in widths if bits < BYTE]
+    found = Compensation.of(input_root(moments)).rounded(W, few) if few else {}
     found |= {bits: nearest(W, bits) for bits in widths if bits == BYTE}
     return {bits: (found[bits], found[bits].squared_error(W, *roots)) for bits in widths}
 
@@ -102,7 +101,7 @@ class Compensation:
 
     @classmethod
     def of(cls, inputs: Root) -> Compensation:
-        """From the root of the metric on inputs [n, n], and DAMPING above that."""
+        """From the root of H [n, n], damped as that of few tokens, and DAMPING above that."""
         assert inputs.full is not None
         damped = inputs.full / inputs.count
         damped.diagonal().add_(inputs.scale.square() + DAMPING * damped.diagonal().mean())

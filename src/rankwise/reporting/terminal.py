@@ -31,7 +31,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     for scope, title in titles.items():
         row = report["parameters"][scope]
         removed = report["achieved_rate"][scope]
-        table.add_row(title, f"{row['reference']:,}", f"{row['compressed']:,} (-{removed:.1%})")
+        table.add_row(title, f"{row['reference']:,}", f"{row['compressed']:,}" + (f" (-{removed:.1%})" if removed else ""))
     row = report["bytes"]["model"]
     table.add_row("bytes of weights", f"{row['reference']:,}", f"{row['compressed']:,}")
     if report["perplexity"] is not None:
@@ -62,8 +62,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         if 0 < len(steps) <= MOST_STEPS:
             console.print(f"KL on {text}, step by step: {', '.join(steps)}")
     dense = [name for name, rank in report["ranks"].items() if rank is None]
-    console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
     widths = Counter(report.get("bits", {}).values())
+    if len(dense) < len(report["ranks"]) or not widths:
+        console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
     if widths:
         console.print(
             "bits a number: " + ", ".join(f"{widths[bits]} matrices of {bits}" for bits in sorted(widths, reverse=True))
