@@ -135,7 +135,7 @@ def test_compress_writes_a_page_whose_figures_are_the_reports(folder: Path) -> N
         assert value == at(page.data, path)
         assert_same(text, value)
     shown = {path.removeprefix("/results/0/") for path, *_ in page.figures}
-    assert shown >= {"perplexity", "kl", "agreement", "achieved_rate/model", "bytes/model/compressed", "costs/tokens"}
+    assert shown >= {"perplexity", "kl", "agreement", "achieved_rate/linear", "bytes/model/compressed", "costs/tokens"}
     assert page.cells == {name: "dense" if rank is None else str(rank) for name, rank in report["ranks"].items()}
     for section in SECTIONS:
         assert section in page.text
@@ -143,6 +143,18 @@ def test_compress_writes_a_page_whose_figures_are_the_reports(folder: Path) -> N
         assert sample["prompt"] in page.text
     bytes_ = report["bytes"]["model"]
     assert f"{bytes_['reference'] / bytes_['compressed']:.2f}×" in page.text
+
+
+def test_a_page_of_few_bits_counts_bytes(llama: Path, story: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"calibration": str(story), "samples": 12, "length": 32, "bits": 4}
+    report = compress(llama, output=tmp_path / "small", **asked).report
+    page = Page(tmp_path / "small" / "report.html")
+    assert set(page.cells.values()) == {"4 bits"}
+    size = report["bytes"]["model"]
+    assert f"{100 * (1 - size['compressed'] / size['reference']):.1f}\u202f% smaller" in page.text
+    assert "in 4 bits" in page.text
+    assert "low-rank" not in page.text
+    assert "Where the bits went" in page.text
 
 
 def test_the_page_asks_for_nothing(folder: Path) -> None:

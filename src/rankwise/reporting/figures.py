@@ -122,18 +122,16 @@ def _inline(svg: bytes, name: str, description: str, titles: Mapping[str, str], 
 
 
 def paid_and_cost(name: str, points: Sequence[tuple[str, str, int, float]], kinds: Sequence[str]) -> Markup:
-    """A mark for each (matrix, kind, parameters removed, KL)."""
+    """A mark for each (matrix, kind, bytes saved, KL)."""
     floor = min((kl for *_, kl in points if kl > 0), default=1e-9)
-    with chart(name, "what each matrix paid and what it cost: parameters removed against KL") as drawing:
+    with chart(name, "what each matrix paid and what it cost: bytes saved against KL") as drawing:
         axes = drawing.axes
-        for matrix, kind, removed, kl in points:
+        for matrix, kind, saved, kl in points:
             series = kinds.index(kind) % len(SERIES)
-            gid = drawing.titled(f"{matrix}: {removed:,} parameters removed, KL {kl:.2g}")
-            axes.plot(
-                [removed], [max(kl, floor)], MARKERS[series], color=SERIES[series], markersize=6, alpha=0.85, gid=gid, mew=0
-            )
-        axes.set(xlabel="parameters removed", ylabel="KL alone, nats per token")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+            gid = drawing.titled(f"{matrix}: {saved:,} bytes saved, KL {kl:.2g}")
+            axes.plot([saved], [max(kl, floor)], MARKERS[series], color=SERIES[series], markersize=6, alpha=0.85, gid=gid, mew=0)
+        axes.set(xlabel="bytes saved", ylabel="KL alone, nats per token")
+        axes.xaxis.set_major_formatter(EngFormatter("B", sep=" "))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.set_xlim(left=0)
         drawing.log_scale()

@@ -46,9 +46,14 @@ class Matrix:
         return self.shape.dense - self.shape.parameters(self.rank)
 
     @property
+    def saved(self) -> int:
+        """Bytes."""
+        return round((1 - self.kept) * self.shape.dense * self.of_bits / 8)
+
+    @property
     def note(self) -> str:
         """All of it in a line."""
-        fate = "stays dense" if self.rank is None else f"rank {self.rank}"
+        fate = ("stays dense" if self.bits is None else "one matrix") if self.rank is None else f"rank {self.rank}"
         fate += "" if self.bits is None else f", {self.bits} bits a number"
         fate += "" if self.rank is None and self.bits is None else f", keeps {percent(self.kept)}"
         cost = "" if self.kl is None else f"; alone costs {brief(self.kl)} nats per token"
@@ -82,8 +87,11 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
         "speed": result.speed,
         "speed_path": f"/speeds/{number}",
         "worse": worse(report),
-        "grid": grid(report["ranks"], {m.name: m.kept for m in matrices}, {m.name: m.note for m in matrices}),
-        "dense": [m.name for m in matrices if m.rank is None],
+        "smaller": smaller(report),
+        "grid": grid(report["ranks"], {m.name: m.kept for m in matrices}, {m.name: m.note for m in matrices}, bits),
+        "low_rank": sum(m.rank is not None for m in matrices),
+        "dense": sum(m.rank is None and m.bits is None for m in matrices),
+        "widths": sorted({m.bits for m in matrices if m.bits is not None}),
         "matrices": sorted(matrices, key=lambda m: -(m.kl or 0)),
         "paid": _paid(identity, matrices, where),
         "spectra": _spectra(identity, result.spectra, where),
@@ -117,6 +125,13 @@ def faster(result: Result) -> Faster | None:
     return Faster(size["reference"] / size["compressed"], "by its bytes")
 
 
+def smaller(report: Mapping[str, Any]) -> float:
+    """By what share: of the parameters, or where they are in few bits of the bytes."""
+    size = report["bytes"]["model"]
+    removed: float = report["achieved_rate"]["model"]
+    return 1 - size["compressed"] / size["reference"] if report.get("bits") else removed
+
+
 def worse(report: Mapping[str, Any]) -> float | None:
     """By what share perplexity has risen, or None for a model that has none."""
     before, after = report["reference_perplexity"], report["perplexity"]
@@ -127,7 +142,7 @@ def worse(report: Mapping[str, Any]) -> float | None:
 
 def _paid(identity: str, matrices: Sequence[Matrix], where: Mapping[str, Place]) -> dict[str, Any] | None:
     """What each matrix paid and what it cost: a chart and its legend, where that was measured."""
-    points = [(m.name, where[m.name].kind, m.removed, m.kl) for m in matrices if m.kl is not None]
+    points = [(m.name, where[m.name].kind, m.saved, m.kl) for m in matrices if m.kl is not None]
     if not points:
         return None
     kinds = short_names(place.kind for place in where.values())
@@ -151,10 +166,12 @@ def _parted(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**sample, "same": texts[0][:length], "original": original, "compressed": compressed}
 
 
-def grid(ranks: Mapping[str, int | None], kept: Mapping[str, float], notes: Mapping[str, str]) -> dict[str, Any]:
+def grid(
+    ranks: Mapping[str, int | None], kept: Mapping[str, float], notes: Mapping[str, str], bits: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The heat map: `kinds` (type -> short name) across, `rows` [(layer, cells)] down; a cell is None where there is no matrix.
-    All experts of a layer share a cell."""
-    return laid_out(ranks, lambda names: _cell(names, ranks, kept, notes))
+    All experts of a layer share a cell. bits: of the matrices whose numbers are in few."""
+    return laid_out(ranks, lambda names: _cell(names, ranks, kept, notes, bits or {}))
 
 
 def laid_out(names: Iterable[str], cell: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
@@ -171,13 +188,26 @@ def laid_out(names: Iterable[str], cell: Callable[[list[str]], dict[str, Any]]) 
 
 
 def _cell(
-    names: Sequence[str], ranks: Mapping[str, int | None], kept: Mapping[str, float], notes: Mapping[str, str]
+    names: Sequence[str],
+    ranks: Mapping[str, int | None],
+    kept: Mapping[str, float],
+    notes: Mapping[str, str],
+    bits: Mapping[str, int],
 ) -> dict[str, Any]:
     low = [rank for name in names if (rank := ranks[name]) is not None]
+    few = [bits[name] for name in names if name in bits and ranks[name] is None]
     share = sum(kept[name] for name in names) / len(names)
-    text = "dense" if not low else f"{min(low)}" if min(low) == max(low) else f"{min(low)}–{max(low)}"
-    note = notes[names[0]] if len(names) == 1 else f"{len(names)} experts, ranks {text}, {len(names) - len(low)} stay dense"
-    return {"matrix": names[0] if len(names) == 1 else None, "dense": not low, "share": share, "text": text, "note": note}
+    text = ", ".join(filter(None, [_range(low), f"{_range(few)} bits" if few else ""])) or "dense"
+    rest = len(names) - len(low) - len(few)
+    note = notes[names[0]] if len(names) == 1 else f"{len(names)} experts: {text}" + (f", {rest} stay dense" if rest else "")
+    dense = not low and not few
+    return {"matrix": names[0] if len(names) == 1 else None, "dense": dense, "share": share, "text": text, "note": note}
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """The least and the largest, or nothing of none."""
+    least, largest = min(numbers, default=""), max(numbers, default="")
+    return f"{least}" if least == largest else f"{least}–{largest}"
 
 
 def legend(labels: Iterable[str]) -> list[dict[str, Any]]:
