@@ -33,13 +33,13 @@ def refine(
     for refinement in refinements:
         key = digest(key, refinement)
         learning = stages.learning_student(stream.run, student, key)
-        refined = functools.partial(_refined, stream, learning, refinement)
+        refined = functools.partial(_refined, stream, learning, refinement, key)
         student.shipped, records = if_better(student, student.shipped, refinement, refined)
         history += records
     return history
 
 
-def _refined(stream: Stream, student: StreamedStudent, refinement: BlockByBlock, losses: list[float]) -> Layers:
+def _refined(stream: Stream, student: StreamedStudent, refinement: BlockByBlock, key: str, losses: list[float]) -> Layers:
     """The student's shipped layers, trained."""
     before, hidden = student.shipped, [Activations(f"refined-{which}", stream.room) for which in ("original", "compressed")]
 
@@ -51,11 +51,12 @@ def _refined(stream: Stream, student: StreamedStudent, refinement: BlockByBlock,
             pass
     for states in hidden:
         states.clear()
-    return student.layers_of(before, _reader(stream, student, before))
+    return student.layers_of(before, _reader(stream, before, key))
 
 
-def _reader(stream: Stream, student: StreamedStudent, before: Layers) -> Callable[[str], nn.Module]:
-    """What makes a layer anew of what was kept of its block, which is held until another block's is wanted."""
+def _reader(stream: Stream, before: Layers, key: str) -> Callable[[str], nn.Module]:
+    """What makes a layer anew of what was kept of its block, which is held until another block's is wanted. Each process reads
+    for itself: only the first writes the result."""
     held: dict[int, dict[str, Tensor]] = {}
 
     def layer(name: str) -> nn.Module:
@@ -63,7 +64,7 @@ def _reader(stream: Stream, student: StreamedStudent, before: Layers) -> Callabl
         assert index is not None
         if index not in held:
             held.clear()  # before the next is there
-            held[index] = student.kept(f"block-{index}", (), dict)
+            held[index] = stream.run.folder.cached(f"refinement/block-{index}", digest(key), dict)
         return with_tensors({name: before[name]}, held[index])[name]
 
     return layer
