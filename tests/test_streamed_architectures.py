@@ -11,7 +11,7 @@ from architectures import EXPERTS, GQA, SMALL, VOCABULARY
 from safetensors.torch import load_file, save_file
 from test_streaming import both
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from rankwise import RankwiseError, compress
 from rankwise.calibration.signal import frozen, signal_of
@@ -115,6 +115,15 @@ def logits_of(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("kind", sorted(POPULAR | OTHERS))
 def test_every_kind_agrees_with_the_model_in_memory(kind: str, tmp_path: Path) -> None:
     model = random_model(kind)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(run_block_by_block(tmp_path, WINDOWS[:2]), logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def test_beside_a_larger_tower_of_pictures_the_text_goes_block_by_block(tmp_path: Path) -> None:
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 16}
+    text = GQA | {"model_type": "llama"}
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).eval()
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(run_block_by_block(tmp_path, WINDOWS[:2]), logits_of(model), rtol=1e-4, atol=1e-4)
 

@@ -67,8 +67,8 @@ class Blocks:
 
     @classmethod
     def of(cls, model: PreTrainedModel, matrices: Collection[str], device: torch.device, **more: Any) -> Self:
-        """The largest list of blocks that holds some of the `matrices`. Raises `InMemoryOnlyError` for a model that is no
-        plain decoder with such a list."""
+        """The largest list of blocks that holds some of the `matrices`, one that reads text where there is one. Raises
+        `InMemoryOnlyError` for a model that is no plain decoder with such a list."""
         name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise InMemoryOnlyError(f"only decoders go block by block, and {name} has an encoder too")
@@ -84,7 +84,9 @@ class Blocks:
             raise InMemoryOnlyError(f"only models of tokens go block by block, and {name} shows no embeddings") from None
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+        text = {id(module) for module in model.get_decoder().modules()}
+        sizes = {path: sum(parameter.numel() for parameter in blocks.parameters()) for path, blocks in lists.items()}
+        path = max(lists, key=lambda path: (id(lists[path]) in text, sizes[path]))
         return cls(model, path, device, width, **more)
 
     def __len__(self) -> int:
