@@ -106,7 +106,7 @@ class Case:
     def load(self, name: str) -> Any:
         """The model in a folder of this case, of which every weight was read."""
         options = {"dtype": "auto", "output_loading_info": True}
-        model, said = type(self.model).from_pretrained(self.folder / name, **options)
+        model, said = getattr(transformers, self.auto).from_pretrained(self.folder / name, **options)
         assert not any(said.values()), f"loading says {said}"
         return aligned(model.eval())
 

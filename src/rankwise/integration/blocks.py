@@ -198,6 +198,9 @@ class Blocks:
         except Exception as error:  # models read what is not there in as many ways as there are
             if isinstance(error, RankwiseError) or is_out_of_memory(error):
                 raise
+            if not self.reads_embedding:  # its weight perhaps, without a call
+                self.reads_embedding = True
+                return self.try_out(batch)
             why = reason(error)
             raise InMemoryOnlyError(f"{type(self.model).__name__} does not run block by block ({why})") from None
 
@@ -222,7 +225,8 @@ class Blocks:
         handed_on = all(torch.equal(got, answer) for got, _ in alike[1:]) and order == list(range(len(self)))
         if not handed_on or not all(own.same(call) for call, (_, own) in zip(calls, alike, strict=True)):
             raise InMemoryOnlyError(f"{type(self.model).__name__} does more with its blocks than handing on hidden states")
-        self.reads_embedding = not (torch.equal(signal.values, other.values) and all(map(Call.same, calls, others)))
+        if not (torch.equal(signal.values, other.values) and all(map(Call.same, calls, others))):
+            self.reads_embedding = True
         self.head_by_rows = signal.head is not None or not signal.categorical
         return self.reads_embedding or not self.head_by_rows or self.width > width
 
@@ -234,9 +238,9 @@ class Blocks:
             return 0
         if call.shared is None:
             raise InMemoryOnlyError(f"later blocks of {type(self.model).__name__} read the keys of earlier ones")
-        heads = max(config.num_key_value_heads, getattr(config, "num_global_key_value_heads", None) or 0)
-        width = max(config.head_dim, getattr(config, "global_head_dim", None) or 0)
-        return 2 * heads * width * len(set(config.layer_types))
+        modules: Any = self._list.named_modules()
+        keys = max((module.out_features for name, module in modules if name.endswith("k_proj")), default=self._states)
+        return 2 * keys * len(set(config.layer_types))
 
     def _outside_of_blocks(self, batch: Batch, answer: Tensor) -> tuple[list[Call], Signal]:
         """How every block is called, and what the model makes of the last one's answer."""
