@@ -56,6 +56,15 @@ def test_blocks_before_the_first_mask_do_not_run() -> None:
     assert len(first) == len(student.selection)
 
 
+def test_blocks_that_later_ones_read_from_are_run() -> None:
+    student, whole, notes = deep(), deep(), list[Tensor]()
+    expected = whole.divergence(only(whole, 2))
+    first, last = (student.model.get_submodule(f"model.layers.{block}.mlp") for block in (0, 2))
+    first.register_forward_hook(lambda module, inputs, output: notes.append(output))
+    last.register_forward_pre_hook(lambda module, inputs: notes.pop() * 0 + inputs[0])
+    assert student.divergence(only(student, 2)) == expected
+
+
 def test_nothing_is_kept_beyond_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trunk_module, "KEPT_BYTES", 0)
     student = deep()

@@ -8,9 +8,11 @@ it all. So any decoder with one list of blocks works, and the numbers are those 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import UserDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -41,6 +43,11 @@ class Call:
         """Every value in it, in order."""
         return tree_leaves((self.arguments, self.keywords))
 
+    @property
+    def shared(self) -> UserDict[str, tuple[Tensor, ...]] | None:
+        """Where some blocks put their keys and values [sequences, heads, length, width], which later ones read."""
+        return next((leaf for leaf in self.leaves() if isinstance(leaf, UserDict)), None)
+
     def same(self, other: Call) -> bool:
         """Whether the other has the same tensors in it."""
         pair = [[leaf for leaf in call.leaves() if isinstance(leaf, Tensor)] for call in (self, other)]
@@ -51,9 +58,9 @@ class Call:
 class Blocks:
     """A model, and the path of its list of blocks.
 
-    What `try_out` finds: width, the numbers that hidden states have for each token; axis, the one of sequences in them;
-    reads_embedding, whether blocks are handed more of the embeddings than their hidden states; head_by_rows, whether the
-    model's logits can be had a few rows at a time, or it has none.
+    What `try_out` finds: width, the numbers that hidden states have for each token, with what blocks share at most; axis, the
+        one of sequences in them; reads_embedding, whether blocks are handed more of the embeddings than their hidden states;
+        head_by_rows, whether the model's logits can be had a few rows at a time, or it has none.
     """
 
     model: PreTrainedModel
@@ -64,16 +71,16 @@ class Blocks:
     reads_embedding: bool = False
     head_by_rows: bool = True
     _answer: Callable[[Tensor], Any] = lambda hidden: hidden  # of a block with these hidden states; known once one was run
+    _states: int = 0  # the last axis of hidden states, without the keys and values that later blocks read
+    _shared: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # heads and width of these, once they were made
 
     @classmethod
     def of(cls, model: PreTrainedModel, matrices: Collection[str], device: torch.device, **more: Any) -> Self:
-        """The largest list of blocks that holds some of the `matrices`. Raises `InMemoryOnlyError` for a model that is no
-        plain decoder with such a list."""
+        """The largest list of blocks that holds some of the `matrices`, one that reads text where there is one. Raises
+        `InMemoryOnlyError` for a model that is no plain decoder with such a list."""
         name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise InMemoryOnlyError(f"only decoders go block by block, and {name} has an encoder too")
-        if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-            raise InMemoryOnlyError(f"later blocks of {name} read the keys of earlier ones")
         lists = block_lists(model, matrices)
         if not lists:
             raise InMemoryOnlyError(f"only a model with a list of blocks goes block by block, and {name} has none")
@@ -84,7 +91,9 @@ class Blocks:
             raise InMemoryOnlyError(f"only models of tokens go block by block, and {name} shows no embeddings") from None
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+        text = {id(module) for module in model.get_decoder().modules()}
+        sizes = {path: sum(parameter.numel() for parameter in blocks.parameters()) for path, blocks in lists.items()}
+        path = max(lists, key=lambda path: (id(lists[path]) in text, sizes[path]))
         return cls(model, path, device, width, **more)
 
     def __len__(self) -> int:
@@ -134,14 +143,33 @@ class Blocks:
             return self._reach(index, batch)[1]
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """What the loaded block makes of the hidden states."""
-        output = self._list[index](hidden.to(self.device), *call.arguments, **call.keywords)
-        if isinstance(output, Tensor):
-            return output
-        result: Tensor = output[0]
-        kind, rest = type(output), [part if part is None else UNKNOWN for part in output[1:]]
-        self._answer = lambda hidden: kind([hidden, *rest])
-        return result
+        """What the loaded block makes of the hidden states; beside them go the keys and values that later blocks read."""
+        hidden, shared = hidden.to(self.device), call.shared
+        if shared is not None:
+            hidden = self._apart(hidden, shared)
+        output = self._list[index](hidden, *call.arguments, **call.keywords)
+        result: Tensor = output if isinstance(output, Tensor) else output[0]
+        if not isinstance(output, Tensor):
+            kind, rest = type(output), [part if part is None else UNKNOWN for part in output[1:]]
+            self._answer = lambda hidden: kind([hidden, *rest])
+        return result if shared is None else self._together(result, shared)
+
+    def _together(self, hidden: Tensor, shared: UserDict[str, tuple[Tensor, ...]]) -> Tensor:
+        """The hidden states [..., sequences, length, width], and in the same axis all that is shared, which is forgotten."""
+        tensors = [tensor for pair in shared.values() for tensor in pair]
+        self._shared |= {key: [(t.shape[1], t.shape[3]) for t in pair] for key, pair in shared.items()}
+        shared.clear()
+        return torch.cat([hidden, *(t.transpose(1, 2).flatten(2).expand(*hidden.shape[:-1], -1) for t in tensors)], -1)
+
+    def _apart(self, hidden: Tensor, shared: UserDict[str, tuple[Tensor, ...]]) -> Tensor:
+        """Undo `_together`."""
+        hidden, beside = hidden.tensor_split([self._states], -1)
+        beside = beside[(0,) * (beside.ndim - 3)]
+        for key, sizes in self._shared.items():
+            if beside.shape[-1]:
+                *parts, beside = beside.tensor_split(list(itertools.accumulate(heads * width for heads, width in sizes)), -1)
+                shared[key] = tuple(p.unflatten(-1, size).transpose(1, 2) for p, size in zip(parts, sizes, strict=True))
+        return hidden
 
     def sequence(self, hidden: Tensor, index: int) -> Tensor:
         """One sequence of hidden states, as a batch."""
@@ -170,6 +198,9 @@ class Blocks:
         except Exception as error:  # models read what is not there in as many ways as there are
             if isinstance(error, RankwiseError) or is_out_of_memory(error):
                 raise
+            if not self.reads_embedding:  # its weight perhaps, without a call
+                self.reads_embedding = True
+                return self.try_out(batch)
             why = reason(error)
             raise InMemoryOnlyError(f"{type(self.model).__name__} does not run block by block ({why})") from None
 
@@ -178,10 +209,12 @@ class Blocks:
         with self._no_embedding(random):
             hidden, call = self._reach(0, few)
             two = self.enter({name: torch.cat([tensor, tensor]) for name, tensor in few.items()})
+        self._states = hidden.shape[-1]
         with self.loaded(self.names(0)):
-            answer = self.run(0, hidden, call)
+            answer = self.run(0, hidden, call)[..., : self._states]
         (self.axis,) = (axis for axis, size in enumerate(hidden.shape) if two.shape[axis] != size)
-        width, self.width = self.width, hidden.numel() // next(iter(few.values())).numel()
+        each = hidden.numel() // next(iter(few.values())).numel()
+        width, self.width = self.width, each // self._states * (self._states + self._width_of_shared(call))
         with self.loaded(self.outside()["head"]):
             with self._no_embedding(random):
                 others, other = self._outside_of_blocks(few, answer)
@@ -192,9 +225,22 @@ class Blocks:
         handed_on = all(torch.equal(got, answer) for got, _ in alike[1:]) and order == list(range(len(self)))
         if not handed_on or not all(own.same(call) for call, (_, own) in zip(calls, alike, strict=True)):
             raise InMemoryOnlyError(f"{type(self.model).__name__} does more with its blocks than handing on hidden states")
-        self.reads_embedding = not (torch.equal(signal.values, other.values) and all(map(Call.same, calls, others)))
+        if not (torch.equal(signal.values, other.values) and all(map(Call.same, calls, others))):
+            self.reads_embedding = True
         self.head_by_rows = signal.head is not None or not signal.categorical
         return self.reads_embedding or not self.head_by_rows or self.width > width
+
+    def _width_of_shared(self, call: Call) -> int:
+        """The numbers, at most, that blocks share for each token: keys and values of each kind of block. Raises
+        `InMemoryOnlyError` where they share them in another way than `Call.shared`."""
+        config = self.model.config.get_text_config()
+        if not getattr(config, "num_kv_shared_layers", 0):
+            return 0
+        if call.shared is None:
+            raise InMemoryOnlyError(f"later blocks of {type(self.model).__name__} read the keys of earlier ones")
+        modules: Any = self._list.named_modules()
+        keys = max((module.out_features for name, module in modules if name.endswith("k_proj")), default=self._states)
+        return 2 * keys * len(set(config.layer_types))
 
     def _outside_of_blocks(self, batch: Batch, answer: Tensor) -> tuple[list[Call], Signal]:
         """How every block is called, and what the model makes of the last one's answer."""

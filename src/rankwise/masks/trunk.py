@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.calibration.signal import Signal, signal_of
 from rankwise.calibration.tokens import Batch
+from rankwise.errors import is_out_of_memory
 from rankwise.layers.blocks import block_lists, block_of
 
 KEPT_BYTES = 2**30  # the blocks' answers are kept below this size
@@ -25,7 +26,7 @@ KEPT_BYTES = 2**30  # the blocks' answers are kept below this size
 class Trunk:
     """A model's one list of blocks, and what they answer on some batches.
 
-    sound: whether a run from the middle gave the model's own signal; tried on the first batch.
+    sound: whether runs from the middle and of the last block alone gave the model's own signal; tried on the first batch.
     """
 
     model: nn.Module
@@ -55,12 +56,22 @@ class Trunk:
         if self.sound is not False and id(batch) not in self._answers:
             answers, signal = self._observed(batch)
             if self.sound is None:
-                with self._from(len(self.blocks) // 2, answers):
-                    self.sound = torch.equal(signal_of(self.model, batch).values, signal.values)
+                starts = len(self.blocks) // 2, len(self.blocks) - 1
+                self.sound = all(self._gives(signal, batch, first, answers) for first in starts)
             taken = sum(_bytes(kept) for _, kept in self._answers.values())
             if self.sound and taken + _bytes(answers) <= KEPT_BYTES:
                 self._answers[id(batch)] = (batch, answers)  # the batch too, lest another one get its id
         return id(batch) in self._answers
+
+    def _gives(self, signal: Signal, batch: Batch, first: int, answers: list[Any]) -> bool:
+        """Whether the model gives this signal without its blocks before the `first`."""
+        try:
+            with self._from(first, answers):
+                return torch.equal(signal_of(self.model, batch).values, signal.values)
+        except Exception as error:  # of what later blocks read besides: keys and values that earlier ones leave for them
+            if is_out_of_memory(error):
+                raise
+            return False
 
     def _observed(self, batch: Batch) -> tuple[list[Any], Signal]:
         """What every block answers, and the model's signal."""
