@@ -30,6 +30,7 @@ CASES = [
     ("compress no-weights", "cannot load no-weights"),
     ("compress small", "already compressed"),
     ("compress quantized", "quantized .*gptq"),
+    ("compress mxfp4", "quantization_config=Mxfp4Config\\(dequantize=True\\) and compress\\(\\) it in memory"),
     ("compress llama --calibration nowhere.txt", "no such text.*nowhere.txt"),
     ("compress llama --calibration ./nowhere", "no such text.*nowhere"),
     ("compress llama --calibration nowhere", "no such text.*nowhere"),
@@ -155,6 +156,7 @@ def bad(llama: Path, small_llama: Path, story: Path, tmp_path_factory: pytest.Te
     (copy(llama, "no-weights") / "model.safetensors").unlink()
     (copy(llama, "broken-config") / "config.json").write_text("{")
     change_json(copy(llama, "quantized") / "config.json", lambda c: c | {"quantization_config": {"quant_method": "gptq"}})
+    change_json(copy(llama, "mxfp4") / "config.json", lambda c: c | {"quantization_config": {"quant_method": "mxfp4"}})
     change_json(
         copy(small_llama, "newer") / "config.json",
         lambda c: c | {"quantization_config": c["quantization_config"] | {"format_version": 99}},
