@@ -22,7 +22,7 @@ from rankwise.estimate import Estimate
         ("default", 135_000_000, "cpu", 28_672),
         ("default", 7_000_000_000, "cuda", 2**18),
         ("quick", 1_000_000, "cpu", 2**15),
-        ("quick", 135_000_000, "cpu", 16_384),
+        ("quick", 135_000_000, "cpu", 12_288),
         ("thorough", 7_000_000_000, "cpu", 2**18),
     ],
 )

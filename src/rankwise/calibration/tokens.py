@@ -18,7 +18,7 @@ from rankwise.progress import progress
 Batch = dict[str, Tensor]
 
 MOST_TEXT = 2**18  # tokens of a calibration: 128 windows of 2048, the field's habit
-LEAST_TEXT, LEAST_QUICK = 7 * 2**12, 2**14  # by default, and in a hurry
+LEAST_TEXT, LEAST_QUICK = 7 * 2**12, 3 * 2**12  # by default, and in a hurry
 SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
 PLACE = 8, 2**11  # characters of a piece: for each token of a window, and at least
 LEAST_SAMPLES = 16  # however long they are
@@ -33,7 +33,7 @@ INSIDE = "text_config", "encoder", "decoder", "text_encoder"  # configs within a
 
 def text_of(effort: str, parameters: int, device: str) -> int:
     """Tokens of a calibration text: 262,144 for a thorough run. By default as many on a GPU and for a small model; on a CPU
-    fewer, the larger the model, but 28,672 at least. A quick run reads an eighth of the default, but 16,384 at least."""
+    fewer, the larger the model, but 28,672 at least. A quick run reads an eighth of the default, but 12,288 at least."""
     most = MOST_TEXT
     if device == "cpu" and effort != "thorough":
         most = max(LEAST_TEXT, min(MOST_TEXT, MOST_TEXT * SMALL_MODEL // parameters))
