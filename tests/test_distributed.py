@@ -102,18 +102,14 @@ def test_as_one_process(processes: int, more: list[str], folder: Path) -> None:
         torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_refined_block_by_block_as_in_one_process(folder: Path) -> None:
-    asked = ["--refine", "blocks passes=2 tokens=256", "--allocation", "uniform", "--samples", "200"]
-    for output, processes, more in (("refined", 1, []), ("refined-by-2", 2, ["--memory", "8GB"])):
-        process = start(folder, output, processes, *asked, *more)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    one, several = (json.loads((folder / name / "report.json").read_text()) for name in ("refined", "refined-by-2"))
-    assert one["ranks"] == several["ranks"]
-    for report in (one, several):
-        before, after = (record["kl"] for record in report["history"][-2:])
-        assert after < before
-    assert several["kl"] == pytest.approx(one["kl"], rel=1e-2)
+def test_refined_block_by_block_by_two(folder: Path) -> None:
+    asked = ["--refine", "blocks passes=2 tokens=256", "--allocation", "uniform", "--samples", "200", "--memory", "8GB"]
+    process = start(folder, "refined", 2, *asked)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("written to") == 1
+    before, after = (record["kl"] for record in json.loads((folder / "refined" / "report.json").read_text())["history"][-2:])
+    assert after < before
 
 
 def test_what_is_wrong_is_said_once(folder: Path) -> None:
