@@ -59,8 +59,8 @@ def table(found: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> s
     tasks = next(iter(found.values()))
     lines = [
         f"### {args.model.name}: {args.limit} items of each task\n",
-        "Accuracy in per cent (difference to the original, and its 95 % interval).",
-        f"{machine()}. In italics where the original itself is not above chance: there a difference tells nothing.\n",
+        "Accuracy in per cent (difference to the original, and its 95 % interval; items right before and wrong now, or the",
+        f"other way). {machine()}. In italics where the original itself is not above chance: there a difference tells nothing.\n",
         f"| task | by guessing | original | {' | '.join(found)} |",
         "|---|---|---|" + "---|" * len(found),
     ]
@@ -70,13 +70,14 @@ def table(found: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> s
         name = task.removeprefix("local_")
         above = own["above_chance"] is None or own["above_chance"]["reference"]
         cells = [_cell(each[task]["metrics"]["acc"]) for each in found.values()]
-        lines.append(f"| {name if above else f'*{name}*'} | {chance} | {100 * own['reference']:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {name if above else f'*{name}*'} | {chance} | {100 * own['reference']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(metric: Mapping[str, Any]) -> str:
     low, high = metric["intervals"]["difference"]
-    return f"{100 * metric['compressed']:.1f} ({100 * metric['difference']:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
+    figures = metric["compressed"], metric["difference"], low, high, metric["flips"]
+    return "{:.0f} ({:+.0f}: {:+.0f} to {:+.0f}; {:.0f})".format(*(100 * figure for figure in figures))
 
 
 def main() -> None:
