@@ -302,6 +302,9 @@ def test_the_same_bits_everywhere(name: str, bits: int, tmp_path: Path) -> None:
     assert set(result.ranks.values()) == {None}
     assert {result.report["bits"][name] for name in result.ranks} == {bits}
     assert result.recipe.rate is None
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "low" not in card
+    assert f"{bits} bits for every matrix" in card
     assert Recipe.read(tmp_path / "small") == result.recipe
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert result.model is not None

@@ -136,7 +136,21 @@ def _asked(recipe: Recipe) -> str:
         return f"A speed-up of {recipe.target_speedup}"
     if recipe.ranks is not None:
         return "The ranks of a plan"
+    if recipe.width is not None:
+        return f"{recipe.width} bits for every matrix"
     return f"Rate {recipe.rate}"
+
+
+def _made(report: Mapping[str, Any], recipe: Recipe) -> str:
+    """What became of the original's weight matrices."""
+    low_rank = any(report["ranks"].values())
+    if not report.get("bits"):
+        fewer = f"{report['achieved_rate'][recipe.scope]:.1%} fewer parameters (scope: {recipe.scope})"
+        return f"with {fewer}: its weight\nmatrices are of low rank, the rank of each chosen by rankwise."
+    size, widths = report["bytes"]["model"], sorted(set(report["bits"].values()))
+    smaller = f"in {1 - size['compressed'] / size['reference']:.1%} fewer bytes"
+    bits = f"{', '.join(map(str, widths))} bits" + (", some of low rank," if low_rank else "")
+    return f"{smaller}: its weight\nmatrices are written in {bits} by rankwise."
 
 
 def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -> ModelCard:
@@ -145,7 +159,7 @@ def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -
         base_model=report["base_model"] if "/" in report["base_model"] and not Path(report["base_model"]).exists() else None,
         base_model_relation="quantized",
         library_name="transformers",
-        tags=["rankwise", "low-rank", "compressed"],
+        tags=["rankwise", *(["low-rank"] if any(report["ranks"].values()) else []), "compressed"],
     )
     model, linear = report["parameters"]["model"], report["parameters"]["linear"]
     perplexity = ""
@@ -160,8 +174,7 @@ def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -
 
 # {name}
 
-{report["base_model"]} with {report["achieved_rate"][recipe.scope]:.1%} fewer parameters (scope: {recipe.scope}): its weight
-matrices are of low rank, the rank of each chosen by rankwise.
+{report["base_model"]} {_made(report, recipe)}
 
 ```python
 import rankwise  # teaches transformers this format
