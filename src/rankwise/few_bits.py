@@ -18,6 +18,7 @@ from rankwise.decomposition.rounding import Rounding, low_rank_in_bits, rounding
 from rankwise.decomposition.solver import Decomposition
 from rankwise.integration.artifact import decomposition_key
 from rankwise.layers.linear import bias_of, weight_of
+from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE, WIDTHS, pack, unpack
 from rankwise.layers.tables import tables_of
@@ -69,13 +70,14 @@ def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: in
 
 def alike(run: Run, student: Student, statistics: Statistics, metric: str, width: int) -> Allocation:
     """Every matrix in so many bits. The student has the layers from here on."""
-    nothing = dict.fromkeys(run.shapes)
-    chosen = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, width))
-    student.shipped = tables_in_bits(tables_of(run.model, run.shapes))
-    for name in progress(run.shapes, f"writing in {width} bits"):
-        rounding = _rounding(run, statistics, metric, name, width, among=(width,))
-        student.shipped[name] = rounding.layer(bias_of(run.model.get_submodule(name)))
+    chosen = _all_in(run, width)
+    student.shipped = written_in_bits(run, statistics, {}, metric, chosen, PairLinear.form, among=(width,))
     return with_tables(chosen, student.shipped)
+
+
+def _all_in(run: Run, width: int) -> Allocation:
+    nothing = dict.fromkeys(run.shapes)
+    return Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, width))
 
 
 def choose_in_bits(
@@ -126,21 +128,26 @@ def plans_in_bits(
         w for w in WIDTHS if sum(offer.bytes[offer.ways.index((None, w))] for offer in offers.values()) <= budget.parameters
     ]
     if fitting:
-        nothing = dict.fromkeys(run.shapes)
-        alike = Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, max(fitting)))
-        plans[SAME_BITS] = written(SAME_BITS, alike)
+        plans[SAME_BITS] = written(SAME_BITS, _all_in(run, max(fitting)))
     return plans
 
 
 def written_in_bits(
-    run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, chosen: Allocation, form: str
+    run: Run,
+    statistics: Statistics,
+    decompositions: Mapping[str, Decomposition],
+    metric: str,
+    chosen: Allocation,
+    form: str,
+    among: Sequence[int] = WIDTHS,
 ) -> dict[str, nn.Module]:
-    """The layers of the matrices that are written in few bits, and of the vocabulary's tables."""
+    """The layers of the matrices that are written in few bits, and of the vocabulary's tables. form: of those of low rank.
+    among: the widths that each matrix is rounded to together, as they are kept together."""
     layers = tables_in_bits(tables_of(run.model, run.shapes))
     for name, bits in progress(chosen.bits.items(), "writing in few bits"):
         linear, mask = run.model.get_submodule(name), chosen.masks[name]
         if mask is None or is_whole(mask):
-            layers[name] = _rounding(run, statistics, metric, name, bits, WIDTHS).layer(bias_of(linear))
+            layers[name] = _rounding(run, statistics, metric, name, bits, among).layer(bias_of(linear))
         else:
             layer = factorised(decompositions[name], mask, bias_of(linear), form).to(weight_of(linear).dtype)
             layers[name] = low_rank_in_bits(layer, bits)

@@ -22,9 +22,6 @@ DEFAULT_RATE = 0.2
 IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
 
 
-Bits = Literal["stored", "mixed", "2", "3", "4", "5", "6", "8"]
-
-
 class Recipe(BaseModel):
     """What was asked for. Two equal recipes on the same model and text give the same ranks, bit for bit."""
 
@@ -80,7 +77,7 @@ class Recipe(BaseModel):
         "by itself takes distil",
     )
     rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
-    bits: Bits = Field(
+    bits: Literal["stored", "mixed", "2", "3", "4", "5", "6", "8"] = Field(
         "stored",
         description="what numbers are written in: as the model's are (stored), as few bits as fit target-bytes best (mixed), or "
         "the same of every matrix, 2 to 8, by GPTQ, and no rank is chosen",

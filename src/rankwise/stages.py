@@ -86,7 +86,7 @@ def start(
     folder: RunFolder,
     identity: str | None = None,
     gradients: bool = True,
-    rehearse: Callable[[Run], object] = bool,
+    rehearse: Callable[[Run], object] = lambda _: None,
 ) -> Run:
     """Read the text, open the model, find its matrices, check that every rate can be reached, cut the text into batches.
 
