@@ -80,7 +80,7 @@ def published(W: Tensor, H: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def ours(W: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    d = decompose(W, *whitened.roots(Moments(second=H)))
+    d = decompose(W, *whitened.roots(Moments(input=H)))
     return d.second[:, :rank], d.first[:rank]
 
 

@@ -90,8 +90,8 @@ def test_rounding_looks_at_the_inputs(bits: int) -> None:
 def test_odd_weights_and_inputs_are_rounded(bits: int, what: str) -> None:
     W, moments = drawn(6, 70), moments_of(70, 6)
     if what == "one feature":
-        moments.second = torch.zeros(70, 70, dtype=torch.float64)
-        moments.second[3, 3] = 1.0
+        moments.input = torch.zeros(70, 70, dtype=torch.float64)
+        moments.input[3, 3] = 1.0
     else:
         W = W * {"zero": 0.0, "huge": 1e30, "tiny": 1e-30}[what]
     rounding, _ = roundings(W, (bits,), kronecker, moments)[bits]

@@ -64,11 +64,11 @@ def test_every_quick_allocator_is_there() -> None:
 Roots = Callable[[Moments], tuple[Root | None, Root | None]]
 BREAKING_METRICS: dict[Any, Roots] = {  # law -> roots that break it
     metric_laws.full_rank_is_exact: lambda m: (Root(torch.zeros(len(of(m.output)), dtype=torch.float64)), None),
-    metric_laws.spectrum_descends: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64))),
-    metric_laws.error_is_the_tail: lambda m: (None, Root(torch.ones(len(of(m.second)), dtype=torch.float64), -of(m.second))),
-    metric_laws.components_are_orthogonal: lambda m: (None, Root(torch.zeros(len(of(m.second)), dtype=torch.float64), skewed(m))),
+    metric_laws.spectrum_descends: lambda m: (None, Root(torch.zeros(len(of(m.input)), dtype=torch.float64))),
+    metric_laws.error_is_the_tail: lambda m: (None, Root(torch.ones(len(of(m.input)), dtype=torch.float64), -of(m.input))),
+    metric_laws.components_are_orthogonal: lambda m: (None, Root(torch.zeros(len(of(m.input)), dtype=torch.float64), skewed(m))),
     metric_laws.affine_keeps_the_mean: lambda m: (Root(torch.zeros(len(of(m.output)), dtype=torch.float64)), None),
-    metric_laws.same_twice: lambda m: (None, Root(torch.rand(len(of(m.second)), dtype=torch.float64))),
+    metric_laws.same_twice: lambda m: (None, Root(torch.rand(len(of(m.input)), dtype=torch.float64))),
     metric_laws.scale_is_free: lambda m: (Root(of(m.output).diagonal() + 100), None),
 }
 
@@ -80,12 +80,12 @@ def of(moment: torch.Tensor | None) -> torch.Tensor:
 
 def skewed(moments: Moments) -> torch.Tensor:
     """Not symmetric, so no metric."""
-    return of(moments.second).tril()
+    return of(moments.input).tril()
 
 
 @pytest.mark.parametrize("law", METRIC_LAWS)
 def test_a_metric_that_breaks_a_law_is_found_out(law: Any) -> None:
-    broken: Any = SimpleNamespace(NEEDS=frozenset({"first", "second", "absolute", "output"}), roots=BREAKING_METRICS[law])
+    broken: Any = SimpleNamespace(NEEDS=frozenset({"total", "input", "absolute", "output"}), roots=BREAKING_METRICS[law])
     with pytest.raises(AssertionError):
         law(broken, *tiny_matrix(CASES["tall"]))
 

@@ -18,7 +18,7 @@ from rankwise.calibration.signal import frozen
 from rankwise.calibration.tokens import Batch
 from rankwise.layers.matrices import find_matrices, unstack_experts
 
-ALL = ("second", "absolute", "output", "fisher")
+ALL = ("input", "absolute", "output", "fisher")
 SEED = 5
 WINDOWS = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(0))
 LENGTHS = (12, 7, 9)  # of the padded batch's sequences
@@ -71,7 +71,7 @@ def by_hand(model: PreTrainedModel, names: list[str]) -> dict[str, dict[str, Ten
             assert output.grad is not None
             x, g = x.detach()[0], output.grad[0]
             new = {
-                "second": torch.einsum("ti,tj->ij", x, x),
+                "input": torch.einsum("ti,tj->ij", x, x),
                 "absolute": x.abs().sum(0),
                 "output": torch.einsum("ti,tj->ij", g, g),
                 "fisher": weight.grad.square().sum(0),
@@ -108,7 +108,7 @@ def test_only_what_is_needed_is_collected() -> None:
 
 def test_matrices_that_read_the_same_activations_share_a_site() -> None:
     model, names = llama()
-    site_of = collect(model, names, BATCHES, ("second",)).site_of
+    site_of = collect(model, names, BATCHES, ("input",)).site_of
     for layer in range(2):
         attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
         assert {site_of[attention + p] for p in ("q_proj", "k_proj", "v_proj")} == {attention + "q_proj"}
@@ -120,10 +120,10 @@ def test_matrices_that_read_the_same_activations_share_a_site() -> None:
 
 def test_moments_of_two_halves_add_up() -> None:
     model, names = llama()
-    whole, first, second = (collect(model, names, part, ("second",)) for part in (BATCHES, BATCHES[:1], BATCHES[1:]))
+    whole, first, second = (collect(model, names, part, ("input",)) for part in (BATCHES, BATCHES[:1], BATCHES[1:]))
     for name in names:
-        total = first.of(name).second + second.of(name).second
-        torch.testing.assert_close(whole.of(name).second, total, rtol=1e-12, atol=0)
+        total = first.of(name).input + second.of(name).input
+        torch.testing.assert_close(whole.of(name).input, total, rtol=1e-12, atol=0)
 
 
 def test_an_expert_that_no_token_reaches_has_no_count() -> None:
@@ -190,7 +190,7 @@ def test_inside_frozen_nothing_trains() -> None:
         assert model.config.use_cache is False
 
 
-@pytest.mark.parametrize("needs", [("second",), ("output",)])
+@pytest.mark.parametrize("needs", [("input",), ("output",)])
 def test_values_that_are_not_finite_are_refused(needs: tuple[str, ...]) -> None:
     model, names = llama()
     with torch.no_grad():
@@ -204,4 +204,4 @@ def test_activations_too_large_for_their_squares_are_refused_by_name() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight *= 1e30  # the norm brings the outputs back to finite values
     with pytest.raises(RankwiseError, match=r"layers\.1\.mlp\.down_proj"):
-        collect(model, names, BATCHES, ("second",))
+        collect(model, names, BATCHES, ("input",))

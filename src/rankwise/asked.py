@@ -15,7 +15,7 @@ from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_nam
 from rankwise.allocation.given import Given
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
-from rankwise.decomposition.metric import metric_named
+from rankwise.decomposition.metric import is_affine, metric_named
 from rankwise.errors import RankwiseError
 from rankwise.footprint import Shortage, shortage
 from rankwise.integration.artifact import Artifact
@@ -23,7 +23,7 @@ from rankwise.integration.checkpoint import refuse_elsewhere
 from rankwise.memory import gigabytes
 from rankwise.options import CompressOptions
 from rankwise.plans import Plan
-from rankwise.recipe import IN_MEMORY, MIXED, Recipe
+from rankwise.recipe import FEWER, IN_MEMORY, MIXED, Recipe
 from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.stages import Calibration
 
@@ -123,8 +123,10 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
-    if recipe.bits != "stored" and "second" not in metric_named(metric).NEEDS:
+    if recipe.bits != "stored" and "input" not in metric_named(metric).NEEDS:
         raise RankwiseError(
             f"bits={recipe.bits} rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
         )
+    if recipe.neurons == FEWER and ("input" not in metric_named(metric).NEEDS or is_affine(metric_named(metric))):
+        raise RankwiseError(f"neurons={recipe.neurons} is for kronecker and whitened, not for {metric}: leave out decomposition")
     return recipe.model_copy(update={"decomposition": metric}), allocation

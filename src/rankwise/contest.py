@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 
 from rankwise import bundled, distributed, stages
 from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named, spelled
@@ -22,13 +24,15 @@ from rankwise.errors import RankwiseError
 from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.footprint import shortage
 from rankwise.integration.checkpoint import refuse_taken
+from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
 from rankwise.options import ContestOptions
 from rankwise.plain import to_json
-from rankwise.recipe import Recipe
+from rankwise.recipe import FEWER, Recipe
 from rankwise.run_folder import RunFolder, write_whole
+from rankwise.slicing import narrowed_inside
 from rankwise.stages import Run
 
 logger = logging.getLogger(__name__)
@@ -130,9 +134,11 @@ def _judged(
         here = stages.in_metric(run, metric)
         student = stages.student_of(here, stages.decompose_all(here, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
+            fewer = recipe.neurons == FEWER
             for rate, budget in budgets[metric].items():
-                chosen = stages.allocate(here, student, metric, method.allocator, budget)
-                results.append(_row(here, student, method, rate, budget, chosen, judges))
+                with narrowed_inside(here, student, statistics, metric, budget) if fewer else nullcontext((here, student)) as own:
+                    chosen = stages.allocate(*own, metric, method.allocator, budget)
+                    results.append(_row(*own, method, rate, budget, chosen, judges))
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])
                 text = to_json(results, indent=1) + "\n"
                 write_whole(file, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
@@ -165,5 +171,10 @@ def _row(
         "effort": chosen.effort,
         "history": chosen.history,
         "ranks": chosen.ranks,
-        "kept": {name: run.shapes[name].parameters(r) / run.shapes[name].dense for name, r in chosen.ranks.items()},
+        "kept": {name: run.shapes[name].parameters(rank) / _whole(student, name).numel() for name, rank in chosen.ranks.items()},
     }
+
+
+def _whole(student: Student, name: str) -> Tensor:
+    """The original's weight."""
+    return weight_of(student.originals[name]) if name in student.originals else student.weight(name)

@@ -28,12 +28,13 @@ from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.layers.precision import has_units_for
 from rankwise.masks.student import TEACHER_BYTES
 from rankwise.masks.trunk import KEPT_BYTES
-from rankwise.recipe import Recipe
+from rankwise.recipe import FEWER, Recipe
 from rankwise.refinement.refinement import refinements_named
 
 LIBRARIES = 400 * 2**20  # what torch, its kernels and the solvers take beyond what is resident when the figure is made
 SLACK = 1.1  # for what an allocator cannot give back at once
 TRAINED = 20  # bytes of a number that is trained: in float32 itself, its gradient, Adam's two means and what is made of it
+ORDERING = 6  # moments of an MLP's neurons in float64, while these are ordered
 LOGITS = 20  # bytes of every logit that a head makes at once: a loss holds five such tensors in float32
 
 
@@ -80,6 +81,10 @@ def shortage(
     writes = isinstance(calibration, str) and calibration == "self"
     trained = [set(refinement.trained(empty, shapes)) for refinement in refinements_named(recipe.refine or "")]
     phases = _phases(empty, shapes, needs, e, *_text(empty, calibration, recipe, device), trains, writes, trained)
+    if recipe.neurons == FEWER:  # what is left of MLPs stands beside the original's
+        widest, more = max(shape.in_features for shape in shapes.values()), e * sum(shape.dense for shape in shapes.values())
+        phases = {name: taken + more * (name in ("ranks", "refinement")) for name, taken in phases.items()}
+        phases["narrowing"] = phases["decomposition"] + more + ORDERING * 8 * widest**2
     computed, fixed = int(SLACK * (max(phases.values()) - held)), memory.resident() + LIBRARIES
     needed = {"host": fixed + computed}
     if device.type == "cuda":
@@ -105,7 +110,7 @@ def moments_of(shape: Shape, outputs: bool) -> int:
 
 def moments(empty: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str]) -> int:
     """Bytes of the second moments of all sites of an empty model."""
-    of_inputs = sum(8 * shapes[site].in_features ** 2 for site in _sites(empty, shapes)) if "second" in needs else 0
+    of_inputs = sum(8 * shapes[site].in_features ** 2 for site in _sites(empty, shapes)) if "input" in needs else 0
     return of_inputs + ("output" in needs) * sum(4 * shape.out_features**2 for shape in shapes.values())
 
 

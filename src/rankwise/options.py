@@ -61,6 +61,7 @@ class ContestOptions(ExploreOptions, total=False):
     """What a contest takes."""
 
     keep: dict[str, float]
+    neurons: Literal["all", "fewer"]
 
 
 class CompressOptions(DecomposeOptions, ContestOptions, total=False):

@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise
-from rankwise import distributed, few_bits, stages, streaming
+from rankwise import distributed, few_bits, slicing, stages, streaming
 from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
@@ -36,6 +36,7 @@ from rankwise.integration.quantizer import attach
 from rankwise.integration.rehearsal import refuse_unloadable
 from rankwise.integration.result import PAGE, SPECTRA, write_result
 from rankwise.integration.weights import saving_from
+from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape, stack_experts, stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
@@ -45,7 +46,7 @@ from rankwise.options import CompressOptions
 from rankwise.plain import to_json
 from rankwise.plans import Plan
 from rankwise.progress import say, stage
-from rankwise.recipe import MIXED, Recipe
+from rankwise.recipe import FEWER, MIXED, Recipe
 from rankwise.refinement.blocks import BlockByBlock
 from rankwise.refinement.refinement import Refinement
 from rankwise.reporting.page import page_of
@@ -163,7 +164,7 @@ def compress(
         found.clock.lap("samples")
     report = found.report()
     layers = student.decompositions, masks, run.experts, found.recipe.form, found.chosen.bits, student.shipped
-    attach(run.model, factorise(run.model, *layers))
+    attach(run.model, factorise(run.model, *layers, narrow=run.narrow))
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     result = Compressed(run.model, found.chosen.ranks, report, found.recipe, run.tokenizer, spectra)
     if output is not None:
@@ -194,6 +195,8 @@ def plan(
     asked = replace(asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
     if asked.recipe.bits != "stored":
         raise RankwiseError(f"a plan holds ranks and no bits yet: compress with bits={asked.recipe.bits} without a dry run")
+    if asked.recipe.neurons == FEWER:
+        raise RankwiseError(f"a plan holds ranks and no neurons yet: compress with neurons={FEWER} without a dry run")
     folder = RunFolder()
     if output is not None:
         output = Path(output)
@@ -237,6 +240,7 @@ class _Chosen:
             for name, mask in chosen.masks.items()
             if mask is not None
         }
+        layers |= {name: run.model.get_submodule(name) for name in run.narrow if name not in layers}
         student.shipped, history = stages.refine(run, student, layers, refinements)
         self.clock.lap("refinement")
         after = replace(self, chosen=replace(chosen, history=chosen.history + history), before=self.comparison)
@@ -244,8 +248,15 @@ class _Chosen:
 
     def report(self) -> Report:
         """Plain values, for JSON; the model is still dense, in the dtype it is stored in."""
-        size = Size.of(self.run.model, self.run.shapes, self.chosen.ranks, self.chosen.bits)
+        with self.student.as_original():
+            size = Size.of(self.run.model, self.run.shapes, self.chosen.ranks, self.chosen.bits)
         report = _report(self.recipe, self.run, size, self.comparison, self.chosen, self.clock)
+        before = {name: list(weight_of(layer).shape) for name, layer in self.student.originals.items()}
+        if before:
+            after = {name: report["shapes"][name] for name in before}
+            report["shapes"] |= before
+            report["narrowed"] = after
+            report["neurons"] = {n: [after[n][1], before[n][1]] for n in before if after[n][1] < before[n][1]}
         if self.before is not None:
             report["before_refinement"] = self.before.to_dict()
         if self.latency is not None:
@@ -278,7 +289,7 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
             Target(recipe).budget(stages.in_metric(run, metric))
 
     run = stages.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients, rehearse)
-    with stacked_on_failure(run.model, run.experts):
+    with stacked_on_failure(run.model, run.experts), slicing.whole_on_failure(run.model):
         run = stages.in_metric(run, metric)
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)
@@ -298,10 +309,14 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
             chosen = few_bits.alike(run, student, statistics, metric, recipe.width)
         else:
             shapes, budget = target.budget(run)
+        if recipe.neurons == FEWER:
+            run, student = slicing.narrowed(run, student, statistics, metric, budget)
+            shapes = run.shapes
+            clock.lap("narrowing")
         if recipe.bits == MIXED:
             chosen = few_bits.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
         del statistics  # float64: for a large model more than everything else
-        with widened(run.model):
+        with widened(run.model, *student.originals.values()):
             if recipe.bits == "stored":
                 chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
             clock.lap("allocation")
@@ -333,6 +348,8 @@ def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) ->
     recipe, metric, clock = asked.recipe, asked.metric, Clock()
     if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
+    if recipe.neurons == FEWER:
+        raise InMemoryOnlyError("block by block MLPs keep their neurons (ask for neurons=all)")
     refinements = [refinement for refinement in asked.refinements if isinstance(refinement, BlockByBlock)]
     if len(refinements) < len(asked.refinements):
         raise InMemoryOnlyError(f"refine={recipe.refine!r} trains the whole model at once (take blocks, or none)")

@@ -15,6 +15,7 @@ FILE = "recipe.yaml"  # in every result folder
 BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one form
 TARGETS = ("rate", "target_bytes", "target_speedup", "ranks")
 MIXED = "mixed"  # where ranks and bits are chosen together
+FEWER = "fewer"  # neurons, chosen before ranks
 READING = ("text_column", "dataset_options")  # of a calibration
 METHOD = ("preset", "options", "decomposition")  # of an allocation
 LARGEST = 2**31  # the largest number of windows or tokens: a run over more would never end
@@ -82,6 +83,10 @@ class Recipe(BaseModel):
         description="what numbers are written in: as the model's are (stored), as few bits as fit target-bytes best (mixed), or "
         "the same of every matrix, 2 to 8, by GPTQ, and no rank is chosen",
     )
+    neurons: Literal["all", "fewer"] = Field(
+        "all",
+        description="of MLPs: with fewer, each loses hidden neurons where that costs less than low ranks of its matrices do",
+    )
     form: Literal["pivoted", "pair"] = Field(
         "pivoted", description="of a matrix of low rank: rows and combinations of them, or a pair of factors"
     )
@@ -122,6 +127,8 @@ class Recipe(BaseModel):
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
         if recipe.bits != "stored" or recipe.allocation == MIXED:
             recipe._refuse_beside_bits()
+        if recipe.neurons == FEWER:
+            recipe._refuse_beside_fewer_neurons()
         return recipe
 
     @property
@@ -147,6 +154,15 @@ class Recipe(BaseModel):
             raise RankwiseError(f"{asked} writes whole numbers, which refine cannot train: leave one of them out")
         if self.keep:
             raise RankwiseError(f"{asked} is for every matrix: leave out keep, or exclude what is to stay as it is")
+
+    def _refuse_beside_fewer_neurons(self) -> None:
+        """Raises `RankwiseError` for what cannot stand beside fewer neurons yet."""
+        beside = {"ranks": "a plan", "target_speedup": "target_speedup", "memory": "memory"}
+        asked = [words for name, words in beside.items() if getattr(self, name) is not None]
+        if asked or self.bits != "stored":
+            raise RankwiseError(
+                f"neurons={self.neurons} and {[*asked, f'bits={self.bits}'][0]} do not go together yet: ask for one"
+            )
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

@@ -47,7 +47,15 @@ class Report(Sizes, Costs):
     scope: Annotated[str, Field(description="linear, the matrices that may be compressed, or model, all parameters")]
     ranks: Annotated[dict[str, int | None], Field(description="matrix -> rank, null for dense")]
     bits: Annotated[dict[str, int], Field(description="matrix -> bits of a number, where they were chosen")]
-    shapes: Annotated[dict[str, list[int]], Field(description="matrix -> [out_features, in_features]")]
+    shapes: Annotated[dict[str, list[int]], Field(description="matrix -> [out_features, in_features] in the original")]
+    narrowed: NotRequired[
+        Annotated[dict[str, list[int]], Field(description="matrix of an MLP that lost neurons -> what is left of its shape")]
+    ]
+    neurons: NotRequired[
+        Annotated[
+            dict[str, list[int]], Field(description="the last matrix of an MLP that lost neurons -> how many it has, of how many")
+        ]
+    ]
     left_dense: Annotated[dict[str, str], Field(description="matrix that may not be compressed -> why")]
     conversations: Annotated[int, Field(description="in the calibration text, put in the chat template")]
     notes: Annotated[list[str], Field(description="what is worth a line")]

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +62,8 @@ Calibration = str | Path | Tensor | Iterable[str | Conversation] | Iterable[Mapp
 class Run:
     """A dense model ready to be compressed, its calibration text, and where results are kept.
 
-    identity: the digest of all that statistics depend on.
+    identity: the digest of all that statistics depend on. narrow: matrices that are smaller than the original's, and in how many
+    parts their outputs lie, each with its own (a gate's and the others').
     """
 
     model: PreTrainedModel
@@ -75,6 +76,7 @@ class Run:
     folder: RunFolder
     identity: str
     seed: int
+    narrow: dict[str, int] = field(default_factory=dict)
 
 
 def start(

@@ -31,23 +31,23 @@ class Moments:
     that is four orders above float32's rounding."""
 
     count: int = 0
-    second: Tensor | None = None  # H = sum x x^T [n, n], of a site
+    input: Tensor | None = None  # H = sum x x^T [n, n], of a site
     absolute: Tensor | None = None  # sum |x| [n], of a site
     output: Tensor | None = None  # G = sum g g^T [m, m] float32, of a matrix
     fisher: Tensor | None = None  # sum over sequences and rows of (dL/dW)^2 [n], of a matrix
-    first: Tensor | None = None  # sum x [n], of a site
+    total: Tensor | None = None  # sum x [n], of a site
 
     @property
     def mean(self) -> Tensor:
-        """mu = E[x] [n]. Needs "first"."""
-        assert self.first is not None
-        return self.first / self.count
+        """mu = E[x] [n]. Needs "total"."""
+        assert self.total is not None
+        return self.total / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """sum (x - mu)(x - mu)^T [n, n]. Needs "first" and "second"."""
-        assert self.second is not None
-        return self.second - self.count * torch.outer(self.mean, self.mean)
+        """sum (x - mu)(x - mu)^T [n, n]. Needs "total" and "input"."""
+        assert self.input is not None
+        return self.input - self.count * torch.outer(self.mean, self.mean)
 
     def holds(self, needs: Collection[str]) -> bool:
         """Whether every moment in `needs` was collected, from one token at least; text or gradients may not have reached it."""
@@ -65,7 +65,7 @@ class Statistics:
     def of(self, matrix: str) -> Moments:
         """The moments of a matrix: its site's and its own."""
         site, own = self.sites[self.site_of[matrix]], self.matrices.get(matrix, Moments())
-        return Moments(site.count, site.second, site.absolute, own.output, own.fisher, site.first)
+        return Moments(site.count, site.input, site.absolute, own.output, own.fisher, site.total)
 
     def refuse_not_finite(self) -> None:
         """Raises `RankwiseError` naming the first site or matrix with a moment that is not finite."""
@@ -137,7 +137,7 @@ def collect(
 ) -> Statistics:
     """One pass over `batches`: forward, and backward too where `needs` has "output" or "fisher".
 
-    needs: "second" for H, "first" for sum x, "absolute" for sum |x|, "output" for G, "fisher" for the squared weight
+    needs: "input" for H, "total" for sum x, "absolute" for sum |x|, "output" for G, "fisher" for the squared weight
         gradients. Gradients are those of `sampled_loss` (true Fisher). Products are float32, sums float64.
     Raises `RankwiseError` where the model or an activation has values that are not finite.
     """
@@ -171,7 +171,7 @@ class Watched:
         """What all processes have seen. Raises `RankwiseError` where it is not finite."""
         for moments in (*self.statistics.sites.values(), *self.statistics.matrices.values()):
             _add_up(moments, device)
-            for total in (moments.second, moments.output):
+            for total in (moments.input, moments.output):
                 if total is not None:
                     mirrored(total)
         self.statistics.refuse_not_finite()
@@ -245,12 +245,12 @@ def _input_hook(moments: Moments, watched: Watched, needs: Collection[str]) -> C
     def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = _tokens(inputs[0].detach(), watched.mask)
         moments.count += len(x)
-        if "second" in needs:
-            moments.second = add_gram(moments.second, x)
+        if "input" in needs:
+            moments.input = add_gram(moments.input, x)
         if "absolute" in needs:
             moments.absolute = _add(moments.absolute, x.abs().sum(0))
-        if "first" in needs:
-            moments.first = _add(moments.first, x.sum(0))
+        if "total" in needs:
+            moments.total = _add(moments.total, x.sum(0))
 
     return see
 

@@ -11,7 +11,7 @@ from rankwise.calibration.moments import Moments
 from rankwise.decomposition.solver import Root
 from rankwise.decomposition.whitened import DAMPING
 
-NEEDS = frozenset({"first", "second"})
+NEEDS = frozenset({"total", "input"})
 
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:

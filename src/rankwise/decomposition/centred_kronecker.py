@@ -6,7 +6,7 @@ from rankwise.calibration.moments import Moments
 from rankwise.decomposition.kronecker import INPUT_DAMPING, damping, output_root
 from rankwise.decomposition.solver import Root
 
-NEEDS = frozenset({"first", "second", "output"})
+NEEDS = frozenset({"total", "input", "output"})
 
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:

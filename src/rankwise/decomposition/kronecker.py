@@ -9,7 +9,7 @@ from rankwise.calibration.moments import Moments
 from rankwise.decomposition.solver import Root
 from rankwise.layers.precision import exact
 
-NEEDS = frozenset({"second", "output"})
+NEEDS = frozenset({"input", "output"})
 INPUT_DAMPING = 1e-4
 OUTPUT_DAMPING = 1e-2
 SAMPLING = 3.0  # times features over tokens: how far a moment of few tokens is from that of all text (Ledoit and Wolf 2004)
@@ -23,8 +23,8 @@ def roots(moments: Moments) -> tuple[Root | None, Root | None]:
 
 def input_root(moments: Moments) -> Root:
     """The root of H [n, n]."""
-    assert moments.second is not None
-    return Root.of(moments.second, damping(INPUT_DAMPING, moments.second, moments.count))
+    assert moments.input is not None
+    return Root.of(moments.input, damping(INPUT_DAMPING, moments.input, moments.count))
 
 
 def output_root(moments: Moments) -> Root:

@@ -35,7 +35,7 @@ METRICS: dict[str, Metric] = {
 
 def is_affine(metric: Metric) -> bool:
     """Whether its factors keep the mean output in a bias: so where it needs the mean input."""
-    return "first" in metric.NEEDS
+    return "total" in metric.NEEDS
 
 
 def decompose_in(metric: Metric, W: Tensor, moments: Moments) -> Decomposition:

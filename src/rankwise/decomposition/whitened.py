@@ -6,12 +6,12 @@ from __future__ import annotations
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition.solver import Root
 
-NEEDS = frozenset({"second"})
+NEEDS = frozenset({"input"})
 DAMPING = 1e-8  # of diag(H), as one feature's outliers would rule its mean: only orders the directions that no token has
 
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
     """Identity on outputs; the root of H [n, n] on inputs."""
-    H = moments.second
+    H = moments.input
     assert H is not None
     return None, Root((DAMPING * H.diagonal()).sqrt(), H)

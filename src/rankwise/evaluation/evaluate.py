@@ -22,7 +22,7 @@ from rankwise.evaluation.size import Size
 from rankwise.evaluation.tasks import load_tasks
 from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
 from rankwise.integration.files import weight_files
-from rankwise.integration.result import ranks_in, read_ranks, read_recipe, read_shapes, shapes_in
+from rankwise.integration.result import narrowed, ranks_in, read_ranks, read_recipe, read_shapes, shapes_in
 from rankwise.layers.matrices import stack_experts, unstack_experts
 from rankwise.layers.precision import widened
 from rankwise.run_folder import RunFolder
@@ -72,10 +72,10 @@ def evaluate(
     refuse_compressed(name, config)
     if isinstance(model, PreTrainedModel):
         ranks, recipe = ranks_in(model), None
-        shapes = shapes_in(model.config, ranks, path)
+        shapes = narrowed(shapes_in(model.config, ranks, path), model.config)
     else:
         ranks, recipe = read_ranks(Path(model)), read_recipe(Path(model))
-        shapes = read_shapes(Path(model), ranks)  # that there are such matrices, before any long work
+        shapes = narrowed(read_shapes(Path(model), ranks), load_config(model))  # which are there, before any long work
     if tokenizer is None and not isinstance(reference, PreTrainedModel):
         tokenizer = load_tokenizer(reference)
     if tokenizer is None:

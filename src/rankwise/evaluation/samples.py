@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def sample_texts(
     prompts, new = ids[:PROMPTS, :length], min(NEW_TOKENS, ids.shape[1] - length)
     try:
         with student.frozen():
-            original = _continued(model, prompts, new, nullcontext())
+            original = _continued(model, prompts, new, student.as_original())
             compressed = _continued(model, prompts, new, student.with_masks(masks))
     except Exception as error:  # models generate in as many ways as there are; none is worth losing the result
         logger.warning("no sample texts: %s", reason(error))

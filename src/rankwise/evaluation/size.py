@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankwise.allocation.plan import Shapes
-from rankwise.layers.linear import weight_of
+from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.tables import table_bytes
 from rankwise.schema import Sizes
 
@@ -26,8 +26,11 @@ class Size:
 
     @classmethod
     def of(cls, model: Any, shapes: Shapes, ranks: Mapping[str, int | None], bits: Mapping[str, int] | None = None) -> Size:
-        """Of the dense `model`, its experts unstacked, and of what `ranks` and `bits` make of its matrices of `shapes`."""
+        """Of the dense `model`, its experts unstacked, and of what `ranks` and `bits` make of its matrices, which may be smaller,
+        of `shapes`."""
         weights = {name: weight_of(model.get_submodule(name)) for name in ranks}
+        biases = {name: bias_of(model.get_submodule(name)) for name in ranks}
+        gone = {name: len(bias) - shapes[name].out_features for name, bias in biases.items() if bias is not None}
         before = {name: weight.numel() for name, weight in weights.items()}
         after = {name: shapes[name].parameters(rank) for name, rank in ranks.items()}
         saved = {name: before[name] - after[name] for name in ranks}
@@ -35,16 +38,17 @@ class Size:
             name: shapes[name].stored_bytes(rank, (bits or {}).get(name), weights[name].dtype) for name, rank in ranks.items()
         }
         bytes_saved = sum(weights[name].nbytes - held[name] for name in ranks)
+        bias_bytes = sum(number * weights[name].element_size() for name, number in gone.items())
         of_tables = table_bytes({name: model.get_submodule(name) for name in (bits or {}).keys() - ranks.keys()})
         model_bytes = sum(p.nbytes for p in model.parameters())
         return cls(
             parameters={
                 "linear": _both(sum(before.values()), sum(saved.values())),
-                "model": _both(model.num_parameters(), sum(saved.values())),
+                "model": _both(model.num_parameters(), sum(saved.values()) + sum(gone.values())),
             },
             bytes={
                 "linear": _both(sum(w.nbytes for w in weights.values()), bytes_saved),
-                "model": _both(model_bytes, bytes_saved + of_tables[0] - of_tables[1]),
+                "model": _both(model_bytes, bytes_saved + bias_bytes + of_tables[0] - of_tables[1]),
             },
         )
 

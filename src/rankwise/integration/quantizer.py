@@ -27,17 +27,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rankwise.errors import RankwiseError
 from rankwise.integration.names import spares
 from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
-from rankwise.layers.linear import bias_of, is_linear, weight_of
+from rankwise.layers.linear import bias_of, empty_like, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape
 from rankwise.layers.quantised import WIDTHS, QuantisedEmbedding
 
 METHOD = "rankwise"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FLAGS = ("affine", "own_names")
 FIRST_KEYS = {"ranks", "experts", "affine", "format_version", "quant_method"}
 SECOND_KEYS = FIRST_KEYS | {"form", "own_names"}
-KEYS = {1: FIRST_KEYS, 2: SECOND_KEYS, 3: SECOND_KEYS | {"bits"}}  # of each format; the first one had pairs of factors only
+THIRD_KEYS = SECOND_KEYS | {"bits"}
+KEYS = {1: FIRST_KEYS, 2: SECOND_KEYS, 3: THIRD_KEYS, 4: THIRD_KEYS | {"sizes"}}  # of each format; the first had pairs only
 
 
 @dataclass
@@ -46,6 +47,8 @@ class RankwiseConfig(QuantizationConfigMixin):
 
     ranks: path of each factorised linear layer -> its rank. form: of all of them, one of `FORMS`.
     bits: path of each linear layer that is held in few bits, or whose factors are -> how many, one of `WIDTHS`.
+    sizes: path of each linear layer that is smaller than the model's own -> its out_features, its in_features, and in how many
+        parts its outputs lie, of each of which the first ones are there.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
     affine: whether every low-rank layer has a bias, which keeps the mean of what was dropped.
     own_names: whether the weights are stored under the model's own names, where transformers has others for a dense model.
@@ -55,6 +58,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
     form: str = DEFAULT_FORM
     bits: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     affine: bool = False
     own_names: bool = False
@@ -82,6 +86,9 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"in quantization_config, bits is not an object of matrices and their bits, of {widths}: upgrade with pip"
             )
+        sizes = config_dict.get("sizes", {})
+        if not isinstance(sizes, dict) or not all(_is_size(size) for size in sizes.values()):
+            raise ValueError("in quantization_config, sizes is not an object of matrices, each with three positive numbers")
         if config_dict.get("form", PairLinear.form) not in FORMS:
             raise ValueError(
                 f"in quantization_config, form is {config_dict['form']!r}, none of {', '.join(FORMS)}: upgrade with pip"
@@ -95,18 +102,24 @@ class RankwiseConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: what the weights are, not how they came about. A folder without layers of few bits is one that
-        the format before knew."""
+        """What config.json holds: what the weights are, not how they came about; in the first format that knows it all."""
         held = {name: value for name, value in super().to_dict().items() if name != "rate"}
-        if not self.bits:
-            del held["bits"]
-            held["format_version"] = FORMAT_VERSION - 1
+        for name, format_before in (("sizes", 3), ("bits", 2)):
+            if held[name]:
+                break
+            del held[name]
+            held["format_version"] = format_before
         return held
 
     @property
     def written(self) -> list[str]:
         """Paths of the linear layers that are no longer dense floats."""
         return list(dict.fromkeys((*self.ranks, *self.bits)))
+
+    @property
+    def changed(self) -> list[str]:
+        """Those, and the paths of smaller ones."""
+        return list(dict.fromkeys((*self.written, *self.sizes)))
 
 
 class RankwiseQuantizer(HfQuantizer):
@@ -129,13 +142,16 @@ class RankwiseQuantizer(HfQuantizer):
                 raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
             unstack(module)
             _initialised(model.get_submodule(path.rpartition(".")[0]), *module.modules())  # some blocks fill their experts
-        of_the_folder = config.written
-        config.ranks, config.bits = (
-            {path: value for matrix, value in of_each.items() if (path := _path_in(model, matrix)) is not None}
-            for of_each in (config.ranks, config.bits)
-        )
-        if of_the_folder and not config.written:
+        of_the_folder = config.changed
+        for of_each in (config.ranks, config.bits, config.sizes):
+            _rename(model, of_each)
+        if of_the_folder and not config.changed:
             raise ValueError(f"a {type(model).__name__} has none of the matrices that the folder is made of")
+        for path, (*sides, _) in config.sizes.items():
+            linear = model.get_submodule(path)
+            if not is_linear(linear) or any(small > side for small, side in zip(sides, weight_of(linear).shape, strict=True)):
+                raise ValueError(f"the folder has the sides {sides} for {path!r}, which is {linear}")
+            _put(model, path, empty_like(linear, *sides))
         for path in config.written:
             linear, rank = model.get_submodule(path), config.ranks.get(path)
             if type(linear) is nn.Embedding and rank is None:
@@ -163,7 +179,7 @@ class RankwiseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         tied = tied_tables(model, self.quantization_config)
         tie_tables(model, tied)
-        for path in self.quantization_config.written:
+        for path in self.quantization_config.changed:
             layer = model.get_submodule(path)
             for name, parameter in (*layer.named_parameters(), *layer.named_buffers()):
                 absent = f"{path}.{name}" not in tied and not getattr(
@@ -264,7 +280,7 @@ def tie_tables(model: Any, tied: dict[str, str]) -> None:
 def attach(model: Any, config: RankwiseConfig) -> None:
     """Make a model that was factorised in memory what it will be once saved and loaded."""
     made: dict[str, Tensor] = guards(model, config)
-    for path in (*config.written, *config.experts):
+    for path in (*config.changed, *config.experts):
         made |= model.get_submodule(path).state_dict(prefix=f"{path}.")
     config.own_names = not spares(model, {name: tensor.to("meta") for name, tensor in made.items()})
     if config.own_names:
@@ -276,10 +292,21 @@ def attach(model: Any, config: RankwiseConfig) -> None:
     model.quantization_method = METHOD
 
 
+def _is_size(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 3 and all(type(side) is int and side > 0 for side in size)
+
+
 def _initialised(*modules: nn.Module) -> None:
     """Keep transformers from initialising what is read anyway: it goes by names, and looks for what is no longer there."""
     for module in modules:
         vars(module)["_is_hf_initialized"] = True
+
+
+def _rename(model: Any, of_each: dict[str, Any]) -> None:
+    """Put what the folder says of each matrix under its path in the model, and leave out what the model does not have."""
+    found = {path: value for matrix, value in of_each.items() if (path := _path_in(model, matrix)) is not None}
+    of_each.clear()
+    of_each.update(found)
 
 
 def _path_in(model: Any, path: str) -> str | None:

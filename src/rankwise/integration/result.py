@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def read_recipe(folder: Path) -> Recipe | None:
 
 
 def read_shapes(folder: Path, ranks: Mapping[str, int | None]) -> dict[str, Shape]:
-    """The shape of every matrix in `ranks`. Raises `RankwiseError` for one that the model does not have, and where the
+    """The shape of every matrix in `ranks` in the original. Raises `RankwiseError` for one that it does not have, and where the
     weights in the folder are not those that its config describes."""
     config = load_config(folder)
     refuse_foreign(folder, config)
@@ -117,8 +118,8 @@ def ranks_in(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 def shapes_in(config: Any, ranks: Mapping[str, int | None], where: object) -> dict[str, Shape]:
-    """The shape of every matrix in `ranks`, which are those in `where`. Raises `RankwiseError` for one that the config's model
-    does not have."""
+    """The shape of every matrix in `ranks`, which are those in `where`, in the original. Raises `RankwiseError` for one that the
+    config's model does not have."""
     model, quantization = skeleton(config), quantization_of(config)
     form, affine = quantization.get("form", PairLinear.form), quantization.get("affine", False)
     unstack_experts(model)
@@ -127,6 +128,13 @@ def shapes_in(config: Any, ranks: Mapping[str, int | None], where: object) -> di
     if unknown:
         raise RankwiseError(f"{where} has a rank for {unknown[0]}, a matrix that {type(model).__name__} does not have")
     return {name: Shape.of(linear[name], form, affine) for name in ranks}
+
+
+def narrowed(shapes: Mapping[str, Shape], config: Any) -> dict[str, Shape]:
+    """The shapes of an original's matrices as they are in a result with that config, where MLPs may have lost neurons."""
+    sizes = quantization_of(config).get("sizes", {})
+    sides = {name: dict(zip(("out_features", "in_features"), sizes[name], strict=False)) for name in shapes.keys() & sizes.keys()}
+    return {name: replace(shape, **sides.get(name, {})) for name, shape in shapes.items()}
 
 
 def _asked(recipe: Recipe) -> str:
@@ -146,7 +154,8 @@ def _made(report: Mapping[str, Any], recipe: Recipe) -> str:
     low_rank = any(report["ranks"].values())
     if not report.get("bits"):
         fewer = f"{report['achieved_rate'][recipe.scope]:.1%} fewer parameters (scope: {recipe.scope})"
-        return f"with {fewer}: its weight\nmatrices are of low rank, the rank of each chosen by rankwise."
+        narrow = f" and {len(report['neurons'])} MLPs have fewer hidden neurons" if report.get("neurons") else ""
+        return f"with {fewer}: its weight\nmatrices are of low rank{narrow}, as chosen by rankwise for each."
     size, widths = report["bytes"]["model"], sorted(set(report["bits"].values()))
     smaller = f"in {1 - size['compressed'] / size['reference']:.1%} fewer bytes"
     bits = f"{', '.join(map(str, widths))} bits" + (", some of low rank," if low_rank else "")

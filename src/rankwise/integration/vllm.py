@@ -53,6 +53,8 @@ class RankwiseVllmConfig(QuantizationConfig):
             raise RankwiseError(
                 "vLLM cannot serve compressed experts: compress with --exclude '*experts*', or densify the folder"
             )
+        if checked.sizes:
+            raise ValueError("vLLM does not run a folder whose MLPs have fewer neurons: rankwise densify writes one that it runs")
         if checked.bits:
             raise ValueError("vLLM does not run a folder with matrices of few bits: rankwise densify writes one that it runs")
         return cls(checked.ranks, checked.form)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -49,6 +50,14 @@ def dense_linear(weight: Tensor, bias: Tensor | None, transposed: bool) -> nn.Mo
     if bias is not None:
         module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return module
+
+
+def empty_like(module: nn.Module, out_features: int, in_features: int) -> nn.Module:
+    """A linear module of the same class with other sides, on the meta device, without values."""
+    if isinstance(module, Conv1D):
+        with torch.device("meta"):
+            return Conv1D(out_features, in_features).to(module.weight.dtype)
+    return nn.Linear(in_features, out_features, bias_of(module) is not None, device="meta", dtype=weight_of(module).dtype)
 
 
 @contextmanager

@@ -71,6 +71,7 @@ class Student:
     effort: tokens that went through the student so far, forward and backward.
     spared: seconds that were not spent, because a measurement was found.
     shipped: layers that are known as they will be shipped: those in few bits, and refined ones. Masks say what the others are.
+    originals: what the teacher has in place of layers that were narrowed in the model before.
     checkpoint: where a long training keeps its state.
     kept: (what is measured, all that it depends on, a function that measures it) -> the measurement, made now or earlier.
     """
@@ -82,7 +83,8 @@ class Student:
     seed: int = 0
     effort: dict[str, int] = field(default_factory=lambda: {"forward_tokens": 0, "backward_tokens": 0})
     spared: float = 0.0
-    shipped: Mapping[str, nn.Module] = field(default_factory=dict)
+    shipped: Layers = field(default_factory=dict)
+    originals: Layers = field(default_factory=dict)
     _signals: dict[int, tuple[Batch, Signal]] = field(default_factory=dict)
     kept: Kept = not_kept
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -99,6 +101,10 @@ class Student:
             if mask is not None and name not in self.shipped
         }
         return swapped(self.model, modules | {name: self.shipped[name] for name in masks if name in self.shipped})
+
+    def as_original(self) -> AbstractContextManager[None]:
+        """The model as it was given, while inside."""
+        return swapped(self.model, self.originals)
 
     @property
     def device(self) -> torch.device:
@@ -138,10 +144,10 @@ class Student:
             self.count(signal, backward=True)
 
     def teacher(self, batch: Batch) -> Signal:
-        """The signal of the original model, kept while there is room. Call it with the original's layers in place."""
+        """The signal of the original model, kept while there is room. Call it with no student's layers in place."""
         if id(batch) in self._signals:
             return self._signals[id(batch)][1]
-        with torch.no_grad():
+        with torch.no_grad(), self.as_original():
             signal = signal_of(self.model, batch).outright()
         self.count(signal)
         if sum(kept.values.nbytes for _, kept in self._signals.values()) + signal.values.nbytes <= TEACHER_BYTES:
@@ -152,9 +158,8 @@ class Student:
     def _trunk(self) -> Trunk | None:
         return Trunk.of(self.model, self.decompositions)
 
-    def _known(self, batch: Batch, masks: Masks) -> AbstractContextManager[None]:
-        """While inside, the student does not run what the original is known to answer."""
-        changed = [name for name, mask in masks.items() if mask is not None or name in self.shipped]
+    def _known(self, batch: Batch, changed: Iterable[str]) -> AbstractContextManager[None]:
+        """While inside, the student does not run what the model is known to answer where only these layers are changed."""
         return nullcontext() if self._trunk is None else self._trunk.known(batch, changed)
 
     def _measured(
@@ -194,26 +199,24 @@ class Student:
         return found["kl"].item()
 
     def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
-        @contextmanager
-        def compressed(batch: Batch) -> Iterator[None]:
-            with self._known(batch, masks), self.with_masks(masks):
-                yield
-
-        return self._judged(compressed, batches)
+        changed = [name for name, mask in masks.items() if mask is not None or name in self.shipped]
+        return self._judged(changed, lambda: self.with_masks(masks), batches)
 
     def cost(self, layers: Layers, batches: Sequence[Batch] | None = None) -> float:
         """As `divergence`, of the model with these layers in place."""
         with self.together():
-            return self._judged(lambda _: swapped(self.model, layers), self.selection if batches is None else batches)
+            return self._judged(layers, lambda: swapped(self.model, layers), self.selection if batches is None else batches)
 
     @torch.no_grad()
-    def _judged(self, changed: Callable[[Batch], AbstractContextManager[None]], batches: Sequence[Batch]) -> float:
-        """KL in nats per token from the original to the model that is there inside of `changed`."""
+    def _judged(
+        self, changed: Iterable[str], inside: Callable[[], AbstractContextManager[None]], batches: Sequence[Batch]
+    ) -> float:
+        """KL in nats per token from the original to the model that is there `inside`, with these layers changed."""
         parts = []
         with self.frozen():
             for batch in distributed.dealt(batches):
                 reference = self.teacher(batch)
-                with changed(batch):
+                with self._known(batch, changed), inside():
                     parts.append((divergence(reference, signal_of(self.model, batch)).item(), len(reference)))
                 self.count(reference)
         totals, tokens = zip(*distributed.collected(parts), strict=True)

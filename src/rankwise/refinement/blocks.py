@@ -110,8 +110,9 @@ class BlockByBlock:
         for index in progress(range(len(blocks)), "refining the blocks"):
             with blocks.loaded(blocks.names(index)):
                 flows = [_Flow(number, batch, blocks.call_of(index, batch)) for number, batch in enumerate(batches)]
-                for flow in flows:
-                    original[flow.number] = blocks.run(index, original[flow.number], flow.call).cpu()
+                with student.as_original():
+                    for flow in flows:
+                        original[flow.number] = blocks.run(index, original[flow.number], flow.call).cpu()
                 own, rest = layers_of(index), iter(flows)
                 dealt = [[next(rest) for _ in part] for part in parts]
                 train = functools.partial(self._trained, student, blocks, index, own, dealt, hidden)
@@ -133,7 +134,7 @@ class BlockByBlock:
         hidden: tuple[Hidden, Hidden],
     ) -> dict[str, Tensor]:
         """The tensors of one block's layers, trained, and as a note the mean loss of the last pass, if there is one."""
-        trained, (original, compressed) = in_training(layers), hidden
+        trained, (original, compressed) = in_training(student, layers), hidden
         if not trained:
             return tensors_in(layers) | as_notes([])
 

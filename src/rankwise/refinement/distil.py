@@ -1,4 +1,4 @@
-"""Distillation: all factors of the low-rank layers are trained at once on KL(original || compressed), end to end."""
+"""Distillation: what is trained of all layers is trained at once on KL(original || compressed), end to end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Distil:
 
     def refine(self, student: Student, layers: Layers, losses: list[float]) -> dict[str, nn.Module]:
         """One forward pass of the original and one forward and back of the student per step."""
-        trained = in_training(layers)
+        trained = in_training(student, layers)
         if not trained:  # all is dense
             return dict(layers)
         steps = math.ceil(self.passes * tokens_in(student.training) / self.tokens)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.integration.checkpoint import load_config, quantization_of
-from rankwise.integration.result import read_ranks, read_shapes
+from rankwise.integration.result import narrowed, read_ranks, read_shapes
 
 
 def inspect(folder: str | Path) -> list[dict[str, Any]]:
@@ -17,9 +17,10 @@ def inspect(folder: str | Path) -> list[dict[str, Any]]:
     """
     folder = Path(folder)
     ranks = read_ranks(folder)
-    bits = quantization_of(load_config(folder)).get("bits", {})
+    config, before = load_config(folder), read_shapes(folder, ranks)
+    bits = quantization_of(config).get("bits", {})
     rows = []
-    for name, shape in read_shapes(folder, ranks).items():
+    for name, shape in narrowed(before, config).items():
         rank = ranks[name]
         rows.append(
             {
@@ -30,7 +31,7 @@ def inspect(folder: str | Path) -> list[dict[str, Any]]:
                 "bits": bits.get(name),
                 "break_even_rank": shape.break_even,
                 "parameters": shape.parameters(rank),
-                "dense_parameters": shape.dense,
+                "dense_parameters": before[name].dense,
             }
         )
     return rows

@@ -65,6 +65,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     widths = Counter(report.get("bits", {}).values())
     if len(dense) < len(report["ranks"]) or not widths:
         console.print(f"{len(report['ranks']) - len(dense)} matrices of low rank, {len(dense)} best left dense")
+    if report.get("neurons"):
+        kept, before = (sum(pair[i] for pair in report["neurons"].values()) for i in (0, 1))
+        console.print(f"{len(report['neurons'])} MLPs keep {kept:,} of their {before:,} hidden neurons")
     if widths:
         console.print(
             "bits a number: " + ", ".join(f"{widths[bits]} matrices of {bits}" for bits in sorted(widths, reverse=True))

@@ -24,10 +24,11 @@ LINES = 24  # of a chart of spectra, at most
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a result: its rank (None: dense), the KL with it alone compressed, where that was measured, and how many of
-    the bits that a number had it has now."""
+    """One matrix of a result: its shape in the original, and what is left of that, its rank (None: dense), the KL with it alone
+    compressed, where that was measured, and how many of the bits that a number had it has now."""
 
     name: str
+    whole: Shape
     shape: Shape
     rank: int | None
     kl: float | None
@@ -38,26 +39,33 @@ class Matrix:
     def kept(self) -> float:
         """The fraction of its parameters kept, or where they are written in fewer bits of its bits."""
         share = 1.0 if self.bits is None else self.bits / self.of_bits
-        return share * self.shape.parameters(self.rank) / self.shape.dense
+        return share * self.shape.parameters(self.rank) / self.whole.dense
 
     @property
     def removed(self) -> int:
         """The number of its parameters removed."""
-        return self.shape.dense - self.shape.parameters(self.rank)
+        return self.whole.dense - self.shape.parameters(self.rank)
 
     @property
     def saved(self) -> int:
         """Bytes."""
-        return round((1 - self.kept) * self.shape.dense * self.of_bits / 8)
+        return round((1 - self.kept) * self.whole.dense * self.of_bits / 8)
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether its MLP has fewer neurons."""
+        return self.shape != self.whole
 
     @property
     def note(self) -> str:
         """All of it in a line."""
         fate = ("stays dense" if self.bits is None else "one matrix") if self.rank is None else f"rank {self.rank}"
         fate += "" if self.bits is None else f", {self.bits} bits a number"
-        fate += "" if self.rank is None and self.bits is None else f", keeps {percent(self.kept)}"
+        fate += "" if self.kept == 1 else f", keeps {percent(self.kept)}"
         cost = "" if self.kl is None else f"; alone costs {brief(self.kl)} nats per token"
-        return f"{self.name}: {self.shape.out_features} × {self.shape.in_features}, {fate}{cost}"
+        sides = f"{self.shape.out_features} × {self.shape.in_features}"
+        sides += f" of {self.whole.out_features} × {self.whole.in_features}" if self.is_narrower else ""
+        return f"{self.name}: {sides}, {fate}{cost}"
 
 
 def result_view(number: int, result: Result) -> dict[str, Any]:
@@ -65,12 +73,13 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
     report, identity = result.report, f"result-{number}"
     costs = report.get("costs", {}).get("kl", {})
     form = report["recipe"].get("form", PairLinear.form)  # which reports did not tell when there was one
-    shapes = {name: Shape(m, n, form=form) for name, (m, n) in report["shapes"].items()}
+    whole = {name: Shape(m, n, form=form) for name, (m, n) in report["shapes"].items()}
+    shapes = whole | {name: Shape(m, n, form=form) for name, (m, n) in report.get("narrowed", {}).items()}
     bits, of_bits = (
         report.get("bits", {}),
         8 * report["bytes"]["linear"]["reference"] / report["parameters"]["linear"]["reference"],
     )
-    matrices = [Matrix(m, shapes[m], rank, costs.get(m), bits.get(m), of_bits) for m, rank in report["ranks"].items()]
+    matrices = [Matrix(m, whole[m], shapes[m], rank, costs.get(m), bits.get(m), of_bits) for m, rank in report["ranks"].items()]
     where = places(report["ranks"])
     history = report.get("history", [])
     named = [record for record in history if isinstance(record.get("step"), str) and record.get("kl") is not None]
@@ -90,7 +99,8 @@ def result_view(number: int, result: Result) -> dict[str, Any]:
         "smaller": smaller(report),
         "grid": grid(report["ranks"], {m.name: m.kept for m in matrices}, {m.name: m.note for m in matrices}, bits),
         "low_rank": sum(m.rank is not None for m in matrices),
-        "dense": sum(m.rank is None and m.bits is None for m in matrices),
+        "dense": sum(m.rank is None and m.bits is None and not m.is_narrower for m in matrices),
+        "narrow": len(report.get("neurons", {})),
         "widths": sorted({m.bits for m in matrices if m.bits is not None}),
         "matrices": sorted(matrices, key=lambda m: -(m.kl or 0)),
         "paid": _paid(identity, matrices, where),
@@ -196,11 +206,13 @@ def _cell(
 ) -> dict[str, Any]:
     low = [rank for name in names if (rank := ranks[name]) is not None]
     few = [bits[name] for name in names if name in bits and ranks[name] is None]
+    narrow = [round(100 * kept[name]) for name in names if name not in bits and ranks[name] is None and kept[name] < 1]
     share = sum(kept[name] for name in names) / len(names)
-    text = ", ".join(filter(None, [_range(low), f"{_range(few)} bits" if few else ""])) or "dense"
-    rest = len(names) - len(low) - len(few)
+    parts = [_range(low), f"{_range(few)} bits" if few else "", f"{_range(narrow)} %" if narrow else ""]
+    text = ", ".join(filter(None, parts)) or "dense"
+    rest = len(names) - len(low) - len(few) - len(narrow)
     note = notes[names[0]] if len(names) == 1 else f"{len(names)} experts: {text}" + (f", {rest} stay dense" if rest else "")
-    dense = not low and not few
+    dense = not low and not few and not narrow
     return {"matrix": names[0] if len(names) == 1 else None, "dense": dense, "share": share, "text": text, "note": note}
 
 

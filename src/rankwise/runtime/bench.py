@@ -24,9 +24,10 @@ from transformers import PreTrainedConfig
 
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.memory import peak_memory
-from rankwise.integration.checkpoint import load_config, load_model, refuse_compressed
+from rankwise.integration.checkpoint import load_config, load_model, quantization_of, refuse_compressed, skeleton
 from rankwise.layers.linear import holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.layers.matrices import unstack_experts
 from rankwise.layers.quantised import QuantisedLinear
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
@@ -165,10 +166,20 @@ def ideal_speedup(model: nn.Module) -> dict[str, float]:
     others = [module for module in linear if module is not head and id(module) not in factors]
     stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]  # of experts
     same = sum(map(_numbers, others)) + sum(stack.numel() for stack in stacks)
-    dense = same + sum(layer.in_features * layer.out_features for layer in low_rank)
+    dense = same + sum(layer.in_features * layer.out_features for layer in low_rank) + _numbers_gone(model)
     compressed = same + sum(_numbers(factor) for layer in low_rank for factor in layer.children())
     last = _numbers(head) if head is not None and _multiplies(head) else 0
     return {"prefill": dense / compressed, "decode": (dense + last) / (compressed + last)}
+
+
+def _numbers_gone(model: Any) -> int:
+    """Of the original's matrices, with neurons that the model no longer has."""
+    sizes = quantization_of(model.config).get("sizes", {})
+    if not sizes:
+        return 0
+    original = skeleton(model.config)
+    unstack_experts(original)
+    return sum(weight_of(original.get_submodule(name)).numel() - math.prod(sides) for name, (*sides, _) in sizes.items())
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -1,0 +1,77 @@
+"""Fewer hidden neurons: which of an MLP go first, and what its last matrix makes of those that stay.
+
+Legend: W [m, n] the last matrix of an MLP, C = H + damping [n, n] the second moment of its inputs, the hidden neurons, and R R^T
+the metric on outputs [m, m]; S the neurons that stay. The least error in the norm of both, and the weight that has it, are
+
+    || R^T (W - W' E_S) C^(1/2) ||^2 = tr(T D^-1 T^T)        W' = W C[:, S] C[S, S]^-1
+
+(Nystrom, MoDeGPT, Lin et al. 2025, arXiv 2408.09632). They go a few at a time, each time those whose own error is least: neuron
+j costs |t_j|^2 / P_jj, for P = C[S, S]^-1 and T = R^T W' (Optimal Brain Surgeon, Hassibi and Stork 1993, on whole columns). With
+D = P[B, B] for the neurons B that go, T loses T_B D^-1 P[B], and P loses P[:, B] D^-1 P[B].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankwise.decomposition.solver import Root
+from rankwise.layers.precision import exact
+
+SIZES = 64  # of an MLP that are on offer
+STEPS = 4  # from one of them to the next
+LEAST = 8  # of the sizes, from which on there is no smaller one
+
+
+@dataclass(frozen=True)
+class Slices:
+    """order [n]: the neurons, those that stay longest last. sizes [s] falling: how many stay, and errors [s]: the squared error
+    of each in the metric's norm, float64."""
+
+    order: Tensor
+    sizes: Tensor
+    errors: Tensor
+
+    def kept(self, size: int) -> Tensor:
+        """The neurons that stay, rising."""
+        return self.order[len(self.order) - size :].sort().values
+
+
+def slices_of(W: Tensor, left: Root | None, second: Tensor, multiple: int = 1) -> Slices:
+    """The sizes of an MLP with the last matrix W [m, n]; `second` [n, n] float64 is C, `multiple` what sizes are multiples of."""
+    T = exact(W.detach())
+    T = T if left is None else left.apply(T)
+    P = torch.cholesky_inverse(torch.linalg.cholesky(second))
+    width = len(P)
+    alive, gone = torch.arange(width, device=P.device), []
+    error = torch.zeros((), dtype=P.dtype, device=P.device)
+    sizes, errors = sizes_of(width, multiple), []
+    for size in sizes:
+        going, before = len(alive) - size, len(alive)
+        stays = torch.ones(before, dtype=torch.bool, device=P.device)
+        for few in (going * (part + 1) // STEPS - going * part // STEPS for part in range(STEPS)):
+            costs = (T.square().sum(0) / P.diagonal()).where(stays, torch.inf)
+            B = costs.topk(few, largest=False).indices
+            change = torch.linalg.solve(P[B][:, B], torch.cat([P[B], T[:, B].T], 1))
+            error = error + (T[:, B].T * change[:, before:]).sum()
+            T, P = T - T[:, B] @ change[:, :before], P - P[:, B] @ change[:, :before]
+            stays[B] = False
+            gone.append(alive[B])
+        alive, T, P = alive[stays], T[:, stays], P[stays][:, stays]
+        errors.append(error)
+    last = (T.square().sum(0) / P.diagonal()).argsort()
+    return Slices(torch.cat([*gone, alive[last]]).cpu(), torch.tensor(sizes), torch.stack(errors).cpu())
+
+
+def sizes_of(width: int, multiple: int = 1) -> list[int]:
+    """How many neurons may stay, falling, fewer than all."""
+    step = max(1, round(width / SIZES / multiple)) * multiple
+    return [size for size in range(width // step * step, 0, -step) if width // LEAST <= size < width]
+
+
+def refit(W: Tensor, second: Tensor, kept: Tensor) -> Tensor:
+    """W' [m, k] float64: what the last matrix makes of the neurons `kept` [k] to miss the others least."""
+    cross = second[kept] @ exact(W.detach()).T
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(second[kept][:, kept])).T

@@ -1,0 +1,127 @@
+"""The MLPs of a model, and what they are with fewer hidden neurons: plain linear layers of smaller shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.errors import is_out_of_memory
+from rankwise.layers.linear import bias_of, dense_linear, swapped, weight_of
+
+Layout = Literal["rows", "halves", "pairs"]
+ROUNDING = 1e-3  # of the largest answer: what may lie between two orders of the same sums
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """y = down(f(inner(x))) with `width` hidden neurons, none of which hangs on the rows of another.
+
+    inner: the paths of one matrix or two (a gate), each with a row for a neuron; or of one that has two for each, the gate's and
+    the other: in two halves, or in pairs.
+    """
+
+    inner: tuple[str, ...]
+    down: str
+    width: int
+    layout: Layout = "rows"
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The paths of all of them."""
+        return (*self.inner, self.down)
+
+    @property
+    def parts(self) -> int:
+        """In how many the outputs of an inner matrix lie, each a row for every neuron."""
+        return 2 if self.layout == "halves" else 1
+
+    def rows(self, kept: Tensor) -> Tensor:
+        """The rows of the inner matrices that belong to the neurons `kept` [k]."""
+        if self.layout == "halves":
+            return torch.cat([kept, self.width + kept])
+        return torch.stack([2 * kept, 2 * kept + 1], 1).flatten() if self.layout == "pairs" else kept
+
+    def narrowed(self, model: nn.Module, kept: Tensor, weight: Tensor) -> dict[str, nn.Module]:
+        """The layers with the neurons `kept` [k] alone, by path. weight: of the last one [m, k]."""
+        rows = self.rows(kept)
+        layers = {name: _taken(model.get_submodule(name), rows) for name in self.inner}
+        down = model.get_submodule(self.down)
+        layers[self.down] = dense_linear(weight.to(weight_of(down)), bias_of(down), isinstance(down, Conv1D))
+        return layers
+
+
+@torch.no_grad()
+def find_mlps(model: nn.Module, matrices: Collection[str], answer: Callable[[], Tensor]) -> list[Mlp]:
+    """The MLPs among the matrices: those whose shapes fit, if the model's `answer` is the same where every other neuron is taken
+    out and where the last matrix does not heed it. The first and the last one of each kind are tried."""
+    kinds: dict[Any, list[Mlp]] = {}
+    for mlp in _fitting(model, matrices):
+        kinds.setdefault((*(re.sub(r"\d+", "", name) for name in mlp.matrices), mlp.width), []).append(mlp)
+    found = []
+    for mlps in kinds.values():
+        layouts: tuple[Layout, ...] = ("rows",) if mlps[0].layout == "rows" else ("halves", "pairs")
+        for layout in layouts:
+            of_layout = [replace(mlp, layout=layout) for mlp in mlps]
+            if _separate(model, {of_layout[0], of_layout[-1]}, answer):
+                found += of_layout
+                break
+    return found
+
+
+def _fitting(model: nn.Module, matrices: Collection[str]) -> list[Mlp]:
+    """Matrices that stand together, by their shapes: one or two that read what the last one writes, and it what they write."""
+    places: dict[str, list[str]] = {}
+    for name in matrices:
+        places.setdefault(_place(name), []).append(name)
+    found = []
+    for together in places.values():
+        shapes = {name: tuple(weight_of(model.get_submodule(name)).shape) for name in together}
+        for number, (down, (out, width)) in enumerate(shapes.items()):
+            before = list(shapes.items())[:number]
+            inner = tuple(name for name, shape in before if shape == (width, out))
+            joined = tuple(name for name, shape in before if shape == (2 * width, out))
+            if width > 1 and len(inner) in (1, 2):
+                found.append(Mlp(inner, down, width))
+            elif width > 1 and len(joined) == 1:
+                found.append(Mlp(joined, down, width, "halves"))
+    return found
+
+
+def _place(name: str) -> str:
+    """The module that a matrix is part of; of a list of experts' matrices, the expert."""
+    above, _, leaf = name.rpartition(".")
+    return f"{above.rpartition('.')[0]}#{leaf}" if leaf.isdigit() else above
+
+
+def _separate(model: nn.Module, mlps: Collection[Mlp], answer: Callable[[], Tensor]) -> bool:
+    """Whether neurons of these MLPs can be taken out."""
+    narrow: dict[str, nn.Module] = {}
+    deaf: dict[str, nn.Module] = {}
+    for mlp in mlps:
+        down = model.get_submodule(mlp.down)
+        weight = weight_of(down).clone()
+        weight[:, 1::2] = 0
+        deaf[mlp.down] = dense_linear(weight, bias_of(down), isinstance(down, Conv1D))
+        narrow |= mlp.narrowed(model, torch.arange(0, mlp.width, 2, device=weight.device), weight[:, ::2])
+    with swapped(model, deaf):
+        expected = answer()
+    try:
+        with swapped(model, narrow):
+            found = answer()
+    except Exception as error:  # of heads, whose number and size are given, and of norms over neurons
+        if is_out_of_memory(error):
+            raise
+        return False
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= ROUNDING * expected.abs().max())
+
+
+def _taken(linear: nn.Module, rows: Tensor) -> nn.Module:
+    """The linear module with some of its outputs."""
+    weight, bias = weight_of(linear), bias_of(linear)
+    return dense_linear(weight[rows], None if bias is None else bias[rows], isinstance(linear, Conv1D))

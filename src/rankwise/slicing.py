@@ -1,0 +1,295 @@
+"""Narrower MLPs, a stage of a run before ranks are chosen: how many hidden neurons each keeps beside low rank everywhere else, and
+the model with those alone.
+
+What a way of writing some matrices costs is predicted from its squared error in the metric's norm, of which one is measured in
+each family: KL = c error, where c hardly depends on the error, but on the block and on the family (`benchmarks/forms.py`). So an
+MLP's sizes and the ranks of its matrices are weighed on one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankwise.allocation.kl_knapsack import LEAST
+from rankwise.allocation.mixed import RELATIVE_GAP
+from rankwise.allocation.multiple_choice import Floats, solve
+from rankwise.allocation.offer import tail_of
+from rankwise.allocation.plan import Budget, Ranks, options
+from rankwise.calibration.batches import first_tokens
+from rankwise.calibration.moments import Moments, Statistics
+from rankwise.calibration.signal import frozen, signal_of
+from rankwise.calibration.tokens import Batch
+from rankwise.decomposition.kronecker import input_root
+from rankwise.decomposition.metric import metric_named
+from rankwise.decomposition.slicing import Slices, refit, slices_of
+from rankwise.decomposition.solver import Decomposition
+from rankwise.layers.blocks import block_lists, block_of
+from rankwise.layers.linear import weight_of
+from rankwise.layers.matrices import Shape
+from rankwise.layers.neurons import Mlp, find_mlps
+from rankwise.layers.precision import widened
+from rankwise.masks.layers import folded, hard_mask
+from rankwise.masks.student import Student
+from rankwise.progress import progress
+from rankwise.run_folder import digest
+from rankwise.stages import Run, decompose_all, student_of
+
+POINT = 0.3  # of its parameters removed, where each family is measured
+MEASURED, LEAST_MEASURED = 2**15, 2**7  # tokens through all groups together, and through each
+EXCHANGES = np.geomspace(1e-4, 1e4, 96)  # of error for parameters, relative to all of a group's
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of writing a group of matrices: their ranks, or how many neurons stay; its parameters and its squared error."""
+
+    parameters: int
+    error: float
+    ranks: Ranks
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices that are weighed as one, and the ways of writing them; mlp and slices: where they can be narrower."""
+
+    names: tuple[str, ...]
+    ways: tuple[_Way, ...]
+    mlp: Mlp | None = None
+    slices: Slices | None = None
+
+
+def narrowed(run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget) -> tuple[Run, Student]:
+    """The run and its student with those MLPs narrower, in place, that are better so within the budget. The student's teacher has
+    the original's."""
+    with widened(run.model):
+        mlps = {mlp.down: mlp for mlp in _mlps(run, budget)}
+        kept = _chosen(run, student, statistics, metric, budget, mlps.values())
+    if not kept:
+        return run, student
+    layers: dict[str, nn.Module] = {}
+    for down, neurons in kept.items():
+        layers |= _layers(run, mlps[down], statistics, neurons)
+    originals = {name: run.model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        run.model.set_submodule(name, layer)
+    statistics = _of_the_kept(statistics, {mlps[down]: neurons for down, neurons in kept.items()})
+    shapes = {name: Shape.of(run.model.get_submodule(name), shape.form) for name, shape in run.shapes.items()}
+    parts = {name: mlps[down].parts if name in mlps[down].inner else 1 for down in kept for name in mlps[down].matrices}
+    narrow = replace(run, shapes=shapes, identity=digest(run.identity, *kept.items()), narrow=parts)
+    with widened(run.model):
+        again = decompose_all(replace(narrow, shapes={name: shapes[name] for name in layers}), statistics, metric)
+    decompositions = {name: again.get(name) or student.decompositions[name] for name in shapes}
+    learning = replace(student_of(narrow, decompositions, metric), originals=originals, effort=student.effort)
+    return narrow, learning
+
+
+@contextmanager
+def narrowed_inside(
+    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget
+) -> Iterator[tuple[Run, Student]]:
+    """As `narrowed`, with the model as it was on leaving."""
+    narrow, learning = narrowed(run, student, statistics, metric, budget)
+    try:
+        yield narrow, learning
+    finally:
+        for name, module in learning.originals.items():
+            run.model.set_submodule(name, module)
+
+
+@contextmanager
+def whole_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever fails or is interrupted inside leaves the model's linear layers as they were."""
+    before = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+    try:
+        yield
+    except BaseException:
+        for name, module in before.items():
+            if model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+        raise
+
+
+def _mlps(run: Run, budget: Budget) -> list[Mlp]:
+    """Those whose matrices are all to be chosen."""
+    batch = first_tokens(run.data.training, 64)[0]
+
+    def answer() -> Tensor:
+        return signal_of(run.model, batch).values
+
+    open_ones = [name for name in run.shapes if name not in budget.settled]
+    with frozen(run.model):
+        return find_mlps(run.model, open_ones, answer)
+
+
+def _chosen(
+    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Iterable[Mlp]
+) -> dict[str, Tensor]:
+    """The neurons that stay, by the last matrix of each MLP that is better off with fewer."""
+
+    def choose() -> dict[str, Tensor]:
+        groups = _groups(run, student, statistics, metric, budget, mlps)
+        prices = _priced(run, student, statistics, metric, budget, groups)
+        within = budget.of_others(run.shapes).parameters
+        every = _solved(groups, prices, within)
+        alone = _solved(
+            [replace(group, ways=tuple(way for way in group.ways if way.size is None)) for group in groups],
+            [price[[way.size is None for way in group.ways]] for group, price in zip(groups, prices, strict=True)],
+            within,
+        )
+        costs = [student.cost(_written(run, student, statistics, groups, ways)) for ways in (every, alone)]
+        if costs[0] >= costs[1]:
+            return {}
+        return {
+            group.mlp.down: group.slices.kept(way.size)
+            for group, way in zip(groups, every, strict=True)
+            if way.size is not None and group.mlp is not None and group.slices is not None
+        }
+
+    return run.folder.together("neurons", digest(run.identity, metric, budget, *run.shapes.items()), choose)
+
+
+def _groups(run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Iterable[Mlp]) -> list[_Group]:
+    """Each MLP, the other matrices of each block, and every matrix outside of blocks by itself."""
+    mlp_of = {name: mlp for mlp in mlps for name in mlp.matrices}
+    together: dict[Any, list[str]] = {}
+    paths = block_lists(run.model, run.shapes)
+    for name in run.shapes:
+        if name not in budget.settled:
+            places = [(path, number) for path in paths if (number := block_of(name, path)) is not None]
+            together.setdefault(mlp_of.get(name) or (places[0] if places else name), []).append(name)
+    groups = []
+    for what, names in progress(together.items(), "ordering hidden neurons"):
+        group = _Group(tuple(names), tuple(_low_rank(run, student.decompositions, names, budget.multiple)))
+        groups.append(_with_sizes(run, group, what, statistics, metric, budget) if isinstance(what, Mlp) else group)
+    return groups
+
+
+def _with_sizes(run: Run, group: _Group, mlp: Mlp, statistics: Statistics, metric: str, budget: Budget) -> _Group:
+    moments = statistics.of(mlp.down)
+    weight = weight_of(run.model.get_submodule(mlp.down))
+
+    def compute() -> dict[str, Tensor]:
+        return vars(slices_of(weight, metric_named(metric).roots(moments)[0], _second(moments), budget.multiple))
+
+    slices = Slices(**run.folder.cached(f"neurons/{mlp.down}", digest(run.identity, metric, budget.multiple), compute))
+    dense = sum(run.shapes[name].dense for name in mlp.matrices)
+    ways = [
+        _Way(dense // mlp.width * size, error, dict.fromkeys(mlp.matrices), size)
+        for size, error in zip(slices.sizes.tolist(), slices.errors.tolist(), strict=True)
+    ]
+    return replace(group, ways=(*group.ways, *ways), mlp=mlp, slices=slices)
+
+
+def _low_rank(run: Run, decompositions: Mapping[str, Decomposition], names: Sequence[str], multiple: int) -> list[_Way]:
+    """The ranks with the least error of all these matrices together, from a few parameters to dense."""
+    curves = []
+    for name in names:
+        shape, tail = run.shapes[name], tail_of(decompositions[name].spectrum)
+        ranks = options(shape, multiple)
+        errors = np.array([0.0 if rank is None else tail[rank] for rank in ranks])
+        curves.append((name, ranks, np.array([shape.parameters(rank) for rank in ranks]), errors))
+    whole = sum(errors.max() for *_, errors in curves) / sum(costs.max() for *_, costs, _ in curves)
+    ways = {}
+    for exchange in (*EXCHANGES * whole, 0.0):
+        at = {name: int((errors + exchange * costs).argmin()) for name, _, costs, errors in curves}
+        parameters = sum(int(costs[at[name]]) for name, _, costs, _ in curves)
+        error = sum(float(errors[at[name]]) for name, *_, errors in curves)
+        ways[parameters] = _Way(parameters, error, {name: ranks[at[name]] for name, ranks, *_ in curves})
+    return [ways[parameters] for parameters in sorted(ways)]
+
+
+def _priced(
+    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, groups: Sequence[_Group]
+) -> list[Floats]:
+    """What each way of each group costs, nats per token; the same for every budget with the same matrices settled."""
+    few = first_tokens(student.selection, max(LEAST_MEASURED, MEASURED // len(groups)))
+
+    def measure() -> dict[str, Tensor]:
+        measured = progress(groups, "measuring MLPs and the rest")
+        return {group.names[0]: torch.tensor(_prices(run, student, statistics, group, few)) for group in measured}
+
+    key = digest(run.identity, metric, budget.multiple, budget.settled, *run.shapes.items())
+    found = run.folder.together("neurons/prices", key, measure)
+    return [found[group.names[0]].numpy() for group in groups]
+
+
+def _prices(run: Run, student: Student, statistics: Statistics, group: _Group, text: Sequence[Batch]) -> Floats:
+    """What each way costs, nats per token."""
+    dense = sum(run.shapes[name].dense for name in group.names)
+    found = np.array([way.error for way in group.ways])
+    narrow = np.array([way.size is not None for way in group.ways])
+    for family in (narrow, ~narrow):
+        lossy = np.flatnonzero(family & (found > 0))
+        if len(lossy):
+            nearest = min(lossy, key=lambda number: abs(group.ways[number].parameters - (1 - POINT) * dense))
+            kl = student.cost(_written(run, student, statistics, [group], [group.ways[nearest]]), text)
+            found[family] *= max(kl, LEAST) / found[nearest]
+    return found
+
+
+def _solved(groups: Sequence[_Group], prices: Sequence[Floats], parameters: int) -> list[_Way]:
+    costs = [np.array([way.parameters for way in group.ways]) for group in groups]
+    positions = solve(costs, prices, parameters, RELATIVE_GAP).tolist()
+    return [group.ways[at] for group, at in zip(groups, positions, strict=True)]
+
+
+def _written(
+    run: Run, student: Student, statistics: Statistics, groups: Sequence[_Group], ways: Sequence[_Way]
+) -> dict[str, nn.Module]:
+    """The layers of the groups in these ways, dense ones left out."""
+    layers: dict[str, nn.Module] = {}
+    for group, way in zip(groups, ways, strict=True):
+        if way.size is not None and group.mlp is not None and group.slices is not None:
+            layers |= _layers(run, group.mlp, statistics, group.slices.kept(way.size))
+        for name, rank in way.ranks.items():
+            if rank is not None:
+                found = student.decompositions[name]
+                layers[name] = folded(run.model.get_submodule(name), found, hard_mask(rank, len(found.spectrum)))
+    return layers
+
+
+def _layers(run: Run, mlp: Mlp, statistics: Statistics, kept: Tensor) -> dict[str, nn.Module]:
+    """The MLP's layers with these neurons, the last one refitted."""
+    weight, second = weight_of(run.model.get_submodule(mlp.down)), _second(statistics.of(mlp.down))
+    kept = kept.to(second.device)
+    return mlp.narrowed(run.model, kept.to(weight.device), refit(weight, second, kept))
+
+
+def _second(moments: Moments) -> Tensor:
+    """The damped second moment [n, n] of a matrix's inputs."""
+    root = input_root(moments)
+    assert root.full is not None
+    return root.full / root.count + torch.diag(root.scale.square())
+
+
+def _of_the_kept(statistics: Statistics, mlps: Mapping[Mlp, Tensor]) -> Statistics:
+    """The statistics of the narrower MLPs: what was collected of the neurons that stay."""
+    sites, matrices = dict(statistics.sites), dict(statistics.matrices)
+
+    def part(moments: Moments, neurons: Tensor, inputs: bool) -> Moments:
+        def of(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            at = neurons.to(value.device)
+            return value[at][:, at] if value.ndim == 2 else value[at]
+
+        names = ("input", "absolute", "total", "fisher") if inputs else ("output",)
+        return replace(moments, **{name: of(getattr(moments, name)) for name in names})
+
+    for mlp, neurons in mlps.items():
+        site = statistics.site_of[mlp.down]
+        sites[site] = part(sites[site], neurons, inputs=True)
+        for name in mlp.inner:
+            if name in matrices:
+                matrices[name] = part(matrices[name], mlp.rows(neurons), inputs=False)
+        if mlp.down in matrices:
+            matrices[mlp.down] = part(matrices[mlp.down], neurons, inputs=True)
+    return replace(statistics, sites=sites, matrices=matrices)

@@ -1,0 +1,320 @@
+"""MLPs with fewer hidden neurons: which go, what is made of the others, and a folder that loads like any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import rankwise.pipeline
+from rankwise import RankwiseError, bundled, compress, densify, evaluate, refine
+from rankwise.decomposition.slicing import refit, sizes_of, slices_of
+from rankwise.decomposition.solver import Root
+from rankwise.layers.linear import weight_of
+from rankwise.layers.matrices import find_matrices, stack_experts, unstack_experts
+from rankwise.layers.neurons import Mlp, find_mlps
+from rankwise.reporting.inspect import inspect
+from rankwise.runtime.bench import ideal_speedup
+
+WINDOWS = torch.randint(3, 90, (60, 16), generator=torch.Generator().manual_seed(0))
+FEWER: dict[str, Any] = {"calibration": WINDOWS, "allocation": "mask-fisher", "neurons": "fewer", "rate": 0.4}
+
+
+def found_in(model: Any) -> list[Mlp]:
+    """The MLPs of a model whose experts are unstacked."""
+    ids = torch.arange(3, 35).view(2, 16)
+
+    def answer() -> Tensor:
+        more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        return model(input_ids=ids, **more)[0]
+
+    return find_mlps(model, find_matrices(model)[0], answer)
+
+
+def lazy(name: str, heed: float = 0.01) -> Any:
+    """The architecture with MLPs every other neuron of which is hardly heeded."""
+    model = build(name)
+    experts = unstack_experts(model)
+    with torch.no_grad():
+        for mlp in found_in(model):
+            weight_of(model.get_submodule(mlp.down))[:, ::2] *= heed
+    stack_experts(model, experts)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "down", "inner", "layout"),
+    [
+        ("llama", 2, "model.layers.1.mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"), "rows"),
+        ("gpt2", 2, "transformer.h.1.mlp.c_proj", ("mlp.c_fc",), "rows"),
+        ("opt", 2, "model.decoder.layers.1.fc2", ("fc1",), "rows"),
+        ("phi3", 2, "model.layers.1.mlp.down_proj", ("mlp.gate_up_proj",), "halves"),
+        ("falcon", 2, "transformer.h.1.mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",), "rows"),
+        ("mixtral", 8, "model.layers.1.mlp.experts.down_matrices.3", ("mlp.experts.gate_up_matrices.3",), "halves"),
+        ("gpt-oss", 8, "model.layers.1.mlp.experts.down_matrices.3", ("mlp.experts.gate_up_matrices.3",), "pairs"),
+        ("t5", 4, "decoder.block.1.layer.2.DenseReluDense.wo", ("DenseReluDense.wi_0", "DenseReluDense.wi_1"), "rows"),
+        ("bert", 2, "", (), ""),  # its two matrices stand in modules of their own
+    ],
+)
+def test_the_mlps_of_a_model(name: str, number: int, down: str, inner: tuple[str, ...], layout: str) -> None:
+    model = build(name)
+    unstack_experts(model)
+    found = {mlp.down: (mlp.inner, mlp.layout) for mlp in found_in(model)}
+    if not down:
+        assert not found
+        return
+    assert len(found) == number
+    assert all(path.endswith(end) for path, end in zip(found[down][0], inner, strict=True))
+    assert found[down][1] == layout
+
+
+def problem(outputs: int, width: int, tokens: int, seed: int) -> tuple[Tensor, Root, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    W, X, g = (torch.randn(*size, generator=draw).double() for size in ((outputs, width), (tokens, width), (9, outputs)))
+    return W, Root.of(g.T @ g, 0.1, 9), X.T @ X + 0.01 * torch.eye(width).double()
+
+
+@given(st.integers(2, 9), st.integers(9, 40), st.integers(4, 60), st.integers(0, 10**6), st.sampled_from([1, 4]))
+@settings(deadline=None)
+def test_errors_are_those_of_the_best_weight(outputs: int, width: int, tokens: int, seed: int, multiple: int) -> None:
+    W, left, C = problem(outputs, width, tokens, seed)
+    found = slices_of(W, left, C, multiple)
+    assert sorted(found.order.tolist()) == list(range(width))
+    assert found.sizes.tolist() == sizes_of(width, multiple)
+    L = torch.linalg.cholesky(C)
+    for size, error in zip(found.sizes.tolist(), found.errors.tolist(), strict=True):
+        kept = found.kept(size)
+        best = torch.linalg.lstsq(L[kept].T, (W @ L).T).solution.T  # || W L - W' L[S] ||
+        torch.testing.assert_close(refit(W, C, kept), best, rtol=1e-6, atol=1e-8)
+        other = W.clone().zero_()
+        other[:, kept] = best
+        least = left.apply((W - other) @ L).square().sum().item()
+        assert error == pytest.approx(least, rel=1e-6, abs=1e-9)
+
+
+def test_what_nobody_heeds_goes_first() -> None:
+    W, left, C = problem(8, 64, 300, 0)
+    W[:, 5:20] = 0
+    assert set(slices_of(W, left, C).order[:15].tolist()) == set(range(5, 20))
+
+
+def test_neurons_that_say_the_same_are_not_both_kept() -> None:
+    W, left, C = problem(8, 32, 300, 1)
+    X = torch.randn(400, 16, generator=torch.Generator().manual_seed(2)).double()
+    doubled = torch.cat([X, 2 * X], 1)
+    found = slices_of(W, left, doubled.T @ doubled + 1e-9 * torch.eye(32).double())
+    assert found.errors[found.sizes.tolist().index(16)] < 1e-6 * found.errors[-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3", "mixtral", "gpt-oss", "t5"])
+def test_a_folder_loads_to_the_bit_and_is_as_large_as_said(name: str, tmp_path: Path) -> None:
+    model = lazy(name)
+    model.save_pretrained(tmp_path / "model")
+    result = compress(tmp_path / "model", output=tmp_path / "small", **FEWER)
+    narrowed, report = result.report["narrowed"], result.report
+    assert narrowed
+    assert report["achieved_rate"]["linear"] >= 0.4
+    auto: Any = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "small")
+    for key, tensor in result.model.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    assert loaded.num_parameters() == report["parameters"]["model"]["compressed"]
+    held = {row["matrix"]: row["parameters"] for row in inspect(tmp_path / "small")}
+    assert sum(held.values()) == report["parameters"]["linear"]["compressed"]
+    assert all(report["neurons"][down][0] == narrowed[down][1] < report["shapes"][down][1] for down in report["neurons"])
+    densify(tmp_path / "small", tmp_path / "dense")
+    dense = auto.from_pretrained(tmp_path / "dense")
+    more = {"decoder_input_ids": WINDOWS[:2]} if name == "t5" else {}
+    torch.testing.assert_close(dense(WINDOWS[:2], **more).logits, loaded(WINDOWS[:2], **more).logits, rtol=1e-3, atol=1e-3)
+    assert dense.num_parameters() == model.num_parameters()
+
+
+@pytest.fixture(scope="module")
+def lazy_llama(llama: Path) -> Path:
+    """The tiny Llama, every other neuron of which is hardly heeded."""
+    folder = Path(shutil.copytree(llama, llama.with_name("lazy-llama")))
+    lazy("llama", 0.3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow(lazy_llama: Path, story: Path) -> Path:
+    """A tiny Llama with fewer neurons."""
+    folder = lazy_llama.with_name("narrow-llama")
+    compress(lazy_llama, output=folder, **FEWER | {"calibration": story, "length": 32, "samples": 40})
+    return folder
+
+
+STRANGER = """
+import sys
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1])
+"""
+
+
+def test_without_rankwise_it_stops(tmp_path: Path) -> None:
+    """Where nothing is of low rank either."""
+    lazy("llama").save_pretrained(tmp_path / "model")
+    result = compress(tmp_path / "model", output=tmp_path / "small", **FEWER | {"rate": 0.1, "keep": {"*attn*": 1.0}})
+    assert result.report["narrowed"]
+    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 4
+    done = subprocess.run([sys.executable, "-c", STRANGER, str(tmp_path / "small")], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "size" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1, 2, 3],
+        {"model.layers.0.mlp.down_proj": [48, 1]},
+        {"model.layers.0.mlp.down_proj": [48, 0, 1]},
+        {"model.layers.0.mlp.down_proj": [48, 65, 1]},
+        {"model.layers.0.mlp.down_proj": [48, "32", 1]},
+        {"model.layers.0.input_layernorm": [8, 8, 1]},
+        {"model.layers.9.mlp.down_proj": [48, 32, 1]},
+    ],
+)
+def test_sizes_that_are_none_are_refused(sizes: Any, narrow: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(narrow, tmp_path / "narrow"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["sizes"] = sizes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RankwiseError)):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_it_is_judged_timed_and_refined_like_any_other(narrow: Path, lazy_llama: Path, story: Path, tmp_path: Path) -> None:
+    judged = evaluate(narrow, lazy_llama, str(story), samples=4, length=32)
+    report = json.loads((narrow / "report.json").read_text())
+    assert judged["parameters"] == report["parameters"]
+    assert judged["bytes"] == report["bytes"]
+    numbers = report["parameters"]["linear"]
+    head = AutoModelForCausalLM.from_pretrained(lazy_llama).lm_head.weight.numel()
+    ideal = ideal_speedup(AutoModelForCausalLM.from_pretrained(narrow))
+    assert ideal["decode"] == pytest.approx((numbers["reference"] + head) / (numbers["compressed"] + head), rel=0.02)
+    for how in ("distil passes=4", "blocks passes=6"):
+        better = refine(narrow, lazy_llama, refine=how, calibration=story, output=tmp_path / how, samples=200, length=16).report
+        assert better["kl"] < better["before_refinement"]["kl"]
+        sizes = json.loads((tmp_path / how / "config.json").read_text())["quantization_config"]["sizes"]
+        assert sizes == json.loads((narrow / "config.json").read_text())["quantization_config"]["sizes"]
+
+
+@pytest.mark.parametrize("how", ["distil passes=4", "blocks passes=6"])
+def test_refined_in_the_same_run(how: str, lazy_llama: Path, story: Path) -> None:
+    report = compress(
+        lazy_llama, **FEWER | {"calibration": story, "length": 16, "samples": 200, "refine": how, "rate": 0.5}
+    ).report
+    assert report["narrowed"]
+    assert report["kl"] < report["before_refinement"]["kl"]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    lazy_llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = FEWER | {"calibration": story, "length": 32, "samples": 40}
+    compress(lazy_llama, output=tmp_path / "whole", **options)
+    measure = rankwise.pipeline.stages.measure
+
+    def killed(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rankwise.pipeline.stages, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(lazy_llama, output=tmp_path / "resumed", **options)
+    monkeypatch.setattr(rankwise.pipeline.stages, "measure", measure)
+    compress(lazy_llama, output=tmp_path / "resumed", resume=True, **options)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
+    assert one == other
+
+
+def test_a_failure_leaves_a_model_in_memory_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lazy("llama")
+    before = {name: (id(tensor), tensor.clone()) for name, tensor in model.named_parameters()}
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rankwise.pipeline.stages, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, **FEWER)
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    lazy("llama").bfloat16().save_pretrained(tmp_path / "model")
+    result = compress(tmp_path / "model", output=tmp_path / "small", **FEWER)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert {tensor.dtype for tensor in loaded.state_dict().values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert result.report["narrowed"]
+
+
+def test_what_is_settled_keeps_its_neurons(lazy_llama: Path, story: Path) -> None:
+    keep = {"*layers.0.mlp.down_proj": 1.0}
+    report = compress(lazy_llama, **FEWER | {"calibration": story, "length": 32, "samples": 40, "keep": keep}).report
+    assert report["narrowed"]
+    assert not any("layers.0." in name for name in report["narrowed"])
+
+
+def test_of_a_real_model_it_leaves_more(shared: Path) -> None:
+    options: dict[str, Any] = {"calibration": "stdlib:train", "samples": 40, "length": 64, "allocation": "llrc:quick"}
+    kls = [compress(bundled.MODEL, 0.4, neurons=neurons, **options).report["kl"] for neurons in ("fewer", "all")]
+    assert kls[0] < 0.8 * kls[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memory": "8GB"}, "neurons=fewer and memory do not go together"),
+        ({"rate": None, "target_speedup": 1.2}, "neurons=fewer and target_speedup"),
+        ({"rate": None, "bits": "4"}, "neurons=fewer and bits=4"),
+        ({"neurons": "some"}, "neurons='some'"),
+        ({"decomposition": "svd"}, "neurons=fewer is for kronecker and whitened, not for svd"),
+        ({"decomposition": "centred"}, "not for centred"),
+    ],
+)
+def test_what_it_cannot_stand_beside(options: dict[str, Any], said: str, lazy_llama: Path, story: Path, tmp_path: Path) -> None:
+    asked = FEWER | {"calibration": story, "output": tmp_path / "out"} | options
+    if "bits" in options:
+        asked.pop("allocation")
+    with pytest.raises(RankwiseError, match=said):
+        compress(lazy_llama, **asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_the_command_line(lazy_llama: Path, story: Path, tmp_path: Path, rankwise: Callable[..., Any]) -> None:
+    common = [
+        "compress",
+        lazy_llama,
+        "--rate",
+        0.4,
+        "--calibration",
+        story,
+        "--length",
+        32,
+        "--samples",
+        40,
+        "--neurons",
+        "fewer",
+    ]
+    dry = rankwise(*common, "--dry-run")
+    assert (dry.code, "a plan holds ranks and no neurons yet" in dry.err) == (2, True)
+    done = rankwise(*common, "--allocation", "mask-fisher", "-o", tmp_path / "small")
+    assert done.code == 0, done.err
+    assert "of their" in done.out
+    assert AutoModel.from_pretrained(tmp_path / "small") is not None
