@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rankwise import slicing
 from rankwise.calibration.batches import first_tokens
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import divergence, frozen, signal_of
@@ -39,10 +40,18 @@ class Estimate:
 
     @classmethod
     def of(
-        cls, run: Run, metric: str, allocator: Any, alone: int, refinements: Sequence[Refinement], widths: int = 0
+        cls,
+        run: Run,
+        metric: str,
+        allocator: Any,
+        alone: int,
+        refinements: Sequence[Refinement],
+        widths: int = 0,
+        narrows: bool = False,
     ) -> Estimate:
         """The stages of `compress`, which measures `alone` matrices by themselves in the end; 0 for an allocation that does not
-        tell what it `reads`: tokens forward and back. widths: of numbers, in which each matrix is rounded before it."""
+        tell what it `reads`: tokens forward and back. widths: of numbers, in which each matrix is rounded before it; narrows: whether MLPs may
+        lose neurons before it."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
@@ -51,10 +60,12 @@ class Estimate:
         second = _seconds_of_a_token(run)
         solving = sum(s.full_rank**2 * (9 * s.full_rank + 6 * max(s.out_features, s.in_features)) for s in run.shapes.values())
         later = {"refinement": second * (refining[0] + BACK * refining[1])} if refinements else {}
+        narrowing = {"narrowing": second * LATER * slicing.MEASURED + _ordering(run) / SOLVED} if narrows else {}
         return cls(
             {
                 "calibration": second * tokens_in(data.training) * (1 + back) * MOMENTS * bool(needs),
                 "decomposition": solving / SOLVED,
+                **narrowing,
                 "allocation": second * (read[0] + BACK * read[1]) + _rounding(run, widths) / SOLVED,
                 "measuring": second * 2 * tokens_in(data.measuring),
                 "looking closer": second * LATER * alone * tokens_of_each(alone),
@@ -93,6 +104,11 @@ class Clock:
         logger.info("%s took %.1f s", name, self.seconds[name])
         if self.estimate is not None:
             self.estimate.after(name, self.seconds[name])
+
+
+def _ordering(run: Run) -> float:
+    """Operations of ordering the neurons of MLPs, which are taken for the inputs of all matrices with fewer outputs."""
+    return sum(4 * shape.in_features**3 for shape in run.shapes.values() if shape.in_features > shape.out_features)
 
 
 def _rounding(run: Run, widths: int) -> float:

@@ -298,7 +298,8 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
         clock.lap("loading")
         with widened(run.model):
             alone, widths = len(run.shapes) * closer, len(WIDTHS) if recipe.bits == MIXED else int(recipe.width is not None)
-            clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths)
+            narrows = recipe.neurons == FEWER
+            clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths, narrows)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
@@ -309,7 +310,7 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
             chosen = few_bits.alike(run, student, statistics, metric, recipe.width)
         else:
             shapes, budget = target.budget(run)
-        if recipe.neurons == FEWER:
+        if narrows:
             run, student = slicing.narrowed(run, student, statistics, metric, budget)
             shapes = run.shapes
             clock.lap("narrowing")

@@ -1,5 +1,5 @@
-"""Narrower MLPs, a stage of a run before ranks are chosen: how many hidden neurons each keeps beside low rank everywhere else, and
-the model with those alone.
+"""Narrower MLPs, a stage of a run before ranks are chosen: how many hidden neurons each keeps beside low rank everywhere
+else, and the model with those alone.
 
 What a way of writing some matrices costs is predicted from its squared error in the metric's norm, of which one is measured in
 each family: KL = c error, where c hardly depends on the error, but on the block and on the family (`benchmarks/forms.py`). So an
@@ -31,29 +31,31 @@ from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.slicing import Slices, refit, slices_of
 from rankwise.decomposition.solver import Decomposition
 from rankwise.layers.blocks import block_lists, block_of
-from rankwise.layers.linear import weight_of
+from rankwise.layers.linear import bias_of, weight_of
+from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape
 from rankwise.layers.neurons import Mlp, find_mlps
 from rankwise.layers.precision import widened
-from rankwise.masks.layers import folded, hard_mask
 from rankwise.masks.student import Student
 from rankwise.progress import progress
 from rankwise.run_folder import digest
 from rankwise.stages import Run, decompose_all, student_of
 
 POINT = 0.3  # of its parameters removed, where each family is measured
-MEASURED, LEAST_MEASURED = 2**15, 2**7  # tokens through all groups together, and through each
-EXCHANGES = np.geomspace(1e-4, 1e4, 96)  # of error for parameters, relative to all of a group's
+MEASURED, LEAST_MEASURED = 2**14, 2**7  # tokens through all groups together, and through each
+EXCHANGES = np.geomspace(1e-3, 1e3, 48)  # of error for parameters, relative to all of a group's
 
 
 @dataclass(frozen=True)
 class _Way:
-    """One way of writing a group of matrices: their ranks, or how many neurons stay; its parameters and its squared error."""
+    """One way of writing a group of matrices: their ranks, and of an MLP how many neurons stay, None for all; its parameters, and
+    the squared errors of the ranks and of the neurons that are gone."""
 
     parameters: int
-    error: float
     ranks: Ranks
+    error: float
     size: int | None = None
+    gone: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,16 @@ def _groups(run: Run, student: Student, statistics: Statistics, metric: str, bud
             together.setdefault(mlp_of.get(name) or (places[0] if places else name), []).append(name)
     groups = []
     for what, names in progress(together.items(), "ordering hidden neurons"):
-        group = _Group(tuple(names), tuple(_low_rank(run, student.decompositions, names, budget.multiple)))
-        groups.append(_with_sizes(run, group, what, statistics, metric, budget) if isinstance(what, Mlp) else group)
+        shapes, tails = {n: run.shapes[n] for n in names}, {n: tail_of(student.decompositions[n].spectrum) for n in names}
+        group = _Group(tuple(names), tuple(_low_rank(shapes, tails, budget.multiple)))
+        groups.append(_with_sizes(run, group, what, tails, statistics, metric, budget) if isinstance(what, Mlp) else group)
     return groups
 
 
-def _with_sizes(run: Run, group: _Group, mlp: Mlp, statistics: Statistics, metric: str, budget: Budget) -> _Group:
+def _with_sizes(
+    run: Run, group: _Group, mlp: Mlp, tails: Mapping[str, Floats], statistics: Statistics, metric: str, budget: Budget
+) -> _Group:
+    """The group with the ways of narrower MLPs. What a rank misses of a part of a matrix is taken for what it misses of all."""
     moments = statistics.of(mlp.down)
     weight = weight_of(run.model.get_submodule(mlp.down))
 
@@ -180,30 +186,29 @@ def _with_sizes(run: Run, group: _Group, mlp: Mlp, statistics: Statistics, metri
         return vars(slices_of(weight, metric_named(metric).roots(moments)[0], _second(moments), budget.multiple))
 
     slices = Slices(**run.folder.cached(f"neurons/{mlp.down}", digest(run.identity, metric, budget.multiple), compute))
-    dense = sum(run.shapes[name].dense for name in mlp.matrices)
-    ways = [
-        _Way(dense // mlp.width * size, error, dict.fromkeys(mlp.matrices), size)
-        for size, error in zip(slices.sizes.tolist(), slices.errors.tolist(), strict=True)
-    ]
-    return replace(group, ways=(*group.ways, *ways), mlp=mlp, slices=slices)
+    ways = list(group.ways)
+    for size, gone in zip(slices.sizes.tolist(), slices.errors.tolist(), strict=True):
+        shapes = {name: mlp.shape(name, run.shapes[name], size) for name in mlp.matrices}
+        ways += [replace(way, size=size, gone=gone) for way in _low_rank(shapes, tails, budget.multiple)]
+    return replace(group, ways=tuple(ways), mlp=mlp, slices=slices)
 
 
-def _low_rank(run: Run, decompositions: Mapping[str, Decomposition], names: Sequence[str], multiple: int) -> list[_Way]:
+def _low_rank(shapes: Mapping[str, Shape], tails: Mapping[str, Floats], multiple: int) -> list[_Way]:
     """The ranks with the least error of all these matrices together, from a few parameters to dense."""
     curves = []
-    for name in names:
-        shape, tail = run.shapes[name], tail_of(decompositions[name].spectrum)
+    for name, shape in shapes.items():
         ranks = options(shape, multiple)
-        errors = np.array([0.0 if rank is None else tail[rank] for rank in ranks])
-        curves.append((name, ranks, np.array([shape.parameters(rank) for rank in ranks]), errors))
+        at = np.array(ranks[:-1], dtype=np.int64)
+        costs = np.append(shape.numbers(at) + shape.added, shape.dense)
+        curves.append((name, ranks, costs, np.append(tails[name][at], 0.0)))
     whole = sum(errors.max() for *_, errors in curves) / sum(costs.max() for *_, costs, _ in curves)
     ways = {}
     for exchange in (*EXCHANGES * whole, 0.0):
-        at = {name: int((errors + exchange * costs).argmin()) for name, _, costs, errors in curves}
-        parameters = sum(int(costs[at[name]]) for name, _, costs, _ in curves)
-        error = sum(float(errors[at[name]]) for name, *_, errors in curves)
-        ways[parameters] = _Way(parameters, error, {name: ranks[at[name]] for name, ranks, *_ in curves})
-    return [ways[parameters] for parameters in sorted(ways)]
+        best = [(errors + exchange * costs).argmin() for *_, costs, errors in curves]
+        parameters = sum(int(costs[at]) for (*_, costs, _), at in zip(curves, best, strict=True))
+        error = sum(float(errors[at]) for (*_, errors), at in zip(curves, best, strict=True))
+        ways[parameters] = _Way(parameters, {name: ranks[at] for (name, ranks, *_), at in zip(curves, best, strict=True)}, error)
+    return list(ways.values())
 
 
 def _priced(
@@ -223,15 +228,15 @@ def _priced(
 
 def _prices(run: Run, student: Student, statistics: Statistics, group: _Group, text: Sequence[Batch]) -> Floats:
     """What each way costs, nats per token."""
-    dense = sum(run.shapes[name].dense for name in group.names)
-    found = np.array([way.error for way in group.ways])
-    narrow = np.array([way.size is not None for way in group.ways])
-    for family in (narrow, ~narrow):
-        lossy = np.flatnonzero(family & (found > 0))
-        if len(lossy):
-            nearest = min(lossy, key=lambda number: abs(group.ways[number].parameters - (1 - POINT) * dense))
+    left = (1 - POINT) * sum(run.shapes[name].dense for name in group.names)
+    ranks, gone = (np.array([getattr(way, kind) for way in group.ways]) for kind in ("error", "gone"))
+    found = np.zeros(len(group.ways))
+    for errors, others in ((ranks, gone), (gone, ranks)):
+        alone = np.flatnonzero((errors > 0) & (others == 0))
+        if len(alone):
+            nearest = min(alone, key=lambda number: abs(group.ways[number].parameters - left))
             kl = student.cost(_written(run, student, statistics, [group], [group.ways[nearest]]), text)
-            found[family] *= max(kl, LEAST) / found[nearest]
+            found += errors * max(kl, LEAST) / errors[nearest]
     return found
 
 
@@ -248,11 +253,19 @@ def _written(
     layers: dict[str, nn.Module] = {}
     for group, way in zip(groups, ways, strict=True):
         if way.size is not None and group.mlp is not None and group.slices is not None:
-            layers |= _layers(run, group.mlp, statistics, group.slices.kept(way.size))
+            neurons = group.slices.kept(way.size)
+            layers |= _layers(run, group.mlp, statistics, neurons)
         for name, rank in way.ranks.items():
             if rank is not None:
-                found = student.decompositions[name]
-                layers[name] = folded(run.model.get_submodule(name), found, hard_mask(rank, len(found.spectrum)))
+                linear, found = run.model.get_submodule(name), student.decompositions[name]
+                second, first = found.second[:, :rank], found.first[:rank]
+                if way.size is not None and group.mlp is not None:
+                    linear = layers[name]
+                    if name == group.mlp.down:
+                        first = refit(first, _second(statistics.of(name)), neurons).to(first)
+                    else:
+                        second = second[group.mlp.rows(neurons).to(second.device)]
+                layers[name] = PairLinear.from_factors(second, first, bias_of(linear))
     return layers
 
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import is_out_of_memory
 from rankwise.layers.linear import bias_of, dense_linear, swapped, weight_of
+from rankwise.layers.matrices import Shape
 
 Layout = Literal["rows", "halves", "pairs"]
 ROUNDING = 1e-3  # of the largest answer: what may lie between two orders of the same sums
@@ -46,6 +47,12 @@ class Mlp:
         if self.layout == "halves":
             return torch.cat([kept, self.width + kept])
         return torch.stack([2 * kept, 2 * kept + 1], 1).flatten() if self.layout == "pairs" else kept
+
+    def shape(self, name: str, shape: Shape, size: int) -> Shape:
+        """The shape of one of its matrices where so many neurons stay."""
+        if name == self.down:
+            return replace(shape, in_features=size)
+        return replace(shape, out_features=shape.out_features // self.width * size)
 
     def narrowed(self, model: nn.Module, kept: Tensor, weight: Tensor) -> dict[str, nn.Module]:
         """The layers with the neurons `kept` [k] alone, by path. weight: of the last one [m, k]."""
