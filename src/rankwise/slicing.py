@@ -147,7 +147,7 @@ def _chosen(
             within,
         )
         costs = [student.cost(_written(run, student, statistics, groups, ways)) for ways in (every, alone)]
-        if costs[0] >= costs[1]:
+        if costs[0] >= costs[1] and sum(way.parameters for way in alone) <= within:
             return {}
         return {
             group.mlp.down: group.slices.kept(way.size)

@@ -86,7 +86,7 @@ class KLKnapsack:
         points = np.geomspace(FIRST_POINT, LAST_POINT, self.points) * problem.shapes[name].break_even
         ranks = np.unique(points.astype(int).clip(1))
         length = len(problem.spectra[name])
-        measured = [problem.student.divergence({name: hard_mask(rank, length)}, text) for rank in ranks.tolist()]
+        measured = [problem.student.divergence_alone(name, hard_mask(rank, length), text) for rank in ranks.tolist()]
         return -error_curve(problem.spectra[name], ranks, measured).diff()
 
     def _trials(self, seed: int) -> list[list[float]]:

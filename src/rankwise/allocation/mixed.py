@@ -71,7 +71,7 @@ class Mixed:
         spectrum = problem.spectra[name]
         points = np.geomspace(FIRST_POINT, LAST_POINT, self.points) * problem.shapes[name].break_even
         ranks = np.unique(points.astype(int).clip(1))[::-1]
-        kls = [problem.student.divergence({name: hard_mask(rank, len(spectrum))}, text) for rank in ranks.tolist()]
+        kls = [problem.student.divergence_alone(name, hard_mask(rank, len(spectrum)), text) for rank in ranks.tolist()]
         return tail_of(spectrum)[ranks], np.array(kls)
 
 

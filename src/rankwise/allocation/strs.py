@@ -49,6 +49,6 @@ class STRS:
         losses = torch.full((len(problem.spectra[name]),), torch.inf, dtype=torch.float64)
         for rate in self.rates:
             rank = max(shape.rank_within(int(shape.dense * (1 - rate))), 1)
-            loss = student.divergence({name: hard_mask(rank, len(losses))}, text)
+            loss = student.divergence_alone(name, hard_mask(rank, len(losses)), text)
             losses[rank:] = losses[rank:].clamp_max(loss)
         return losses

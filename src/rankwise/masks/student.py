@@ -6,8 +6,8 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,8 @@ class Student:
             return found | {EFFORT: torch.tensor([*tokens, time.perf_counter() - since], dtype=torch.float64)}
 
         written = (tensor for name in masks if name in self.shipped for tensor in self.shipped[name].state_dict().values())
-        of = (*(part for item in masks.items() for part in item), *written, *(t for batch in batches for t in batch.values()))
+        read = (tensor for batch in batches for tensor in batch.values())
+        of = (*(part for item in masks.items() for part in item), *self.originals, *written, *read)
         found = dict(self.kept(what, of, compute))
         *tokens, seconds = found.pop(EFFORT).tolist()
         self.effort.update({name: before[name] + int(more) for name, more in zip(before, tokens, strict=True)})
@@ -197,6 +198,15 @@ class Student:
             "divergence", masks, text, lambda text: {"kl": torch.tensor(self._divergence(masks, text), dtype=torch.float64)}
         )
         return found["kl"].item()
+
+    def divergence_alone(self, name: str, mask: Tensor, batches: Sequence[Batch]) -> float:
+        """KL in nats per token from the model as it is now, narrowed or not, to the same with this matrix masked."""
+        return self._as_it_is.divergence({name: mask}, batches)
+
+    @functools.cached_property
+    def _as_it_is(self) -> Self:
+        """The student whose teacher is the model as it is now."""
+        return replace(self, originals={}, _signals={}) if self.originals else self
 
     def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
         changed = [name for name, mask in masks.items() if mask is not None or name in self.shipped]
