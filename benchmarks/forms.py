@@ -124,11 +124,10 @@ def _speeds(model: str, rows: list[dict[str, Any]]) -> list[str]:
         "| | rate | phase | speed-up | ideal | of ideal |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['way']} | {row['rate']:g} | {row['phase']} | {row['speedup']:.2f} | {row['ideal']:.2f} "
-            f"| {row['of_ideal']:.0%} |"
-        )
+    lines += [
+        f"| {row['way']} | {row['rate']:g} | {row['phase']} | {row['speedup']:.2f} | {row['ideal']:.2f} | {row['of_ideal']:.0%} |"
+        for row in rows
+    ]
     return [*lines, ""]
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import rankwise
 import rankwise.pipeline
 from rankwise import RankwiseError, bundled, compress, densify, evaluate, refine
 from rankwise.decomposition.slicing import refit, sizes_of, slices_of
@@ -139,6 +141,12 @@ def test_a_folder_loads_to_the_bit_and_is_as_large_as_said(name: str, tmp_path: 
     more = {"decoder_input_ids": WINDOWS[:2]} if name == "t5" else {}
     torch.testing.assert_close(dense(WINDOWS[:2], **more).logits, loaded(WINDOWS[:2], **more).logits, rtol=1e-3, atol=1e-3)
     assert dense.num_parameters() == model.num_parameters()
+
+
+@pytest.fixture
+def run(rankwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The command line."""
+    return rankwise
 
 
 @pytest.fixture(scope="module")
@@ -280,11 +288,11 @@ def test_of_a_real_model_it_leaves_more(shared: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"memory": "8GB"}, "neurons=fewer and memory do not go together"),
-        ({"rate": None, "target_speedup": 1.2}, "neurons=fewer and target_speedup"),
-        ({"rate": None, "bits": "4"}, "neurons=fewer and bits=4"),
+        ({"memory": "8GB"}, "fewer neurons and memory=8GB do not go together"),
+        ({"rate": None, "target_speedup": 1.2}, "fewer neurons and target_speedup"),
+        ({"rate": None, "bits": "4"}, "fewer neurons and bits=4"),
         ({"neurons": "some"}, "neurons='some'"),
-        ({"decomposition": "svd"}, "neurons=fewer is for kronecker and whitened, not for svd"),
+        ({"decomposition": "svd"}, "fewer neurons are for kronecker and whitened, not for svd"),
         ({"decomposition": "centred"}, "not for centred"),
     ],
 )
@@ -297,7 +305,7 @@ def test_what_it_cannot_stand_beside(options: dict[str, Any], said: str, lazy_ll
     assert not list(tmp_path.iterdir())
 
 
-def test_on_the_command_line(lazy_llama: Path, story: Path, tmp_path: Path, rankwise: Callable[..., Any]) -> None:
+def test_on_the_command_line(lazy_llama: Path, story: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     common = [
         "compress",
         lazy_llama,
@@ -312,9 +320,31 @@ def test_on_the_command_line(lazy_llama: Path, story: Path, tmp_path: Path, rank
         "--neurons",
         "fewer",
     ]
-    dry = rankwise(*common, "--dry-run")
-    assert (dry.code, "a plan holds ranks and no neurons yet" in dry.err) == (2, True)
-    done = rankwise(*common, "--allocation", "mask-fisher", "-o", tmp_path / "small")
+    dry = run(*common, "--allocation", "mask-fisher", "--dry-run", "-o", tmp_path / "plan.json")
+    assert "MLPs with fewer neurons" in dry.out, dry.err
+    done = run(*common, "--allocation", "mask-fisher", "-o", tmp_path / "small")
     assert done.code == 0, done.err
     assert "of their" in done.out
     assert AutoModel.from_pretrained(tmp_path / "small") is not None
+    for plan in (tmp_path / "plan.json", tmp_path / "small"):
+        applied = run("compress", lazy_llama, "--calibration", story, "--plan", plan, "-o", tmp_path / "again", "--overwrite")
+        assert applied.code == 0, applied.err
+        config, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("small", "again"))
+        assert config["quantization_config"] == other["quantization_config"]
+
+
+def test_a_plan_of_a_model_in_memory_leaves_it_as_it_was() -> None:
+    model = lazy("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = rankwise.plan(model, **FEWER)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert made.kept_neurons
+    dense = sum(shape.dense for shape in made.shapes.values())
+    assert made.parameters is not None
+    assert made.parameters <= 0.6 * dense
+    down = next(iter(made.kept_neurons))
+    for kept, said in (({"lm_head": 3}, "last matrix of none"), ({down: 64}, "which has 64")):
+        with pytest.raises(RankwiseError, match=said):
+            compress(model, plan=replace(made, kept_neurons=kept), calibration=WINDOWS)

@@ -23,7 +23,7 @@ from rankwise.integration.checkpoint import refuse_elsewhere
 from rankwise.memory import gigabytes
 from rankwise.options import CompressOptions
 from rankwise.plans import Plan
-from rankwise.recipe import FEWER, IN_MEMORY, MIXED, Recipe
+from rankwise.recipe import IN_MEMORY, MIXED, Recipe
 from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.stages import Calibration
 
@@ -79,7 +79,7 @@ def asked_for(
         if "allocation" in fields or "keep" in fields:
             raise RankwiseError("a plan names every rank itself: leave out allocation and keep")
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
-        fields["ranks"] = dict(plan.ranks)
+        fields |= {"ranks": dict(plan.ranks), "kept_neurons": dict(plan.kept_neurons)}
         recipe = plan.recipe if recipe is None else recipe
     if recipe is not None:
         fields = (recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)).under(fields)
@@ -127,6 +127,6 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
         raise RankwiseError(
             f"bits={recipe.bits} rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
         )
-    if recipe.neurons == FEWER and ("input" not in metric_named(metric).NEEDS or is_affine(metric_named(metric))):
-        raise RankwiseError(f"neurons={recipe.neurons} is for kronecker and whitened, not for {metric}: leave out decomposition")
+    if recipe.narrows and ("input" not in metric_named(metric).NEEDS or is_affine(metric_named(metric))):
+        raise RankwiseError(f"fewer neurons are for kronecker and whitened, not for {metric}: leave out decomposition")
     return recipe.model_copy(update={"decomposition": metric}), allocation

@@ -30,7 +30,7 @@ from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
 from rankwise.options import ContestOptions
 from rankwise.plain import to_json
-from rankwise.recipe import FEWER, Recipe
+from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, write_whole
 from rankwise.slicing import narrowed_inside
 from rankwise.stages import Run
@@ -134,9 +134,12 @@ def _judged(
         here = stages.in_metric(run, metric)
         student = stages.student_of(here, stages.decompose_all(here, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
-            fewer = recipe.neurons == FEWER
             for rate, budget in budgets[metric].items():
-                with narrowed_inside(here, student, statistics, metric, budget) if fewer else nullcontext((here, student)) as own:
+                with (
+                    narrowed_inside(here, student, statistics, metric, budget)
+                    if recipe.narrows
+                    else nullcontext((here, student)) as own
+                ):
                     chosen = stages.allocate(*own, metric, method.allocator, budget)
                     results.append(_row(*own, method, rate, budget, chosen, judges))
                 logger.info("%s, rate %s: KL %.5f", method.label, rate, results[-1]["kl"])

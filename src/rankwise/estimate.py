@@ -50,8 +50,8 @@ class Estimate:
         narrows: bool = False,
     ) -> Estimate:
         """The stages of `compress`, which measures `alone` matrices by themselves in the end; 0 for an allocation that does not
-        tell what it `reads`: tokens forward and back. widths: of numbers, in which each matrix is rounded before it; narrows: whether MLPs may
-        lose neurons before it."""
+        tell what it `reads`: tokens forward and back. widths: of numbers, in which each matrix is rounded before it; narrows:
+        whether MLPs may lose neurons before it."""
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)

@@ -28,7 +28,7 @@ from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
 from rankwise.layers.precision import has_units_for
 from rankwise.masks.student import TEACHER_BYTES
 from rankwise.masks.trunk import KEPT_BYTES
-from rankwise.recipe import FEWER, Recipe
+from rankwise.recipe import Recipe
 from rankwise.refinement.refinement import refinements_named
 
 LIBRARIES = 400 * 2**20  # what torch, its kernels and the solvers take beyond what is resident when the figure is made
@@ -81,7 +81,7 @@ def shortage(
     writes = isinstance(calibration, str) and calibration == "self"
     trained = [set(refinement.trained(empty, shapes)) for refinement in refinements_named(recipe.refine or "")]
     phases = _phases(empty, shapes, needs, e, *_text(empty, calibration, recipe, device), trains, writes, trained)
-    if recipe.neurons == FEWER:  # what is left of MLPs stands beside the original's
+    if recipe.narrows:  # what is left of MLPs stands beside the original's
         widest, more = max(shape.in_features for shape in shapes.values()), e * sum(shape.dense for shape in shapes.values())
         phases = {name: taken + more * (name in ("ranks", "refinement")) for name, taken in phases.items()}
         phases["narrowing"] = phases["decomposition"] + more + ORDERING * 8 * widest**2

@@ -46,7 +46,7 @@ from rankwise.options import CompressOptions
 from rankwise.plain import to_json
 from rankwise.plans import Plan
 from rankwise.progress import say, stage
-from rankwise.recipe import FEWER, MIXED, Recipe
+from rankwise.recipe import MIXED, Recipe
 from rankwise.refinement.blocks import BlockByBlock
 from rankwise.refinement.refinement import Refinement
 from rankwise.reporting.page import page_of
@@ -195,8 +195,6 @@ def plan(
     asked = replace(asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
     if asked.recipe.bits != "stored":
         raise RankwiseError(f"a plan holds ranks and no bits yet: compress with bits={asked.recipe.bits} without a dry run")
-    if asked.recipe.neurons == FEWER:
-        raise RankwiseError(f"a plan holds ranks and no neurons yet: compress with neurons={FEWER} without a dry run")
     folder = RunFolder()
     if output is not None:
         output = Path(output)
@@ -211,6 +209,7 @@ def plan(
     else:
         with _chosen(asked, folder) as found:
             made = found.plan()
+        slicing.put_back(found.run.model, found.student.originals)
         stack_experts(found.run.model, found.run.experts)
     if output is not None and distributed.rank() == 0:
         made.save(output)
@@ -266,7 +265,11 @@ class _Chosen:
     def plan(self) -> Plan:
         """One rank for every matrix, those that the text did not reach too."""
         ranks = {name: self.chosen.ranks.get(name) for name in self.matrices}
-        return Plan(ranks, self.matrices, self.comparison.kl, self.run.base, self.recipe)
+        narrowed = {name: self.run.shapes[name] for name in self.student.originals}
+        kept = {
+            name: shape.in_features for name, shape in narrowed.items() if shape.in_features < self.matrices[name].in_features
+        }
+        return Plan(ranks, self.matrices, self.comparison.kl, self.run.base, self.recipe, kept, narrowed)
 
 
 @contextmanager
@@ -285,6 +288,7 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
             refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
         for refinement in asked.refinements:
             refinement.try_out(run.model, run.shapes, run.data.training[0])
+        slicing.refuse_other(run, recipe.kept_neurons)
         if recipe.target_bytes is not None:
             Target(recipe).budget(stages.in_metric(run, metric))
 
@@ -298,8 +302,7 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
         clock.lap("loading")
         with widened(run.model):
             alone, widths = len(run.shapes) * closer, len(WIDTHS) if recipe.bits == MIXED else int(recipe.width is not None)
-            narrows = recipe.neurons == FEWER
-            clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths, narrows)
+            clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths, recipe.narrows)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")
@@ -310,8 +313,8 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
             chosen = few_bits.alike(run, student, statistics, metric, recipe.width)
         else:
             shapes, budget = target.budget(run)
-        if narrows:
-            run, student = slicing.narrowed(run, student, statistics, metric, budget)
+        if recipe.narrows:
+            run, student = slicing.narrowed(run, student, statistics, metric, budget, recipe.kept_neurons)
             shapes = run.shapes
             clock.lap("narrowing")
         if recipe.bits == MIXED:
@@ -349,7 +352,7 @@ def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) ->
     recipe, metric, clock = asked.recipe, asked.metric, Clock()
     if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
-    if recipe.neurons == FEWER:
+    if recipe.narrows:
         raise InMemoryOnlyError("block by block MLPs keep their neurons (ask for neurons=all)")
     refinements = [refinement for refinement in asked.refinements if isinstance(refinement, BlockByBlock)]
     if len(refinements) < len(asked.refinements):

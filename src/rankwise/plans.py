@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.allocation.plan import Ranks, parameters
 from rankwise.errors import RankwiseError
 from rankwise.integration.files import read_json
-from rankwise.integration.result import RANKS
+from rankwise.integration.result import RANKS, REPORT
 from rankwise.layers.matrices import Shape
 from rankwise.plain import to_json
 from rankwise.recipe import FILE as RECIPE
@@ -26,7 +26,8 @@ class Plan:
 
     shapes: the matrices', empty where ranks alone were read. kl: what the plan is predicted to cost, KL(original || compressed)
     in nats per token on calibration text that nothing was chosen on; None where nobody has measured these ranks.
-    base_model: the name of the model it was made for. recipe: what was asked for.
+    base_model: the name of the model it was made for. recipe: what was asked for. kept_neurons: of MLPs that have fewer, how
+    many, by their last matrix; narrowed: what is left of the shapes of all their matrices, as far as it is known.
     """
 
     ranks: Ranks
@@ -34,6 +35,8 @@ class Plan:
     kl: float | None = None
     base_model: str | None = None
     recipe: Recipe | None = None
+    kept_neurons: Mapping[str, int] = field(default_factory=dict)
+    narrowed: Mapping[str, Shape] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -47,17 +50,24 @@ class Plan:
         if not isinstance(content, dict):
             raise RankwiseError(f"{file} is no plan: it is not an object of matrices and their ranks")
         if not isinstance(content.get("ranks"), dict):
-            beside = file.with_name(RECIPE)
-            return cls(_ranks(content, file), recipe=Recipe.read(file.parent) if beside.is_file() else None)
+            asked, report = file.with_name(RECIPE), file.with_name(REPORT)
+            neurons = read_json(report).get("neurons", {}) if report.is_file() else {}
+            return cls(
+                _ranks(content, file),
+                recipe=Recipe.read(file.parent) if asked.is_file() else None,
+                kept_neurons={down: kept for down, (kept, _) in neurons.items()},
+            )
         if content.get("format_version") != FORMAT_VERSION:
             version = content.get("format_version")
             raise RankwiseError(f"{file} has format {version!r}, this rankwise reads {FORMAT_VERSION}: make the plan again")
         ranks = _ranks(content["ranks"], file)
         try:
             recipe = None if content["recipe"] is None else Recipe.of(**content["recipe"])
-            shapes = {name: Shape(*shape) for name, shape in content["shapes"].items()}
+            shapes, narrowed = (
+                {name: Shape(*shape) for name, shape in content.get(kind, {}).items()} for kind in ("shapes", "narrowed")
+            )
             kl = content["kl"] if content["measured"] == digest(ranks) else None
-            return cls(ranks, shapes, kl, content["base_model"], recipe)
+            return cls(ranks, shapes, kl, content["base_model"], recipe, content.get("kept_neurons", {}), narrowed)
         except (KeyError, TypeError, AttributeError) as error:
             raise RankwiseError(f"{file} cannot be read as a plan: {error!r}") from None
 
@@ -75,6 +85,9 @@ class Plan:
             "recipe": self.recipe and self.recipe.model_dump(mode="json"),
             "shapes": {name: astuple(shape) for name, shape in self.shapes.items()},
         }
+        if self.kept_neurons:
+            about["kept_neurons"] = dict(self.kept_neurons)
+            about["narrowed"] = {name: astuple(shape) for name, shape in self.narrowed.items()}
         rest = "".join(f',\n "{name}": {to_json(value)}' for name, value in about.items())
         return f'{{\n "ranks": {to_json(self.ranks, indent=1)}{rest}\n}}'
 
@@ -85,7 +98,7 @@ class Plan:
     @property
     def parameters(self) -> int | None:
         """Parameters that the matrices keep; None where shapes are not known."""
-        return parameters(self.ranks, self.shapes) if self.shapes else None
+        return parameters(self.ranks, {**self.shapes, **self.narrowed}) if self.shapes else None
 
     def __sub__(self, other: Plan) -> Difference:
         """What changes from `other` to this plan. Raises `RankwiseError` for plans of different matrices."""
@@ -93,7 +106,7 @@ class Plan:
         if alone:
             raise RankwiseError(f"these are plans of different matrices: only one of them has {min(alone)}")
         changed = {name: (other.ranks[name], rank) for name, rank in self.ranks.items() if rank != other.ranks[name]}
-        return Difference(changed, self.shapes or other.shapes)
+        return Difference(changed, {**(self.shapes or other.shapes), **self.narrowed})
 
     def __str__(self) -> str:
         head, kept = f"plan for {self.base_model or 'a model'}", self.parameters
@@ -101,11 +114,15 @@ class Plan:
             dense = sum(shape.dense for shape in self.shapes.values())
             head += f": {kept:,} of {dense:,} parameters kept ({kept / dense:.1%})"
         head += ", nobody has measured its KL" if self.kl is None else f", predicted KL {self.kl:.5f} nats per token"
+        head += f"; {len(self.kept_neurons)} MLPs with fewer neurons" if self.kept_neurons else ""
         return "\n".join([head, *_table((name, _shown(rank), self._kept(name)) for name, rank in self.ranks.items())])
 
     def _kept(self, name: str) -> str:
         shape = self.shapes.get(name)
-        return "" if shape is None else f"{shape.parameters(self.ranks[name]) / shape.dense:.0%} of {shape.dense:,}"
+        left = self.narrowed.get(name, shape)
+        return (
+            "" if shape is None or left is None else f"{left.parameters(self.ranks[name]) / shape.dense:.0%} of {shape.dense:,}"
+        )
 
 
 @dataclass(frozen=True)

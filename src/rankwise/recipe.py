@@ -38,6 +38,9 @@ class Recipe(BaseModel):
     ranks: dict[str, PositiveInt | None] | None = Field(
         None, description="instead of a rate: the rank of every matrix, None for dense, as a plan has them"
     )
+    kept_neurons: dict[str, PositiveInt] = Field(
+        {}, description="beside ranks: how many hidden neurons MLPs keep, by their last matrix, as a plan has them"
+    )
     scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over: the matrices, or all")
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {},
@@ -127,7 +130,7 @@ class Recipe(BaseModel):
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
         if recipe.bits != "stored" or recipe.allocation == MIXED:
             recipe._refuse_beside_bits()
-        if recipe.neurons == FEWER:
+        if recipe.narrows:
             recipe._refuse_beside_fewer_neurons()
         return recipe
 
@@ -135,6 +138,11 @@ class Recipe(BaseModel):
     def width(self) -> int | None:
         """The bits of every matrix, where they are the same; None where they are not, or are chosen."""
         return int(self.bits) if self.bits.isdigit() else None
+
+    @property
+    def narrows(self) -> bool:
+        """Whether MLPs may lose neurons."""
+        return self.neurons == FEWER or bool(self.kept_neurons)
 
     def _refuse_beside_bits(self) -> None:
         """Raises `RankwiseError` for what cannot stand beside few bits."""
@@ -157,12 +165,14 @@ class Recipe(BaseModel):
 
     def _refuse_beside_fewer_neurons(self) -> None:
         """Raises `RankwiseError` for what cannot stand beside fewer neurons yet."""
-        beside = {"ranks": "a plan", "target_speedup": "target_speedup", "memory": "memory"}
-        asked = [words for name, words in beside.items() if getattr(self, name) is not None]
-        if asked or self.bits != "stored":
-            raise RankwiseError(
-                f"neurons={self.neurons} and {[*asked, f'bits={self.bits}'][0]} do not go together yet: ask for one"
-            )
+        if self.kept_neurons and self.ranks is None:
+            raise RankwiseError("kept_neurons are a plan's: give its ranks too")
+        if self.neurons == FEWER and self.ranks is not None:
+            raise RankwiseError("a plan says itself how many neurons stay: leave out neurons")
+        beside = {name: getattr(self, name) for name in ("target_speedup", "memory") if getattr(self, name) is not None}
+        beside |= {} if self.bits == "stored" else {"bits": self.bits}
+        for name, value in beside.items():
+            raise RankwiseError(f"fewer neurons and {name}={value} do not go together yet: ask for one")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -191,9 +201,9 @@ class Recipe(BaseModel):
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
         taken |= set(READING) if "calibration" in asked else set()
         if "ranks" in asked:
-            taken |= {"keep", "bits"}
+            taken |= {"keep", "bits", "neurons", "kept_neurons"}
         elif self.ranks is not None and taken & {"rate", "allocation"}:
-            taken |= {"ranks", "allocation"}
+            taken |= {"ranks", "kept_neurons", "allocation"}
         fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}
         if fields.get("calibration") == IN_MEMORY:
             raise RankwiseError("the recipe's calibration text was given in memory: give it again, or name one")

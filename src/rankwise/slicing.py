@@ -30,6 +30,7 @@ from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.slicing import Slices, refit, slices_of
 from rankwise.decomposition.solver import Decomposition
+from rankwise.errors import RankwiseError
 from rankwise.layers.blocks import block_lists, block_of
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.lowrank import PairLinear
@@ -68,12 +69,18 @@ class _Group:
     slices: Slices | None = None
 
 
-def narrowed(run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget) -> tuple[Run, Student]:
-    """The run and its student with those MLPs narrower, in place, that are better so within the budget. The student's teacher has
-    the original's."""
+def narrowed(
+    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, sizes: Mapping[str, int] | None = None
+) -> tuple[Run, Student]:
+    """The run and its student with those MLPs narrower, in place, that are better so within the budget; or, by their last
+    matrix, of the `sizes` given. The student's teacher has the original's."""
     with widened(run.model):
         mlps = {mlp.down: mlp for mlp in _mlps(run, budget)}
-        kept = _chosen(run, student, statistics, metric, budget, mlps.values())
+        if sizes:
+            slices = {down: _slices(run, mlps[down], statistics, metric, budget.multiple) for down in sizes if down in mlps}
+            kept = {down: slices[down].kept(sizes[down]) for down in slices}
+        else:
+            kept = _chosen(run, student, statistics, metric, budget, mlps.values())
     if not kept:
         return run, student
     layers: dict[str, nn.Module] = {}
@@ -102,8 +109,25 @@ def narrowed_inside(
     try:
         yield narrow, learning
     finally:
-        for name, module in learning.originals.items():
-            run.model.set_submodule(name, module)
+        put_back(run.model, learning.originals)
+
+
+def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Undo `narrowed`."""
+    for name, module in originals.items():
+        model.set_submodule(name, module)
+
+
+def refuse_other(run: Run, sizes: Mapping[str, int]) -> None:
+    """Raises `RankwiseError` where `sizes` are not of MLPs of the model, or not fewer neurons than those have."""
+    mlps = {mlp.down: mlp for mlp in _mlps(run, Budget(0))} if sizes else {}
+    for down, size in sizes.items():
+        if down not in mlps:
+            raise RankwiseError(f"the plan has neurons for {down}, which is the last matrix of none of the {len(mlps)} MLPs")
+        if size >= mlps[down].width:
+            raise RankwiseError(
+                f"the plan has {size} neurons for {down}, which has {mlps[down].width}: take fewer, or none of it"
+            )
 
 
 @contextmanager
@@ -179,18 +203,21 @@ def _with_sizes(
     run: Run, group: _Group, mlp: Mlp, tails: Mapping[str, Floats], statistics: Statistics, metric: str, budget: Budget
 ) -> _Group:
     """The group with the ways of narrower MLPs. What a rank misses of a part of a matrix is taken for what it misses of all."""
-    moments = statistics.of(mlp.down)
-    weight = weight_of(run.model.get_submodule(mlp.down))
-
-    def compute() -> dict[str, Tensor]:
-        return vars(slices_of(weight, metric_named(metric).roots(moments)[0], _second(moments), budget.multiple))
-
-    slices = Slices(**run.folder.cached(f"neurons/{mlp.down}", digest(run.identity, metric, budget.multiple), compute))
+    slices = _slices(run, mlp, statistics, metric, budget.multiple)
     ways = list(group.ways)
     for size, gone in zip(slices.sizes.tolist(), slices.errors.tolist(), strict=True):
         shapes = {name: mlp.shape(name, run.shapes[name], size) for name in mlp.matrices}
         ways += [replace(way, size=size, gone=gone) for way in _low_rank(shapes, tails, budget.multiple)]
     return replace(group, ways=tuple(ways), mlp=mlp, slices=slices)
+
+
+def _slices(run: Run, mlp: Mlp, statistics: Statistics, metric: str, multiple: int) -> Slices:
+    moments, weight = statistics.of(mlp.down), weight_of(run.model.get_submodule(mlp.down))
+
+    def compute() -> dict[str, Tensor]:
+        return vars(slices_of(weight, metric_named(metric).roots(moments)[0], _second(moments), multiple))
+
+    return Slices(**run.folder.cached(f"neurons/{mlp.down}", digest(run.identity, metric, multiple), compute))
 
 
 def _low_rank(shapes: Mapping[str, Shape], tails: Mapping[str, Floats], multiple: int) -> list[_Way]:
