@@ -113,7 +113,7 @@ def test_what_nobody_heeds_goes_first() -> None:
 
 
 def test_neurons_that_say_the_same_are_not_both_kept() -> None:
-    W, left, C = problem(8, 32, 300, 1)
+    W, left, _ = problem(8, 32, 300, 1)
     X = torch.randn(400, 16, generator=torch.Generator().manual_seed(2)).double()
     doubled = torch.cat([X, 2 * X], 1)
     found = slices_of(W, left, doubled.T @ doubled + 1e-9 * torch.eye(32).double())

@@ -29,7 +29,6 @@ from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.slicing import Slices, refit, slices_of
-from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.blocks import block_lists, block_of
 from rankwise.layers.linear import bias_of, weight_of
