@@ -5,7 +5,7 @@ number of parameters.
                                [--allocation llrc:quick] [--samples 64] [--judge-samples 16] [--speed]
 
 Calibrated and judged as in `real_models.py`; the bundled model on the standard library's training split, judged on its
-held-out one, on WikiText-2 and on C4. With --speed: a prompt's and a token's time at --rates, in turn with the dense model's.
+held-out one, on WikiText-2 and on C4. With --speed: the time of a prompt and of a token, of decoders of random weights.
 All that is found is kept in benchmarks/results/forms.json and printed to forms.md; what was computed is kept in --work.
 """
 
@@ -17,14 +17,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from main_job import HERE
-from real_models import LENGTH, load, machine, texts_of
-from transformers import AutoTokenizer
+from real_models import LENGTH, machine, texts_of
+from speed import compress_at_random, decoder
+from torch import nn
 
-from rankwise import bench, bundled, compress
+from rankwise import bundled
 from rankwise.contest import hold_contest
+from rankwise.layers.matrices import find_matrices
+from rankwise.runtime.bench import Load, times
+from rankwise.runtime.optimize import optimize
+from rankwise.runtime.timing import ratio
 
 RESULTS = HERE / "results" / "forms.json"
+LAYERS, MULTIPLE = 4, 32  # of the decoders that are timed, and of their ranks and neurons
 WAYS: dict[str, dict[str, Any]] = {
     "pairs of factors": {"form": "pair", "neurons": "all"},
     "pivoted": {"form": "pivoted", "neurons": "all"},
@@ -75,21 +82,49 @@ def costs_of(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def speeds_of(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Speed-ups over the dense model of one prompt and of decoding, and of what is ideal."""
-    folder, calibration, _ = source_of(model, args)
-    dense = args.work / model / "dense"
-    load(folder).save_pretrained(dense)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(dense)
+def speeds_of(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """How many times as fast as dense a decoder of random weights is in every way, optimised: its MLPs alone narrower in the last
+    one, which then is a decoder like the dense one with fewer neurons."""
     rows = []
-    for way in args.ways:
-        for rate in args.rates:
-            output = args.work / model / f"{WAYS[way]['form']}-{WAYS[way]['neurons']}-{rate}"
-            asked = {"samples": args.samples, "length": LENGTH, "dtype": "float32", "allocation": args.allocation}
-            compress(dense, rate, calibration=calibration, output=output, overwrite=True, **WAYS[way], **asked)
-            timed = bench(output, dense, batches=(1,), prompt=256, new_tokens=32, threads=1, repeats=9)["speed"]
-            rows += [{"way": way, "rate": rate, **row} for row in timed]
+    for rate in args.rates:
+        models = {"dense": decoder(size, LAYERS, torch.float32, "cpu")}
+        for way in args.ways:
+            small = decoder(size, LAYERS, torch.float32, "cpu")
+            asked = WAYS[way]
+            models[way] = optimize(narrow(small, rate) if asked["neurons"] == "fewer" else at_random(small, rate, asked["form"]))
+        for phase, seconds in times(list(models.values()), Load(1, 512, 16), args.repeats).items():
+            dense, *others = seconds
+            for way, own in zip(args.ways, others, strict=True):
+                ideal = ideal_of(models["dense"], models[way], phase)
+                rows.append({"way": way, "rate": rate, "phase": phase, "speedup": ratio(dense, own), "ideal": ideal})
     return rows
+
+
+def at_random(model: Any, rate: float, form: str) -> Any:
+    return compress_at_random(model, rate, MULTIPLE, form)
+
+
+def narrow(model: Any, rate: float) -> Any:
+    """The decoder without so many of its matrices' numbers, all of them its MLPs'."""
+    shapes = find_matrices(model)[0]
+    gone = rate * sum(shape.dense for shape in shapes.values()) / sum(s.dense for name, s in shapes.items() if "mlp" in name)
+    for layer in model.model.layers:
+        size = round((1 - gone) * layer.mlp.down_proj.in_features / MULTIPLE) * MULTIPLE
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight, linear.out_features = nn.Parameter(linear.weight[:size].clone(), requires_grad=False), size
+        down = layer.mlp.down_proj
+        down.weight, down.in_features = nn.Parameter(down.weight[:, :size].contiguous(), requires_grad=False), size
+    return model
+
+
+def ideal_of(dense: Any, small: Any, phase: str) -> float:
+    """Dense over compressed numbers that are multiplied with, the output head among them where one token is decoded."""
+    head = dense.lm_head.weight.numel() * (phase == "decode")
+
+    def numbers(model: Any) -> int:
+        return head + sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+
+    return numbers(dense) / numbers(small)
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -118,16 +153,19 @@ def _costs(model: str, text: str, rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _speeds(model: str, rows: list[dict[str, Any]]) -> list[str]:
+def _speeds(size: str, rows: list[dict[str, Any]]) -> list[str]:
+    rates = sorted({row["rate"] for row in rows})
     lines = [
-        f"### {model}: how many times as fast as dense, float32, one thread; a prompt of 256 tokens, and tokens after it\n",
-        "| | rate | phase | speed-up | ideal | of ideal |",
-        "|---|---|---|---|---|---|",
+        f"### A decoder of {LAYERS} layers of Llama {size}'s shapes, random weights: how many times as fast as dense\n",
+        f"{machine()}, float32, a prompt of 512 tokens and 16 after it; in brackets the part of the ideal, which is that of the "
+        "numbers multiplied with.\n",
+        "| | phase | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |",
+        "|---|---|" + "---|" * len(rates),
     ]
-    lines += [
-        f"| {row['way']} | {row['rate']:g} | {row['phase']} | {row['speedup']:.2f} | {row['ideal']:.2f} | {row['of_ideal']:.0%} |"
-        for row in rows
-    ]
+    for way, phase in dict.fromkeys((row["way"], row["phase"]) for row in rows):
+        own = {row["rate"]: row for row in rows if (row["way"], row["phase"]) == (way, phase)}
+        cells = [f"{own[r]['speedup']:.2f} ({own[r]['speedup'] / own[r]['ideal']:.0%})" for r in rates]
+        lines.append(f"| {way.replace('pivoted, and ', '')} | {phase} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -146,13 +184,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
     parser.add_argument("--judge-samples", type=int, default=16)
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--real-models", type=Path, default=Path.home() / ".cache" / "real-models")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rankwise-forms")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kind, of = ("speeds", speeds_of) if args.speed else ("costs", costs_of)
-    for model in args.models:
+    torch.set_num_threads(args.threads)
+    kind, of, models = ("speeds", speeds_of, ["1B"]) if args.speed else ("costs", costs_of, args.models)
+    for model in models:
         own = results.setdefault(model, {})
         own[kind] = merged(own.get(kind, []), of(model, args))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,7 +24,7 @@ from rankwise import RankwiseError, distributed
 from rankwise.testing.folders import content_of
 
 METHOD = "llrc points=0 rounds=1 value_steps=3"  # a measured KL of this random model is little more than rounding
-OPTIONS = ["--rate", "0.3", "--samples", "1200", "--length", "32", "--allocation", METHOD]
+OPTIONS = ["--rate", "0.3", "--samples", "1200", "--length", "32", "--allocation", METHOD, "--neurons", "all"]
 COMPRESS = ["compress", "llama", "--calibration", "story.txt"]
 SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -110,6 +110,20 @@ def test_refined_block_by_block_by_two(folder: Path) -> None:
     assert out.count("written to") == 1
     before, after = (record["kl"] for record in json.loads((folder / "refined" / "report.json").read_text())["history"][-2:])
     assert after < before
+
+
+def test_mlps_are_narrowed_by_two_as_by_one(folder: Path) -> None:
+    asked = ["--allocation", "uniform", "--samples", "200", "--neurons", "fewer", "--rate", "0.5"]
+    for processes in (1, 2):
+        process = start(folder, f"narrow-{processes}", processes, *asked)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    configs = [json.loads((folder / f"narrow-{n}" / "config.json").read_text())["quantization_config"] for n in (1, 2)]
+    assert configs[0] == configs[1]
+    assert configs[0]["sizes"]
+    one, two = (load_file(folder / f"narrow-{n}" / "model.safetensors") for n in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_what_is_wrong_is_said_once(folder: Path) -> None:

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise import bundled, distributed
 from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, known_as, spelled
 from rankwise.allocation.given import Given
+from rankwise.allocation.llrc import LLRC
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
-from rankwise.decomposition.metric import is_affine, metric_named
+from rankwise.decomposition.metric import metric_named, orders_neurons
 from rankwise.errors import RankwiseError
 from rankwise.footprint import Shortage, shortage
 from rankwise.integration.artifact import Artifact
@@ -23,7 +24,7 @@ from rankwise.integration.checkpoint import refuse_elsewhere
 from rankwise.memory import gigabytes
 from rankwise.options import CompressOptions
 from rankwise.plans import Plan
-from rankwise.recipe import IN_MEMORY, MIXED, Recipe
+from rankwise.recipe import ALL, FEWER, IN_MEMORY, MIXED, Recipe
 from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.stages import Calibration
 
@@ -41,6 +42,7 @@ class Asked:
     allocator: Allocator
     artifact: Artifact | None
     refinements: list[Refinement]
+    narrows_by_default: bool = False
 
     @property
     def metric(self) -> str:
@@ -59,7 +61,8 @@ class Asked:
         short = shortage(self.model, self.calibration, self.recipe, [self.metric], self.trains)
         if short is None:
             return self, None
-        return replace(self, recipe=self.recipe.model_copy(update={"memory": gigabytes(short.promise)})), short
+        changed: dict[str, Any] = {"memory": gigabytes(short.promise)} | ({"neurons": ALL} if self.narrows_by_default else {})
+        return replace(self, recipe=self.recipe.model_copy(update=changed)), short
 
 
 def asked_for(
@@ -99,7 +102,17 @@ def asked_for(
     calibration = "self" if calibration is None else calibration
     settled, allocator = _recipe(calibration, allocation, fields)
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
-    return Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""))
+    by_default = settled.neurons is None and _narrows(settled, allocator, artifact)
+    if settled.neurons is None:
+        settled = settled.model_copy(update={"neurons": FEWER if by_default else ALL})
+    return Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""), by_default)
+
+
+def _narrows(recipe: Recipe, allocator: Allocator, artifact: Artifact | None) -> bool:
+    """Whether MLPs may lose neurons where nothing is said."""
+    beside = recipe.ranks, recipe.target_speedup, recipe.memory, artifact
+    orders = orders_neurons(metric_named(str(recipe.decomposition)))
+    return isinstance(allocator, LLRC) and orders and recipe.bits == "stored" and all(other is None for other in beside)
 
 
 def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:
@@ -127,6 +140,6 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
         raise RankwiseError(
             f"bits={recipe.bits} rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
         )
-    if recipe.narrows and ("input" not in metric_named(metric).NEEDS or is_affine(metric_named(metric))):
+    if recipe.narrows and not orders_neurons(metric_named(metric)):
         raise RankwiseError(f"fewer neurons are for kronecker and whitened, not for {metric}: leave out decomposition")
     return recipe.model_copy(update={"decomposition": metric}), allocation

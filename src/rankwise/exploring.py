@@ -38,7 +38,7 @@ from rankwise.masks.student import Student
 from rankwise.options import ExploreOptions
 from rankwise.plain import plain, to_json
 from rankwise.progress import progress, say
-from rankwise.recipe import MIXED, Recipe
+from rankwise.recipe import ALL, MIXED, Recipe
 from rankwise.reporting.command import command_of
 from rankwise.run_folder import RunFolder, write_whole
 from rankwise.runtime.latency import Latency, decodes
@@ -110,7 +110,7 @@ def explore(
     texts = [text] if isinstance(text, str) else list(text)
     if model is None:
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
-    asked: dict[str, Any] = {"calibration": calibration or "self", "effort": "quick", **options}
+    asked: dict[str, Any] = {"calibration": calibration or "self", "effort": "quick", "neurons": ALL, **options}
     recipe = _refusing(asked, rates, bits)
     sources, reading = filter(None, map(own_source, texts)), (recipe.text_column, recipe.dataset_options)
     refuse_unused([recipe.calibration, *sources], *reading)

@@ -61,7 +61,7 @@ class ContestOptions(ExploreOptions, total=False):
     """What a contest takes."""
 
     keep: dict[str, float]
-    neurons: Literal["all", "fewer"]
+    neurons: Literal["all", "fewer"] | None
 
 
 class CompressOptions(DecomposeOptions, ContestOptions, total=False):
@@ -112,7 +112,8 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     text = field.description[0].upper() + field.description[1:]
     kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not type(None)]
     kind: Any = kinds[0] if kinds in ([int], [float]) else str
-    metavar = "|".join(kinds) if get_origin(field.annotation) is Literal else None
+    choices = [*get_args(kinds[0]), *kinds] if get_origin(kinds[0]) is Literal else kinds
+    metavar = "|".join(choice for choice in choices if isinstance(choice, str)) or None
     if get_origin(field.annotation) in (dict, tuple):
         kind, text = list[str], f"{text}; repeatable"
         metavar = None if get_origin(field.annotation) is tuple else "PATTERN=FRACTION" if name == "keep" else "KEY=VALUE"

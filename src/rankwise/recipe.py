@@ -15,9 +15,9 @@ FILE = "recipe.yaml"  # in every result folder
 BEFORE_FORMS = {"form": "pair"}  # what recipes did not tell when there was one form
 TARGETS = ("rate", "target_bytes", "target_speedup", "ranks")
 MIXED = "mixed"  # where ranks and bits are chosen together
-FEWER = "fewer"  # neurons, chosen before ranks
+ALL, FEWER = "all", "fewer"  # neurons; fewer are chosen before ranks
 READING = ("text_column", "dataset_options")  # of a calibration
-METHOD = ("preset", "options", "decomposition")  # of an allocation
+METHOD = ("preset", "options", "decomposition", "neurons")  # of an allocation
 LARGEST = 2**31  # the largest number of windows or tokens: a run over more would never end
 DEFAULT_RATE = 0.2
 IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no source that could be named
@@ -86,9 +86,10 @@ class Recipe(BaseModel):
         description="what numbers are written in: as the model's are (stored), as few bits as fit target-bytes best (mixed), or "
         "the same of every matrix, 2 to 8, by GPTQ, and no rank is chosen",
     )
-    neurons: Literal["all", "fewer"] = Field(
-        "all",
-        description="of MLPs: with fewer, each loses hidden neurons where that costs less than low ranks of its matrices do",
+    neurons: Literal["all", "fewer"] | None = Field(
+        None,
+        description="of MLPs: with fewer, each loses hidden neurons where that costs less than low ranks of its matrices do; by "
+        "default so with llrc, in memory, for a rate or bytes",
     )
     form: Literal["pivoted", "pair"] = Field(
         "pivoted", description="of a matrix of low rank: rows and combinations of them, or a pair of factors"

@@ -8,7 +8,7 @@ MLP's sizes and the ranks of its matrices are weighed on one scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankwise import distributed
 from rankwise.allocation.kl_knapsack import LEAST
 from rankwise.allocation.mixed import RELATIVE_GAP
 from rankwise.allocation.multiple_choice import Floats, solve
@@ -155,7 +156,7 @@ def _mlps(run: Run, budget: Budget) -> list[Mlp]:
 
 
 def _chosen(
-    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Iterable[Mlp]
+    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Collection[Mlp]
 ) -> dict[str, Tensor]:
     """The neurons that stay, by the last matrix of each MLP that is better off with fewer."""
 
@@ -181,8 +182,14 @@ def _chosen(
     return run.folder.together("neurons", digest(run.identity, metric, budget, *run.shapes.items()), choose)
 
 
-def _groups(run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Iterable[Mlp]) -> list[_Group]:
+def _groups(
+    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Collection[Mlp]
+) -> list[_Group]:
     """Each MLP, the other matrices of each block, and every matrix outside of blocks by itself."""
+    if run.folder.path is not None and distributed.size() > 1:  # each process its part; the others read it
+        for mlp in distributed.dealt(list(mlps)):
+            _slices(run, mlp, statistics, metric, budget.multiple)
+        distributed.wait()
     mlp_of = {name: mlp for mlp in mlps for name in mlp.matrices}
     together: dict[Any, list[str]] = {}
     paths = block_lists(run.model, run.shapes)

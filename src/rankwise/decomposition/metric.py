@@ -38,6 +38,11 @@ def is_affine(metric: Metric) -> bool:
     return "total" in metric.NEEDS
 
 
+def orders_neurons(metric: Metric) -> bool:
+    """Whether what neurons are to their MLP can be measured in it (`slicing.py`)."""
+    return "input" in metric.NEEDS and not is_affine(metric)
+
+
 def decompose_in(metric: Metric, W: Tensor, moments: Moments) -> Decomposition:
     """`decompose` of W [m, n] in the metric, affine where it is."""
     return decompose(W, *metric.roots(moments), moments.mean if is_affine(metric) else None)
