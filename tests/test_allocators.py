@@ -275,6 +275,9 @@ class Table:
         self.asked += [(n, r, len(self.selection if batches is None else batches)) for n, r in kept.items()]
         return sum(self.losses[n, r] for n, r in kept.items())
 
+    def divergence_alone(self, name: str, mask: torch.Tensor, batches: Any) -> float:
+        return self.divergence({name: mask}, batches)
+
 
 @pytest.mark.parametrize("seed", range(6))
 def test_strs_search(seed: int) -> None:
