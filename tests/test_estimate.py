@@ -59,7 +59,7 @@ def test_said_before_the_work_and_after_each_stage(
     lines = done.err.splitlines()  # type: ignore[attr-defined]
     said = [number for number, line in enumerate(lines) if re.match(r"about \d\d:\d\d to go", line)]
     assert said[0] < next(number for number, line in enumerate(lines) if line.startswith("calibrating"))
-    assert len(said) == 5
+    assert len(said) == 6
 
 
 @pytest.mark.page

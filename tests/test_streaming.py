@@ -137,7 +137,7 @@ def test_a_refined_stream_that_is_killed_goes_on_after_the_last_block(
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "in-peace")
 
 
-LEARNED: dict[str, Any] = {"options": {"points": 0, "rounds": 2, "value_steps": 3, "pricing_tokens": 256}}
+LEARNED: dict[str, Any] = {"neurons": "all", "options": {"points": 0, "rounds": 2, "value_steps": 3, "pricing_tokens": 256}}
 
 
 @pytest.mark.parametrize("decomposition", ["kronecker", "whitened", "fisher"])
