@@ -72,6 +72,7 @@ def costs_of(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "way": way,
+                    "allocation": args.allocation,
                     "rate": row["rate"],
                     "tokens": next(iter(figures.values()))["tokens"],
                     "machine": machine(),
@@ -146,10 +147,10 @@ def _costs(model: str, text: str, rows: list[dict[str, Any]]) -> list[str]:
         "| | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |",
         "|---|" + "---|" * len(rates),
     ]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        own = {row["rate"]: row for row in rows if row["way"] == way}
+    for way, allocation in dict.fromkeys((row["way"], row["allocation"]) for row in rows):
+        own = {row["rate"]: row for row in rows if (row["way"], row["allocation"]) == (way, allocation)}
         cells = [f"{own[r]['kl'][text]:.4f} ({own[r]['perplexity'][text]:.2f})" if r in own else "not run" for r in rates]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines.append(f"| {way}, {allocation} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -170,9 +171,13 @@ def _speeds(size: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of both, the newer where both have one, in the order of ways and rates."""
-    rows = {(row["way"], row["rate"], row.get("phase", "")): row for row in [*old, *new]}
-    return sorted(rows.values(), key=lambda row: ([*WAYS].index(row["way"]), row["rate"], row.get("phase", "")))
+    """The rows of both, the newer where both have one, in order."""
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row.get("allocation", ""), [*WAYS].index(row["way"]), row.get("phase", ""), row["rate"]
+
+    rows = {place(row): row for row in [*old, *new]}
+    return [rows[at] for at in sorted(rows)]
 
 
 def main() -> None:
