@@ -134,7 +134,9 @@ def test_what_is_wrong_is_said_once(folder: Path) -> None:
     assert not list(folder.glob("wrong*"))
 
 
-@pytest.mark.parametrize("more", [[], ["--memory", "8GB"]], ids=["in memory", "streamed"])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], id="in memory", marks=pytest.mark.slow), pytest.param(["--memory", "8GB"], id="streamed")]
+)
 def test_a_dead_process_ends_the_run_which_resumes(
     more: list[str], folder: Path, rankwise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ def test_a_trained_factor_gets_its_gradient() -> None:
     assert layer.first.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("optimised", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_one_graph(optimised: bool) -> None:
     model = compressed("llama")

@@ -124,7 +124,7 @@ for line in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("terminal", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nothing_of_libraries_is_on_the_screen(
     terminal: bool, small_llama: Path, llama: Path, story: Path, tmp_path: Path
 ) -> None:
