@@ -80,7 +80,7 @@ def narrowed(
             slices = {down: _slices(run, mlps[down], statistics, metric, budget.multiple) for down in sizes if down in mlps}
             kept = {down: slices[down].kept(sizes[down]) for down in slices}
         else:
-            kept = _chosen(run, student, statistics, metric, budget, mlps.values())
+            kept = _chosen(run, student, statistics, metric, budget, mlps.values()) if mlps else {}
     if not kept:
         return run, student
     layers: dict[str, nn.Module] = {}
@@ -218,6 +218,7 @@ def _with_sizes(
 
 
 def _slices(run: Run, mlp: Mlp, statistics: Statistics, metric: str, multiple: int) -> Slices:
+    """The MLP's sizes, kept in the run folder."""
     moments, weight = statistics.of(mlp.down), weight_of(run.model.get_submodule(mlp.down))
 
     def compute() -> dict[str, Tensor]:
@@ -260,7 +261,7 @@ def _priced(
 
 
 def _prices(run: Run, student: Student, statistics: Statistics, group: _Group, text: Sequence[Batch]) -> Floats:
-    """What each way costs, nats per token."""
+    """What each way costs, nats per token: c times its error, for c of ranks and c of neurons."""
     left = (1 - POINT) * sum(run.shapes[name].dense for name in group.names)
     ranks, gone = (np.array([getattr(way, kind) for way in group.ways]) for kind in ("error", "gone"))
     found = np.zeros(len(group.ways))
