@@ -333,6 +333,20 @@ def test_on_the_command_line(lazy_llama: Path, story: Path, tmp_path: Path, run:
         assert config["quantization_config"] == other["quantization_config"]
 
 
+@pytest.mark.parametrize("kept", [[3], {"a": "3"}, {"a": 0}, {"a": None}, {"a": []}, 7])
+def test_neurons_that_are_none_are_a_line(kept: Any, tmp_path: Path) -> None:
+    plan = rankwise.Plan({"a": None}, kept_neurons={"a": 3})
+    plan.save(tmp_path / "plan.json")
+    assert rankwise.Plan.read(tmp_path / "plan.json") == plan
+    content = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(content | {"kept_neurons": kept}))
+    (tmp_path / "ranks.json").write_text('{"a": 3}')
+    (tmp_path / "report.json").write_text(json.dumps({"neurons": kept}))
+    for name in ("plan.json", "ranks.json"):
+        with pytest.raises(RankwiseError, match="a positive number for the last matrix of each MLP"):
+            rankwise.Plan.read(tmp_path / name)
+
+
 def test_a_plan_of_a_model_in_memory_leaves_it_as_it_was() -> None:
     model = lazy("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -51,11 +51,11 @@ class Plan:
             raise RankwiseError(f"{file} is no plan: it is not an object of matrices and their ranks")
         if not isinstance(content.get("ranks"), dict):
             asked, report = file.with_name(RECIPE), file.with_name(REPORT)
-            neurons = read_json(report).get("neurons", {}) if report.is_file() else {}
+            told = read_json(report) if report.is_file() else {}
             return cls(
                 _ranks(content, file),
                 recipe=Recipe.read(file.parent) if asked.is_file() else None,
-                kept_neurons={down: kept for down, (kept, _) in neurons.items()},
+                kept_neurons=_kept_neurons(told.get("neurons", {}) if isinstance(told, dict) else told, report),
             )
         if content.get("format_version") != FORMAT_VERSION:
             version = content.get("format_version")
@@ -67,7 +67,8 @@ class Plan:
                 {name: Shape(*shape) for name, shape in content.get(kind, {}).items()} for kind in ("shapes", "narrowed")
             )
             kl = content["kl"] if content["measured"] == digest(ranks) else None
-            return cls(ranks, shapes, kl, content["base_model"], recipe, content.get("kept_neurons", {}), narrowed)
+            kept = _kept_neurons(content.get("kept_neurons", {}), file)
+            return cls(ranks, shapes, kl, content["base_model"], recipe, kept, narrowed)
         except (KeyError, TypeError, AttributeError) as error:
             raise RankwiseError(f"{file} cannot be read as a plan: {error!r}") from None
 
@@ -155,6 +156,17 @@ def _ranks(found: Mapping[str, Any], file: Path) -> Ranks:
         if rank is not None and (type(rank) is not int or rank < 1):
             raise RankwiseError(f"{file} has {rank!r} for {name}: a rank is a positive number, or null for dense")
     return dict(found)
+
+
+def _kept_neurons(found: Any, file: Path) -> dict[str, int]:
+    """How many neurons MLPs keep, by their last matrix; of a report, how many of how many."""
+    if not isinstance(found, dict):
+        raise RankwiseError(f"{file} has {found!r} for neurons: a positive number for the last matrix of each MLP")
+    each = {name: size[0] if isinstance(size, list) and size else size for name, size in found.items()}
+    for name, size in each.items():
+        if type(size) is not int or size < 1:
+            raise RankwiseError(f"{file} has {size!r} neurons for {name!r}: a positive number for the last matrix of each MLP")
+    return each
 
 
 def _shown(rank: int | None) -> str:
