@@ -361,7 +361,7 @@ def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) ->
         raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
     stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder)
     if short is not None and distributed.rank() == 0:
-        logger.warning("%s: working block by block", short)
+        logger.warning("%s: working block by block, with all neurons", short)
     run, matrices = stream.run, dict(stream.run.shapes)
     refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
     clock.lap("loading")
