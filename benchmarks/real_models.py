@@ -3,7 +3,7 @@
 
     python benchmarks/real_models.py [--models SmolLM2-135M-Instruct MGM-9M] [--calibrations c4 self] [--rates 0.1 0.2 0.3 0.4]
                                      [--forms pivoted pair] [--samples 64] [--judge-samples 64]
-    python benchmarks/real_models.py --time quick default
+    python benchmarks/real_models.py --time quick default [--neurons all]
 
 Calibration: a C4 sample, or text that the model writes itself (for MGM, of which there is no text, only that). Judged on windows
 of WikiText-2's test split, of another part of C4, and of questions with their answers in the model's chat template; MGM on text
@@ -202,7 +202,7 @@ def costs(original: Any, model: Any, judges: dict[str, list[Batch]]) -> dict[str
 def timed(folder: Path, effort: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The whole command, on a CPU with two threads, by its own report; and what its result costs on the texts."""
     command = [sys.executable, "-m", "rankwise", "compress", str(folder), "--rate", "0.2", "--effort", effort, "--json"]
-    command += ["--output", str(work / f"timed-{effort}"), "--overwrite"]
+    command += ["--output", str(work / f"timed-{effort}"), "--overwrite", *(["--neurons", args.neurons] if args.neurons else [])]
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / f"timed-{effort}.run", ignore_errors=True)  # what a killed run has found would be read
     if not torch.cuda.is_available():
@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on; 0 for as many as the effort says")
     parser.add_argument("--judge-samples", type=int, default=64)
     parser.add_argument("--time", nargs="*", default=[])
+    parser.add_argument("--neurons", choices=["all", "fewer"], help="of what is timed (default: the command's own)")
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--real-models", type=Path, default=Path.home() / ".cache" / "real-models")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rankwise-real-models")
@@ -303,7 +304,8 @@ def main() -> None:
     for model in args.models:
         folder, work, found = args.real_models / model, args.work / model, results.setdefault(model, {})
         for effort in args.time:
-            found.setdefault("timed", {})[f"{effort}, {machine()}"] = timed(folder, effort, args, work)
+            how = ", ".join([effort, machine(), *([f"--neurons {args.neurons}"] if args.neurons else [])])
+            found.setdefault("timed", {})[how] = timed(folder, effort, args, work)
             keep()
         if args.time:
             continue
