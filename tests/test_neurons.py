@@ -16,16 +16,17 @@ import torch
 from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_targets import table
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import rankwise
 import rankwise.pipeline
-from rankwise import RankwiseError, bundled, compress, densify, evaluate, refine
+from rankwise import RankwiseError, bundled, compress, densify, evaluate, explore, refine, targets
 from rankwise.decomposition.slicing import refit, sizes_of, slices_of
 from rankwise.decomposition.solver import Root
 from rankwise.layers.linear import weight_of
-from rankwise.layers.matrices import find_matrices, stack_experts, unstack_experts
+from rankwise.layers.matrices import Shape, find_matrices, stack_experts, unstack_experts
 from rankwise.layers.neurons import Mlp, find_mlps
 from rankwise.reporting.inspect import inspect
 from rankwise.runtime.bench import ideal_speedup
@@ -45,9 +46,9 @@ def found_in(model: Any) -> list[Mlp]:
     return find_mlps(model, find_matrices(model)[0], answer)
 
 
-def lazy(name: str, heed: float = 0.01) -> Any:
+def lazy(name: str, heed: float = 0.01, **options: Any) -> Any:
     """The architecture with MLPs every other neuron of which is hardly heeded."""
-    model = build(name)
+    model = build(name, **options)
     experts = unstack_experts(model)
     with torch.no_grad():
         for mlp in found_in(model):
@@ -285,11 +286,45 @@ def test_of_a_real_model_it_leaves_more(shared: Path) -> None:
     assert kls[0] < 0.8 * kls[1]
 
 
+@pytest.mark.parametrize("allocation", ["llrc:quick", "mask-fisher", "uniform"])
+def test_what_is_too_narrow_for_a_rank_stays_dense(allocation: str) -> None:
+    report = compress(lazy("llama", heed=0.0), **FEWER | {"allocation": allocation, "rank_multiple": 16}).report
+    narrow = report["narrowed"]
+    assert any(min(shape) == 16 for shape in narrow.values())
+    assert all(report["ranks"][name] is None for name, shape in narrow.items() if min(shape) == 16)
+    size = report["parameters"]["linear"]
+    assert size["compressed"] <= 0.6 * size["reference"]
+
+
+def test_a_speed_is_reached_by_narrower_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "time_layers", lambda model, shapes: table(shapes, rest=20_000))
+    sides = {"hidden_size": 144, "intermediate_size": 288, "num_hidden_layers": 1}
+    model = lazy("llama", 0.0, **sides)
+    shapes, _ = find_matrices(model)
+    report = compress(model, **FEWER | {"rate": None, "target_speedup": 1.3}).report
+    assert report["narrowed"]
+    assert 1.3 <= report["predicted_speedup"] < 1.4
+    layers = {
+        name: Shape(*report["narrowed"].get(name, (shape.out_features, shape.in_features))) for name, shape in shapes.items()
+    }
+    assert report["predicted_speedup"] == table(shapes, rest=20_000).speedup(report["ranks"], layers)
+
+
+def test_what_is_explored_is_what_is_made(lazy_llama: Path, story: Path, tmp_path: Path) -> None:
+    text: dict[str, Any] = {"calibration": str(story), "length": 32, "samples": 40}
+    points = explore(lazy_llama, rates=[0.4], bits=[], output=tmp_path, **text)["points"]
+    report = compress(lazy_llama, 0.4, effort="quick", **text).report
+    assert report["narrowed"]
+    assert points[1]["kl"] == report["kl"]
+    assert points[1]["bytes"] == report["bytes"]["model"]["compressed"]
+    assert points[1]["share"] < 1
+    assert points[1]["speedup"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"memory": "8GB"}, "fewer neurons and memory=8GB do not go together"),
-        ({"rate": None, "target_speedup": 1.2}, "fewer neurons and target_speedup"),
         ({"rate": None, "bits": "4"}, "fewer neurons and bits=4"),
         ({"neurons": "some"}, "neurons='some'"),
         ({"decomposition": "svd"}, "fewer neurons are for kronecker and whitened, not for svd"),

@@ -109,10 +109,10 @@ def asked_for(
 
 
 def _narrows(recipe: Recipe, allocator: Allocator, artifact: Artifact | None) -> bool:
-    """Whether MLPs may lose neurons where nothing is said: not in the quick preset, whose time it would double."""
-    beside = recipe.ranks, recipe.target_speedup, recipe.memory, artifact
+    """Whether MLPs may lose neurons where nothing is said."""
+    beside = recipe.ranks, recipe.memory, artifact
     orders = orders_neurons(metric_named(str(recipe.decomposition)))
-    return type(allocator) is LLRC and orders and recipe.bits == "stored" and all(other is None for other in beside)
+    return isinstance(allocator, LLRC) and orders and recipe.bits == "stored" and all(other is None for other in beside)
 
 
 def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:

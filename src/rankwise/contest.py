@@ -136,7 +136,7 @@ def _judged(
         for method in (m for m in methods if m.metric == metric):
             for rate, budget in budgets[metric].items():
                 with (
-                    narrowed_inside(here, student, statistics, metric, budget)
+                    narrowed_inside(here, student, statistics, metric, budget, here.shapes)
                     if recipe.narrows
                     else nullcontext((here, student)) as own
                 ):

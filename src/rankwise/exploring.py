@@ -38,10 +38,11 @@ from rankwise.masks.student import Student
 from rankwise.options import ExploreOptions
 from rankwise.plain import plain, to_json
 from rankwise.progress import progress, say
-from rankwise.recipe import ALL, MIXED, Recipe
+from rankwise.recipe import ALL, FEWER, MIXED, Recipe
 from rankwise.reporting.command import command_of
 from rankwise.run_folder import RunFolder, write_whole
 from rankwise.runtime.latency import Latency, decodes
+from rankwise.slicing import narrowed_inside
 from rankwise.stages import Run
 from rankwise.targets import Target, bytes_in_bits, latency_of
 
@@ -89,8 +90,7 @@ def explore(
     text: held-out texts to judge on, of which the first is the headline; by default the part of the
         calibration text that neither statistics nor choices see.
     calibration: as of `compress`, a source by name.
-    rates: fractions of parameters to remove by low rank. Ranks are those of `llrc:quick`, the default's first
-        step.
+    rates: fractions of parameters to remove by low rank and fewer neurons, those of `llrc:quick`, the default's first step.
     bits: of a number on average, from 2 to 8: at the size that so many take everywhere, bits, and bits or
         ranks, are chosen for every matrix.
     judge_samples: windows of each text, drawn at random; by default 4,096 tokens' worth, but 8 at least.
@@ -110,7 +110,7 @@ def explore(
     texts = [text] if isinstance(text, str) else list(text)
     if model is None:
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
-    asked: dict[str, Any] = {"calibration": calibration or "self", "effort": "quick", "neurons": ALL, **options}
+    asked: dict[str, Any] = {"calibration": calibration or "self", "effort": "quick", **options}
     recipe = _refusing(asked, rates, bits)
     sources, reading = filter(None, map(own_source, texts)), (recipe.text_column, recipe.dataset_options)
     refuse_unused([recipe.calibration, *sources], *reading)
@@ -167,27 +167,28 @@ def _refusing(asked: Mapping[str, Any], rates: Sequence[float], bits: Sequence[f
 def _in_bits(run: Run, asked: Mapping[str, Any], bits: float) -> Recipe:
     """What asks for bits that are chosen, at the size of that many everywhere."""
     size = bytes_in_bits(run.model, run.shapes, bits)
-    return Recipe.of(**asked, target_bytes=size, bits=MIXED, options=MIXED_OPTIONS)
+    return Recipe.of(**asked, neurons=ALL, target_bytes=size, bits=MIXED, options=MIXED_OPTIONS)
 
 
 def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """The ranks of the default's first step, and what the next per cent of each matrix would cost."""
-    run, student = ground.run, ground.student
+    """The neurons and ranks of the default's first step, and what the next per cent of each matrix would cost."""
     preset = {} if ground.asked["effort"] == "quick" else {"preset": "quick"}
     for rate in progress(rates, "measuring low rank"):
-        recipe = Recipe.of(**ground.asked, **preset, rate=rate)
-        shapes, budget = Target(recipe).budget(run)
-        with widened(run.model):
-            chosen = stages.allocate(run, student, METRIC, LLRCQuick(), budget, shapes)
-        prices = {"next_per_cent": _next_per_cent(ground, budget, chosen.masks)}
-        yield _point(ground, [LOW_RANK], f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
+        recipe = Recipe.of(**ground.asked, **preset, neurons=FEWER, rate=rate)
+        costs, budget = Target(recipe).budget(ground.run)
+        with narrowed_inside(ground.run, ground.student, ground.statistics, METRIC, budget, costs) as (run, student):
+            own = replace(ground, run=run, student=student)
+            with student.widened():
+                chosen = stages.allocate(run, student, METRIC, LLRCQuick(), budget)
+            prices = {"next_per_cent": _next_per_cent(own, budget, chosen.masks)}
+            yield _point(own, [LOW_RANK], f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
 
 
 def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, float]:
     """What a per cent of each matrix would cost at these masks, by the prices of this budget's plan."""
     run, student = ground.run, ground.student
     spectra = {name: d.spectrum for name, d in student.decompositions.items()}
-    with widened(run.model):
+    with student.widened():
         prices = LLRCQuick().prices(Problem(run.shapes, spectra, budget, student))
     return {name: price_of_next(shape, prices[name], masks[name]) for name, shape in run.shapes.items()}
 
@@ -211,7 +212,7 @@ def _in_few_bits(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, An
             if width == size or chosen is best:
                 made_by = recipe if chosen is best else None
                 if what == few_bits.SAME_BITS:
-                    made_by = Recipe.of(**ground.asked, bits=int(width))
+                    made_by = Recipe.of(**ground.asked, neurons=ALL, bits=int(width))
                 yield _point(ground, curves[what], f"{width:g} bits", chosen, layers, made_by) | {"bits": size}
 
 
@@ -225,8 +226,9 @@ def _point(
 ) -> dict[str, Any]:
     """What a plan takes and costs. layers: of the matrices in few bits. recipe: which makes it."""
     run = ground.run
-    size = Size.of(run.model, run.shapes, chosen.ranks, chosen.bits).bytes["model"]
-    with widened(run.model):
+    with ground.student.as_original():
+        size = Size.of(run.model, run.shapes, chosen.ranks, chosen.bits).bytes["model"]
+    with ground.student.widened():
         texts = stages.judged(run, replace(ground.student, shipped=layers), METRIC, chosen, ground.judges)
     first = next(iter(texts.values()))
     logger.info("%s, %s: KL %.5f in %d bytes", curves[0], label, first["kl"], size["compressed"])
@@ -240,7 +242,7 @@ def _point(
         **first,
         "texts": texts,
         "low_rank": sum(rank is not None for rank in chosen.ranks.values()),
-        "speedup": ground.latency.speedup(chosen.ranks) if ground.latency and not chosen.bits else None,
+        "speedup": ground.latency.speedup(chosen.ranks, run.shapes) if ground.latency and not chosen.bits else None,
         "command": recipe and command_of(run.base, recipe.model_dump(), name),
     }
 

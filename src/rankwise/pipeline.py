@@ -259,7 +259,7 @@ class _Chosen:
         if self.before is not None:
             report["before_refinement"] = self.before.to_dict()
         if self.latency is not None:
-            report["predicted_speedup"] = self.latency.speedup(self.chosen.ranks)
+            report["predicted_speedup"] = self.latency.speedup(self.chosen.ranks, self.run.shapes)
         return report
 
     def plan(self) -> Plan:
@@ -314,13 +314,13 @@ def _chosen(asked: Asked, folder: RunFolder, closer: bool = False, loadable: boo
         else:
             shapes, budget = target.budget(run)
         if recipe.narrows:
-            run, student = slicing.narrowed(run, student, statistics, metric, budget, recipe.kept_neurons)
-            shapes = run.shapes
+            run, student = slicing.narrowed(run, student, statistics, metric, budget, shapes, recipe.kept_neurons)
+            shapes = target.costs(run)
             clock.lap("narrowing")
         if recipe.bits == MIXED:
             chosen = few_bits.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
         del statistics  # float64: for a large model more than everything else
-        with widened(run.model, *student.originals.values()):
+        with student.widened():
             if recipe.bits == "stored":
                 chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
             clock.lap("allocation")

@@ -1,9 +1,10 @@
 """Narrower MLPs, a stage of a run before ranks are chosen: how many hidden neurons each keeps beside low rank everywhere
 else, and the model with those alone.
 
-What a way of writing some matrices costs is predicted from its squared error in the metric's norm, of which one is measured in
-each family: KL = c error, where c hardly depends on the error, but on the block and on the family (`benchmarks/forms.py`). So an
-MLP's sizes and the ranks of its matrices are weighed on one scale.
+What a way of writing some matrices costs is predicted from its squared error in the metric's norm: KL = c error, where c hardly
+depends on the error, but of an MLP on the block and on the family, ranks or neurons, so that it is measured once for each; of the
+matrices beside MLPs it is much the same (`benchmarks/forms.py`). So an MLP's sizes and the ranks of its matrices are weighed on
+one scale.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rankwise.allocation.kl_knapsack import LEAST
 from rankwise.allocation.mixed import RELATIVE_GAP
 from rankwise.allocation.multiple_choice import Floats, solve
 from rankwise.allocation.offer import tail_of
-from rankwise.allocation.plan import Budget, Ranks, options
+from rankwise.allocation.plan import Budget, Ranks, Shapes, options
 from rankwise.calibration.batches import first_tokens
 from rankwise.calibration.moments import Moments, Statistics
 from rankwise.calibration.signal import frozen, signal_of
@@ -43,16 +44,29 @@ from rankwise.run_folder import digest
 from rankwise.stages import Run, decompose_all, student_of
 
 POINT = 0.3  # of its parameters removed, where each family is measured
-MEASURED, LEAST_MEASURED = 2**14, 2**7  # tokens through all groups together, and through each
+MEASURED, LEAST_MEASURED = 2**13, 2**7  # tokens through all groups together, and through each
+OTHERS = 4  # groups beside MLPs that are measured
 EXCHANGES = np.geomspace(1e-3, 1e3, 48)  # of error for parameters, relative to all of a group's
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way of writing a group of matrices: their ranks, and of an MLP how many neurons stay, None for all; its parameters, and
-    the squared errors of the ranks and of the neurons that are gone."""
+class _Ground:
+    """What all groups share. costs: of the matrices, in the budget's currency."""
 
-    parameters: int
+    run: Run
+    student: Student
+    statistics: Statistics
+    metric: str
+    budget: Budget
+    costs: Shapes
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of writing a group of matrices: its cost, their ranks, of an MLP how many neurons stay (None for all), and the
+    squared errors of the ranks and of the neurons that are gone."""
+
+    cost: int
     ranks: Ranks
     error: float
     size: int | None = None
@@ -70,17 +84,23 @@ class _Group:
 
 
 def narrowed(
-    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, sizes: Mapping[str, int] | None = None
+    run: Run,
+    student: Student,
+    statistics: Statistics,
+    metric: str,
+    budget: Budget,
+    costs: Shapes,
+    sizes: Mapping[str, int] | None = None,
 ) -> tuple[Run, Student]:
     """The run and its student with those MLPs narrower, in place, that are better so within the budget; or, by their last
-    matrix, of the `sizes` given. The student's teacher has the original's."""
+    matrix, of the `sizes` given. costs: of the matrices, in the budget's currency. The student's teacher has the original's."""
+    ground = _Ground(run, student, statistics, metric, budget, costs)
     with widened(run.model):
         mlps = {mlp.down: mlp for mlp in _mlps(run, budget)}
         if sizes:
-            slices = {down: _slices(run, mlps[down], statistics, metric, budget.multiple) for down in sizes if down in mlps}
-            kept = {down: slices[down].kept(sizes[down]) for down in slices}
+            kept = {down: _slices(ground, mlps[down]).kept(sizes[down]) for down in sizes if down in mlps}
         else:
-            kept = _chosen(run, student, statistics, metric, budget, mlps.values()) if mlps else {}
+            kept = _chosen(ground, mlps.values()) if mlps else {}
     if not kept:
         return run, student
     layers: dict[str, nn.Module] = {}
@@ -102,10 +122,10 @@ def narrowed(
 
 @contextmanager
 def narrowed_inside(
-    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget
+    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, costs: Shapes
 ) -> Iterator[tuple[Run, Student]]:
     """As `narrowed`, with the model as it was on leaving."""
-    narrow, learning = narrowed(run, student, statistics, metric, budget)
+    narrow, learning = narrowed(run, student, statistics, metric, budget, costs)
     try:
         yield narrow, learning
     finally:
@@ -155,23 +175,22 @@ def _mlps(run: Run, budget: Budget) -> list[Mlp]:
         return find_mlps(run.model, open_ones, answer)
 
 
-def _chosen(
-    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Collection[Mlp]
-) -> dict[str, Tensor]:
+def _chosen(ground: _Ground, mlps: Collection[Mlp]) -> dict[str, Tensor]:
     """The neurons that stay, by the last matrix of each MLP that is better off with fewer."""
+    run, budget, costs = ground.run, ground.budget, ground.costs
 
     def choose() -> dict[str, Tensor]:
-        groups = _groups(run, student, statistics, metric, budget, mlps)
-        prices = _priced(run, student, statistics, metric, budget, groups)
-        within = budget.of_others(run.shapes).parameters
+        groups = _groups(ground, mlps)
+        prices = _priced(ground, groups)
+        within = budget.of_others(costs).parameters
         every = _solved(groups, prices, within)
         alone = _solved(
             [replace(group, ways=tuple(way for way in group.ways if way.size is None)) for group in groups],
             [price[[way.size is None for way in group.ways]] for group, price in zip(groups, prices, strict=True)],
             within,
         )
-        costs = [student.cost(_written(run, student, statistics, groups, ways)) for ways in (every, alone)]
-        if costs[0] >= costs[1] and sum(way.parameters for way in alone) <= within:
+        kl = [ground.student.cost(_written(ground, groups, ways)) for ways in (every, alone)]
+        if kl[0] >= kl[1] and sum(way.cost for way in alone) <= within:
             return {}
         return {
             group.mlp.down: group.slices.kept(way.size)
@@ -179,16 +198,15 @@ def _chosen(
             if way.size is not None and group.mlp is not None and group.slices is not None
         }
 
-    return run.folder.together("neurons", digest(run.identity, metric, budget, *run.shapes.items()), choose)
+    return run.folder.together("neurons", digest(run.identity, ground.metric, budget, *costs.items()), choose)
 
 
-def _groups(
-    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, mlps: Collection[Mlp]
-) -> list[_Group]:
+def _groups(ground: _Ground, mlps: Collection[Mlp]) -> list[_Group]:
     """Each MLP, the other matrices of each block, and every matrix outside of blocks by itself."""
+    run, budget = ground.run, ground.budget
     if run.folder.path is not None and distributed.size() > 1:  # each process its part; the others read it
         for mlp in distributed.dealt(list(mlps)):
-            _slices(run, mlp, statistics, metric, budget.multiple)
+            _slices(ground, mlp)
         distributed.wait()
     mlp_of = {name: mlp for mlp in mlps for name in mlp.matrices}
     together: dict[Any, list[str]] = {}
@@ -199,27 +217,27 @@ def _groups(
             together.setdefault(mlp_of.get(name) or (places[0] if places else name), []).append(name)
     groups = []
     for what, names in progress(together.items(), "ordering hidden neurons"):
-        shapes, tails = {n: run.shapes[n] for n in names}, {n: tail_of(student.decompositions[n].spectrum) for n in names}
-        group = _Group(tuple(names), tuple(_low_rank(shapes, tails, budget.multiple)))
-        groups.append(_with_sizes(run, group, what, tails, statistics, metric, budget) if isinstance(what, Mlp) else group)
+        tails = {name: tail_of(ground.student.decompositions[name].spectrum) for name in names}
+        ways = _low_rank({name: ground.costs[name] for name in names}, tails, budget.multiple)
+        group = _Group(tuple(names), tuple(ways))
+        groups.append(_with_sizes(ground, group, what, tails) if isinstance(what, Mlp) else group)
     return groups
 
 
-def _with_sizes(
-    run: Run, group: _Group, mlp: Mlp, tails: Mapping[str, Floats], statistics: Statistics, metric: str, budget: Budget
-) -> _Group:
+def _with_sizes(ground: _Ground, group: _Group, mlp: Mlp, tails: Mapping[str, Floats]) -> _Group:
     """The group with the ways of narrower MLPs. What a rank misses of a part of a matrix is taken for what it misses of all."""
-    slices = _slices(run, mlp, statistics, metric, budget.multiple)
+    slices = _slices(ground, mlp)
     ways = list(group.ways)
     for size, gone in zip(slices.sizes.tolist(), slices.errors.tolist(), strict=True):
-        shapes = {name: mlp.shape(name, run.shapes[name], size) for name in mlp.matrices}
-        ways += [replace(way, size=size, gone=gone) for way in _low_rank(shapes, tails, budget.multiple)]
+        shapes = {name: mlp.shape(name, ground.costs[name], size) for name in mlp.matrices}
+        ways += [replace(way, size=size, gone=gone) for way in _low_rank(shapes, tails, ground.budget.multiple)]
     return replace(group, ways=tuple(ways), mlp=mlp, slices=slices)
 
 
-def _slices(run: Run, mlp: Mlp, statistics: Statistics, metric: str, multiple: int) -> Slices:
+def _slices(ground: _Ground, mlp: Mlp) -> Slices:
     """The MLP's sizes, kept in the run folder."""
-    moments, weight = statistics.of(mlp.down), weight_of(run.model.get_submodule(mlp.down))
+    run, metric, multiple = ground.run, ground.metric, ground.budget.multiple
+    moments, weight = ground.statistics.of(mlp.down), weight_of(run.model.get_submodule(mlp.down))
 
     def compute() -> dict[str, Tensor]:
         return vars(slices_of(weight, metric_named(metric).roots(moments)[0], _second(moments), multiple))
@@ -228,7 +246,7 @@ def _slices(run: Run, mlp: Mlp, statistics: Statistics, metric: str, multiple: i
 
 
 def _low_rank(shapes: Mapping[str, Shape], tails: Mapping[str, Floats], multiple: int) -> list[_Way]:
-    """The ranks with the least error of all these matrices together, from a few parameters to dense."""
+    """The ranks with the least error of all these matrices together, from the least cost to dense."""
     curves = []
     for name, shape in shapes.items():
         ranks = options(shape, multiple)
@@ -239,51 +257,58 @@ def _low_rank(shapes: Mapping[str, Shape], tails: Mapping[str, Floats], multiple
     ways = {}
     for exchange in (*EXCHANGES * whole, 0.0):
         best = [(errors + exchange * costs).argmin() for *_, costs, errors in curves]
-        parameters = sum(int(costs[at]) for (*_, costs, _), at in zip(curves, best, strict=True))
+        cost = sum(int(costs[at]) for (*_, costs, _), at in zip(curves, best, strict=True))
         error = sum(float(errors[at]) for (*_, errors), at in zip(curves, best, strict=True))
-        ways[parameters] = _Way(parameters, {name: ranks[at] for (name, ranks, *_), at in zip(curves, best, strict=True)}, error)
+        ways[cost] = _Way(cost, {name: ranks[at] for (name, ranks, *_), at in zip(curves, best, strict=True)}, error)
     return list(ways.values())
 
 
-def _priced(
-    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, groups: Sequence[_Group]
-) -> list[Floats]:
-    """What each way of each group costs, nats per token; the same for every budget with the same matrices settled."""
-    few = first_tokens(student.selection, max(LEAST_MEASURED, MEASURED // len(groups)))
+def _priced(ground: _Ground, groups: Sequence[_Group]) -> list[Floats]:
+    """What each way of each group costs, nats per token; the same for every budget with the same matrices settled. Groups
+    beside MLPs have the median c of a few of them."""
+    run, budget = ground.run, ground.budget
+    others = [group for group in groups if group.mlp is None]
+    some = others[:: max(1, len(others) // OTHERS)]
+    asked = [group for group in groups if group.mlp is not None] + some
+    few = first_tokens(ground.student.selection, max(LEAST_MEASURED, MEASURED // len(asked)))
 
     def measure() -> dict[str, Tensor]:
-        measured = progress(groups, "measuring MLPs and the rest")
-        return {group.names[0]: torch.tensor(_prices(run, student, statistics, group, few)) for group in measured}
+        measured = progress(asked, "measuring MLPs and the rest")
+        return {group.names[0]: torch.tensor(_factors(ground, group, few)) for group in measured}
 
-    key = digest(run.identity, metric, budget.multiple, budget.settled, *run.shapes.items())
-    found = run.folder.together("neurons/prices", key, measure)
-    return [found[group.names[0]].numpy() for group in groups]
+    key = digest(run.identity, ground.metric, budget.multiple, budget.settled, *ground.costs.items())
+    found = run.folder.together("neurons/measured", key, measure)
+    usual = np.median([found[group.names[0]].numpy() for group in some] or np.zeros((1, 2)), axis=0)
+    prices = []
+    for group in groups:
+        ranks, gone = found[group.names[0]].numpy() if group.mlp is not None else usual
+        prices.append(np.array([ranks * way.error + gone * way.gone for way in group.ways]))
+    return prices
 
 
-def _prices(run: Run, student: Student, statistics: Statistics, group: _Group, text: Sequence[Batch]) -> Floats:
-    """What each way costs, nats per token: c times its error, for c of ranks and c of neurons."""
-    left = (1 - POINT) * sum(run.shapes[name].dense for name in group.names)
-    ranks, gone = (np.array([getattr(way, kind) for way in group.ways]) for kind in ("error", "gone"))
-    found = np.zeros(len(group.ways))
-    for errors, others in ((ranks, gone), (gone, ranks)):
-        alone = np.flatnonzero((errors > 0) & (others == 0))
-        if len(alone):
-            nearest = min(alone, key=lambda number: abs(group.ways[number].parameters - left))
-            kl = student.cost(_written(run, student, statistics, [group], [group.ways[nearest]]), text)
-            found += errors * max(kl, LEAST) / errors[nearest]
+def _factors(ground: _Ground, group: _Group, text: Sequence[Batch]) -> list[float]:
+    """c of the group's ranks, and of its neurons: nats per token of an error."""
+    left = (1 - POINT) * sum(ground.costs[name].dense for name in group.names)
+    found = []
+    for kind, other in (("error", "gone"), ("gone", "error")):
+        alone = [way for way in group.ways if getattr(way, kind) > 0 and getattr(way, other) == 0]
+        found.append(0.0)
+        if alone:
+            way = min(alone, key=lambda way: abs(way.cost - left))
+            kl = ground.student.cost(_written(ground, [group], [way]), text)
+            found[-1] = max(kl, LEAST) / getattr(way, kind)
     return found
 
 
-def _solved(groups: Sequence[_Group], prices: Sequence[Floats], parameters: int) -> list[_Way]:
-    costs = [np.array([way.parameters for way in group.ways]) for group in groups]
-    positions = solve(costs, prices, parameters, RELATIVE_GAP).tolist()
+def _solved(groups: Sequence[_Group], prices: Sequence[Floats], within: int) -> list[_Way]:
+    costs = [np.array([way.cost for way in group.ways]) for group in groups]
+    positions = solve(costs, prices, within, RELATIVE_GAP).tolist()
     return [group.ways[at] for group, at in zip(groups, positions, strict=True)]
 
 
-def _written(
-    run: Run, student: Student, statistics: Statistics, groups: Sequence[_Group], ways: Sequence[_Way]
-) -> dict[str, nn.Module]:
+def _written(ground: _Ground, groups: Sequence[_Group], ways: Sequence[_Way]) -> dict[str, nn.Module]:
     """The layers of the groups in these ways, dense ones left out."""
+    run, statistics = ground.run, ground.statistics
     layers: dict[str, nn.Module] = {}
     for group, way in zip(groups, ways, strict=True):
         if way.size is not None and group.mlp is not None and group.slices is not None:
@@ -291,7 +316,7 @@ def _written(
             layers |= _layers(run, group.mlp, statistics, neurons)
         for name, rank in way.ranks.items():
             if rank is not None:
-                linear, found = run.model.get_submodule(name), student.decompositions[name]
+                linear, found = run.model.get_submodule(name), ground.student.decompositions[name]
                 second, first = found.second[:, :rank], found.first[:rank]
                 if way.size is not None and group.mlp is not None:
                     linear = layers[name]

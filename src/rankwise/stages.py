@@ -306,12 +306,15 @@ def allocate(
 ) -> Allocation:
     """The allocator's answer; the masks are the truth, the ranks are counted from them.
 
-    Of matrices that the budget settles it is not asked: it chooses the others as if these were dense.
+    Of matrices that the budget settles it is not asked, nor of those that no rank makes cheaper: it chooses the others as if
+    these were dense.
 
     shapes: the matrices where they cost something else than parameters. offers: what they may be written as, where bits are to be
     chosen too.
     """
     costs = run.shapes if shapes is None else shapes
+    stuck: Ranks = {name: None for name, shape in costs.items() if shape.largest_rank(budget.multiple) == 0}
+    budget = replace(budget, settled=stuck | budget.settled)
     settled = {name: rank for name, rank in budget.settled.items() if name in costs}
 
     def choose() -> dict[str, Tensor]:

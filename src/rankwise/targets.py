@@ -27,14 +27,17 @@ class Target:
 
     @classmethod
     def of(cls, run: Run, recipe: Recipe) -> Target:
-        """Time this machine where a speed-up is asked for; matrices that no rank makes faster are left dense from here on.
+        """Time this machine where a speed-up is asked for; matrices that no rank makes faster, nor fewer neurons, are left dense
+        from here on.
 
         Raises `RankwiseError` for a target that cannot be reached.
         """
         latency = None
         if recipe.target_speedup is not None:
             latency = latency_of(run)
-            for name in [n for n, s in latency.shapes.items() if s.largest_rank(recipe.rank_multiple) < recipe.rank_multiple]:
+            for name in (
+                [] if recipe.narrows else [n for n, s in latency.shapes.items() if not s.largest_rank(recipe.rank_multiple)]
+            ):
                 run.left_dense[name] = "no rank makes it faster on this machine"
                 del run.shapes[name]
         target = cls(recipe, latency)
@@ -59,12 +62,16 @@ class Target:
             shapes, budget = run.shapes, budget_of_bytes(run.model, run.shapes, recipe.target_bytes, multiple)
         return shapes, budget.settling(kept_ranks(run.model, run.shapes, recipe), shapes)
 
+    def costs(self, run: Run) -> Shapes:
+        """The matrices with their costs."""
+        return run.shapes if self.latency is None else self.latency.costs(run.shapes)
+
     def _time_budget(self, run: Run, latency: Latency, speedup: float) -> tuple[Shapes, Budget]:
         multiple = self.recipe.rank_multiple
-        shapes = {name: latency.shapes[name] for name in run.shapes}
+        shapes = latency.costs(run.shapes)
         dense = sum(shape.dense for shape in shapes.values())
         allowed = int(latency.step / speedup) - (latency.step - dense)
-        least = sum(shape.parameters(multiple) for shape in shapes.values())
+        least = sum(min(shape.parameters(multiple), shape.dense) for shape in shapes.values())
         if allowed < least:
             fastest = latency.step / (latency.step - dense + least)
             raise RankwiseError(

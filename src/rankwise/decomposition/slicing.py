@@ -5,7 +5,7 @@ the metric on outputs [m, m]; S the neurons that stay. The least error in the no
 
     || R^T (W - W' E_S) C^(1/2) ||^2 = tr(T D^-1 T^T)        W' = W C[:, S] C[S, S]^-1
 
-(Nystrom, MoDeGPT, Lin et al. 2025, arXiv 2408.09632). They go a few at a time, each time those whose own error is least: neuron
+(Nystrom, MoDeGPT, Lin et al. 2025, arXiv 2408.09632). They go from size to size, each time those whose own error is least: neuron
 j costs |t_j|^2 / P_jj, for P = C[S, S]^-1 and T = R^T W' (Optimal Brain Surgeon, Hassibi and Stork 1993, on whole columns). With
 D = P[B, B] for the neurons B that go, T loses T_B D^-1 P[B], and P loses P[:, B] D^-1 P[B].
 """
@@ -21,7 +21,6 @@ from rankwise.decomposition.solver import Root
 from rankwise.layers.precision import exact
 
 SIZES = 64  # of an MLP that are on offer
-STEPS = 4  # from one of them to the next
 LEAST = 8  # of the sizes, from which on there is no smaller one
 
 
@@ -49,17 +48,16 @@ def slices_of(W: Tensor, left: Root | None, second: Tensor, multiple: int = 1) -
     error = torch.zeros((), dtype=P.dtype, device=P.device)
     sizes, errors = sizes_of(width, multiple), []
     for size in sizes:
-        going, before = len(alive) - size, len(alive)
-        stays = torch.ones(before, dtype=torch.bool, device=P.device)
-        for few in (going * (part + 1) // STEPS - going * part // STEPS for part in range(STEPS)):
-            costs = (T.square().sum(0) / P.diagonal()).where(stays, torch.inf)
-            B = costs.topk(few, largest=False).indices
-            change = torch.linalg.solve(P[B][:, B], torch.cat([P[B], T[:, B].T], 1))
-            error = error + (T[:, B].T * change[:, before:]).sum()
-            T, P = T - T[:, B] @ change[:, :before], P - P[:, B] @ change[:, :before]
-            stays[B] = False
-            gone.append(alive[B])
-        alive, T, P = alive[stays], T[:, stays], P[stays][:, stays]
+        B = (T.square().sum(0) / P.diagonal()).topk(len(alive) - size, largest=False).indices
+        stays = torch.ones(len(alive), dtype=torch.bool, device=P.device)
+        stays[B] = False
+        rows, T_B = P[B], T[:, B]
+        change = torch.linalg.solve(rows[:, B], torch.cat([rows[:, stays], T_B.T], 1))
+        error = error + (T_B.T * change[:, size:]).sum()
+        T = T[:, stays].addmm_(T_B, change[:, :size], alpha=-1)
+        P = P[stays][:, stays].addmm_(rows[:, stays].T, change[:, :size], alpha=-1)
+        gone.append(alive[B])
+        alive = alive[stays]
         errors.append(error)
     last = (T.square().sum(0) / P.diagonal()).argsort()
     return Slices(torch.cat([*gone, alive[last]]).cpu(), torch.tensor(sizes), torch.stack(errors).cpu())

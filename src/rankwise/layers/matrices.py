@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class Shape:
     def dense(self) -> int:
         """Parameters of the dense matrix."""
         return self.out_features * self.in_features
+
+    def narrower(self, out_features: int, in_features: int) -> Shape:
+        """The shape of the matrix with fewer rows or columns."""
+        return replace(self, out_features=out_features, in_features=in_features)
 
     @property
     def per_rank(self) -> int:

@@ -51,8 +51,8 @@ class Mlp:
     def shape(self, name: str, shape: Shape, size: int) -> Shape:
         """The shape of one of its matrices where so many neurons stay."""
         if name == self.down:
-            return replace(shape, in_features=size)
-        return replace(shape, out_features=shape.out_features // self.width * size)
+            return shape.narrower(shape.out_features, size)
+        return shape.narrower(shape.out_features // self.width * size, shape.in_features)
 
     def narrowed(self, model: nn.Module, kept: Tensor, weight: Tensor) -> dict[str, nn.Module]:
         """The layers with the neurons `kept` [k] alone, by path. weight: of the last one [m, k]."""

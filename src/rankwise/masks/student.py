@@ -28,7 +28,7 @@ from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, swapped, weight_of
-from rankwise.layers.precision import exact
+from rankwise.layers.precision import exact, widened
 from rankwise.masks.layers import MaskedLinear, Masks, folded
 from rankwise.masks.trunk import Trunk
 from rankwise.progress import progress
@@ -105,6 +105,10 @@ class Student:
     def as_original(self) -> AbstractContextManager[None]:
         """The model as it was given, while inside."""
         return swapped(self.model, self.originals)
+
+    def widened(self) -> AbstractContextManager[None]:
+        """The model and what is the original's in the dtypes that they compute in, while inside."""
+        return widened(self.model, *self.originals.values())
 
     @property
     def device(self) -> torch.device:

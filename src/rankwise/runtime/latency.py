@@ -47,6 +47,18 @@ class TimedShape(Shape):
         made = cls(shape.out_features, shape.in_features, 0, shape.form, dense_time=dense_time, ranks=ranks, times=times)
         return replace(made, added=max(0, times[0] - ranks[0] * made.per_rank))
 
+    def narrower(self, out_features: int, in_features: int) -> TimedShape:
+        """As of `Shape`, every time in proportion to the numbers that are multiplied with."""
+        whole, small = (
+            Shape(*sides, form=self.form) for sides in ((self.out_features, self.in_features), (out_features, in_features))
+        )
+
+        def of(time: int, rank: int | None) -> int:
+            return round(time * small.parameters(rank) / whole.parameters(rank))
+
+        times = itertools.accumulate(map(of, self.times, self.ranks), max)
+        return TimedShape.of_times(small, of(self.dense_time, None), self.ranks, tuple(times))
+
     @property
     def dense(self) -> int:
         """Nanoseconds of the dense matrix."""
@@ -85,9 +97,13 @@ class Latency:
     shapes: dict[str, TimedShape]
     step: int
 
-    def speedup(self, ranks: Mapping[str, int | None]) -> float:
-        """The predicted speed-up of decoding one token, with these ranks (all others stay as they are)."""
-        saved = sum(self.shapes[n].dense - self.shapes[n].parameters(r) for n, r in ranks.items() if n in self.shapes)
+    def costs(self, shapes: Mapping[str, Shape]) -> dict[str, TimedShape]:
+        """The matrices as they were timed, those that are narrower now in proportion."""
+        return {name: self.shapes[name].narrower(shape.out_features, shape.in_features) for name, shape in shapes.items()}
+
+    def speedup(self, ranks: Mapping[str, int | None], shapes: Mapping[str, Shape]) -> float:
+        """The predicted speed-up of decoding one token, with these ranks and shapes (all others stay as they are)."""
+        saved = sum(self.shapes[name].dense - cost.parameters(ranks[name]) for name, cost in self.costs(shapes).items())
         return self.step / (self.step - saved)
 
 
