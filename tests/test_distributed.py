@@ -114,8 +114,8 @@ def test_refined_block_by_block_by_two(folder: Path) -> None:
 
 def test_mlps_are_narrowed_by_two_as_by_one(folder: Path) -> None:
     asked = ["--allocation", "uniform", "--samples", "200", "--neurons", "fewer", "--rate", "0.5"]
-    for processes in (1, 2):
-        process = start(folder, f"narrow-{processes}", processes, *asked)
+    for processes, more in ((1, []), (2, ["--memory", "8GB"])):
+        process = start(folder, f"narrow-{processes}", processes, *asked, *more)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     configs = [json.loads((folder / f"narrow-{n}" / "config.json").read_text())["quantization_config"] for n in (1, 2)]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import torch
 from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_targets import table
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import rankwise
 import rankwise.pipeline
-from rankwise import RankwiseError, bundled, compress, densify, evaluate, explore, refine, targets
+from rankwise import RankwiseError, bundled, compress, densify, evaluate, explore, refine, slicing, streaming, targets
 from rankwise.decomposition.slicing import refit, sizes_of, slices_of
 from rankwise.decomposition.solver import Root
 from rankwise.layers.linear import weight_of
@@ -43,7 +45,7 @@ def found_in(model: Any) -> list[Mlp]:
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         return model(input_ids=ids, **more)[0]
 
-    return find_mlps(model, find_matrices(model)[0], answer)
+    return find_mlps(model, find_matrices(model)[0], lambda _: nullcontext(answer))
 
 
 def lazy(name: str, heed: float = 0.01, **options: Any) -> Any:
@@ -250,6 +252,61 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert one == other
 
 
+@pytest.mark.parametrize(
+    ("name", "allocation", "dtype"),
+    [
+        ("llama-gqa-tied", "kl-knapsack", torch.float32),
+        ("gpt2", "mask-fisher", torch.float32),
+        ("phi3", "uniform", torch.bfloat16),
+        ("mixtral", "mask-fisher", torch.float32),
+    ],
+)
+def test_block_by_block_it_is_the_same(name: str, allocation: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    lazy(name).to(dtype).save_pretrained(tmp_path / "model")
+    reports = []
+    for memory in (None, "8GB"):
+        options = FEWER | {"allocation": allocation, "memory": memory, "output": tmp_path / f"{memory}"}
+        reports.append(compress(tmp_path / "model", **options).report)
+    whole, streamed = reports
+    assert whole["narrowed"]
+    for field in ("narrowed", "neurons", "ranks", "shapes", "parameters", "bytes"):
+        assert whole[field] == streamed[field], field
+    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-3)
+    configs = [json.loads((tmp_path / f"{memory}" / "config.json").read_text()) for memory in (None, "8GB")]
+    assert configs[0] == configs[1]
+    one, other = (load_file(tmp_path / f"{memory}" / "model.safetensors") for memory in (None, "8GB"))
+    for tensor, expected in one.items():
+        torch.testing.assert_close(other[tensor], expected, rtol=1e-2, atol=1e-4, msg=tensor)
+
+
+def test_block_by_block_it_is_planned_refined_and_gone_on_with(
+    lazy_llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = FEWER | {"calibration": story, "length": 16, "samples": 200, "memory": "8GB", "refine": "blocks passes=6"}
+    measure = streaming.measure
+
+    def killed(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(lazy_llama, output=tmp_path / "small", **options)
+    monkeypatch.setattr(streaming, "measure", measure)
+    monkeypatch.setattr(slicing, "slices_of", lambda *_: pytest.fail("neurons were put in order again"))
+    report = compress(lazy_llama, output=tmp_path / "small", resume=True, **options).report
+    assert report["narrowed"]
+    assert report["kl"] < report["before_refinement"]["kl"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small") is not None
+    monkeypatch.undo()
+    plan = rankwise.Plan.read(tmp_path / "small")
+    applied = compress(lazy_llama, plan=plan, calibration=story, output=tmp_path / "again", memory="8GB").report
+    assert applied["neurons"] == report["neurons"]
+    assert applied["parameters"] == report["parameters"]
+    plan = replace(plan, kept_neurons={"lm_head": 3})
+    with pytest.raises(RankwiseError, match="last matrix of none"):
+        compress(lazy_llama, plan=plan, calibration=story, output=tmp_path / "other", memory="8GB")
+
+
 def test_a_failure_leaves_a_model_in_memory_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lazy("llama")
     before = {name: (id(tensor), tensor.clone()) for name, tensor in model.named_parameters()}
@@ -324,7 +381,6 @@ def test_what_is_explored_is_what_is_made(lazy_llama: Path, story: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"memory": "8GB"}, "fewer neurons and memory=8GB do not go together"),
         ({"rate": None, "bits": "4"}, "fewer neurons and bits=4"),
         ({"neurons": "some"}, "neurons='some'"),
         ({"decomposition": "svd"}, "fewer neurons are for kronecker and whitened, not for svd"),

@@ -42,7 +42,6 @@ class Asked:
     allocator: Allocator
     artifact: Artifact | None
     refinements: list[Refinement]
-    narrows_by_default: bool = False
 
     @property
     def metric(self) -> str:
@@ -61,8 +60,7 @@ class Asked:
         short = shortage(self.model, self.calibration, self.recipe, [self.metric], self.trains)
         if short is None:
             return self, None
-        changed: dict[str, Any] = {"memory": gigabytes(short.promise)} | ({"neurons": ALL} if self.narrows_by_default else {})
-        return replace(self, recipe=self.recipe.model_copy(update=changed)), short
+        return replace(self, recipe=self.recipe.model_copy(update={"memory": gigabytes(short.promise)})), short
 
 
 def asked_for(
@@ -102,15 +100,14 @@ def asked_for(
     calibration = "self" if calibration is None else calibration
     settled, allocator = _recipe(calibration, allocation, fields)
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
-    by_default = settled.neurons is None and _narrows(settled, allocator, artifact)
     if settled.neurons is None:
-        settled = settled.model_copy(update={"neurons": FEWER if by_default else ALL})
-    return Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""), by_default)
+        settled = settled.model_copy(update={"neurons": FEWER if _narrows(settled, allocator, artifact) else ALL})
+    return Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""))
 
 
 def _narrows(recipe: Recipe, allocator: Allocator, artifact: Artifact | None) -> bool:
     """Whether MLPs may lose neurons where nothing is said."""
-    beside = recipe.ranks, recipe.memory, artifact
+    beside = recipe.ranks, artifact
     orders = orders_neurons(metric_named(str(recipe.decomposition)))
     return isinstance(allocator, LLRC) and orders and recipe.bits == "stored" and all(other is None for other in beside)
 

@@ -164,7 +164,7 @@ def compress(
         found.clock.lap("samples")
     report = found.report()
     layers = student.decompositions, masks, run.experts, found.recipe.form, found.chosen.bits, student.shipped
-    attach(run.model, factorise(run.model, *layers, narrow=run.narrow))
+    attach(run.model, factorise(run.model, *layers, sizes=run.sizes))
     report |= {"costs": {"tokens": tokens, "kl": costs}, "samples": samples}
     result = Compressed(run.model, found.chosen.ranks, report, found.recipe, run.tokenizer, spectra)
     if output is not None:
@@ -352,8 +352,6 @@ def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) ->
     recipe, metric, clock = asked.recipe, asked.metric, Clock()
     if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
-    if recipe.narrows:
-        raise InMemoryOnlyError("block by block MLPs keep their neurons (ask for neurons=all)")
     refinements = [refinement for refinement in asked.refinements if isinstance(refinement, BlockByBlock)]
     if len(refinements) < len(asked.refinements):
         raise InMemoryOnlyError(f"refine={recipe.refine!r} trains the whole model at once (take blocks, or none)")
@@ -361,13 +359,23 @@ def _chosen_streamed(asked: Asked, folder: RunFolder, short: Shortage | None) ->
         raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
     stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder)
     if short is not None and distributed.rank() == 0:
-        logger.warning("%s: working block by block, with all neurons", short)
+        logger.warning("%s: working block by block", short)
     run, matrices = stream.run, dict(stream.run.shapes)
     refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
     clock.lap("loading")
-    student = streaming.student_of(stream, streaming.decompose_all(stream, metric), metric)
+    place = streaming.OnDisk(stream)
+    slicing.refuse_other(run, recipe.kept_neurons, place)
+    mlps = slicing.mlps_of(run, Target(recipe).budget(run)[1], place) if recipe.narrows else []
+    inside = {name for mlp in mlps for name in mlp.matrices}
+    student = streaming.student_of(stream, streaming.decompose_all(stream, metric, inside), metric)
     clock.lap("decomposition")
     _, budget = Target(recipe).budget(run)
+    if mlps:
+        kept = streaming.Kept(run, metric, stream.blocks.device)
+        run, narrow = slicing.narrowed(run, student, kept, metric, budget, run.shapes, recipe.kept_neurons, place)
+        assert isinstance(narrow, StreamedStudent)
+        student, stream = narrow, narrow.stream
+        clock.lap("narrowing")
     chosen = stages.allocate(run, student, metric, asked.allocator, budget)
     clock.lap("allocation")
     comparison, before = streaming.measure(stream, student, chosen), None

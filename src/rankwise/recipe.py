@@ -170,10 +170,8 @@ class Recipe(BaseModel):
             raise RankwiseError("kept_neurons are a plan's: give its ranks too")
         if self.neurons == FEWER and self.ranks is not None:
             raise RankwiseError("a plan says itself how many neurons stay: leave out neurons")
-        beside = {name: getattr(self, name) for name in ("memory",) if getattr(self, name) is not None}
-        beside |= {} if self.bits == "stored" else {"bits": self.bits}
-        for name, value in beside.items():
-            raise RankwiseError(f"fewer neurons and {name}={value} do not go together yet: ask for one")
+        if self.bits != "stored":
+            raise RankwiseError(f"fewer neurons and bits={self.bits} do not go together yet: ask for one")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

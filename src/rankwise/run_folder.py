@@ -201,7 +201,7 @@ class RunFolder:
             return _contiguous(compute())
         if self.path.parent.exists():  # else nobody is in it, and should the computation fail, nothing shall be left behind
             self.hold()
-        file = self.path / f"{stage}-{key}.safetensors"
+        file = self.file(stage, key)
         if file.exists():
             kept = _read(file)
             if kept is not None:
@@ -216,6 +216,11 @@ class RunFolder:
         self.hold()
         write_tensors(file, tensors)
         return tensors
+
+    def file(self, stage: str, key: str) -> Path:
+        """Where `cached` writes; the run has a folder."""
+        assert self.path is not None
+        return self.path / f"{stage}-{key}.safetensors"
 
     def _found(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of a file of the known run folder, None where it is not there or not whole."""
@@ -235,7 +240,7 @@ class RunFolder:
         has written."""
         if self.path is None or distributed.size() == 1 or self._found(f"{stage}-{key}.safetensors") is not None:
             return self.cached(stage, key, compute)
-        file = self.path / f"{stage}-{key}.safetensors"
+        file = self.file(stage, key)
         tensors: dict[str, Tensor] | None = None
         if not distributed.of_the_first(lambda: file.exists() and _read(file) is not None):
             tensors = compute()

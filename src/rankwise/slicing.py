@@ -9,10 +9,10 @@ one scale.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,10 +38,10 @@ from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape
 from rankwise.layers.neurons import Mlp, find_mlps
 from rankwise.layers.precision import widened
-from rankwise.masks.student import Student
+from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
 from rankwise.run_folder import digest
-from rankwise.stages import Run, decompose_all, student_of
+from rankwise.stages import Run, decompose_all, kept_in
 
 POINT = 0.3  # of its parameters removed, where each family is measured
 MEASURED, LEAST_MEASURED = 2**13, 2**7  # tokens through all groups together, and through each
@@ -55,7 +55,7 @@ class _Ground:
 
     run: Run
     student: Student
-    statistics: Statistics
+    statistics: Collected
     metric: str
     budget: Budget
     costs: Shapes
@@ -83,46 +83,105 @@ class _Group:
     slices: Slices | None = None
 
 
+class Collected(Protocol):
+    """What was collected of matrices."""
+
+    def of(self, matrix: str) -> Moments:
+        """The moments of a matrix."""
+        ...
+
+
+class Place(Protocol):
+    """Where the model's weights are, and what is done with them there."""
+
+    def at(self, name: str) -> AbstractContextManager[Callable[[], Tensor]]:
+        """Inside, the matrix and those around it have their weights; with a function that gives an answer which they have a part
+        in."""
+        ...
+
+    def put(self, name: str, layer: nn.Module, key: str) -> nn.Module:
+        """Put the layer into the model, where `at` says that it has its weight; the one that was there. key: of the run with
+        narrower MLPs."""
+        ...
+
+    def student(
+        self, run: Run, student: Student, statistics: Callable[[str], Moments], metric: str, originals: Layers
+    ) -> Student:
+        """The student of the run with narrower MLPs. statistics: of the matrices in `originals`, which are decomposed again."""
+        ...
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A model whose weights are all in memory."""
+
+    run: Run
+
+    @contextmanager
+    def at(self, name: str) -> Iterator[Callable[[], Tensor]]:
+        batch = first_tokens(self.run.data.training, 64)[0]
+        with frozen(self.run.model):
+            yield lambda: signal_of(self.run.model, batch).values
+
+    def put(self, name: str, layer: nn.Module, key: str) -> nn.Module:
+        before = self.run.model.get_submodule(name)
+        self.run.model.set_submodule(name, layer)
+        return before
+
+    def student(
+        self, run: Run, student: Student, statistics: Callable[[str], Moments], metric: str, originals: Layers
+    ) -> Student:
+        moments = {name: statistics(name) for name in originals}
+        shapes = {name: run.shapes[name] for name in originals}
+        with widened(run.model):
+            again = decompose_all(replace(run, shapes=shapes), Statistics({n: n for n in moments}, moments, moments), metric)
+        decompositions = {name: again.get(name) or student.decompositions[name] for name in run.shapes}
+        return replace(student, decompositions=decompositions, kept=kept_in(run, metric), originals=originals)
+
+
 def narrowed(
     run: Run,
     student: Student,
-    statistics: Statistics,
+    statistics: Collected,
     metric: str,
     budget: Budget,
     costs: Shapes,
     sizes: Mapping[str, int] | None = None,
+    place: Place | None = None,
 ) -> tuple[Run, Student]:
     """The run and its student with those MLPs narrower, in place, that are better so within the budget; or, by their last
-    matrix, of the `sizes` given. costs: of the matrices, in the budget's currency. The student's teacher has the original's."""
+    matrix, of the `sizes` given. costs: of the matrices, in the budget's currency. place: where the model is, in memory unless
+    told. The student's teacher has the original's."""
+    place = place or _InMemory(run)
     ground = _Ground(run, student, statistics, metric, budget, costs)
     with widened(run.model):
-        mlps = {mlp.down: mlp for mlp in _mlps(run, budget)}
+        mlps = {mlp.down: mlp for mlp in mlps_of(run, budget, place)}
         if sizes:
             kept = {down: _slices(ground, mlps[down]).kept(sizes[down]) for down in sizes if down in mlps}
         else:
             kept = _chosen(ground, mlps.values()) if mlps else {}
     if not kept:
         return run, student
-    layers: dict[str, nn.Module] = {}
+    identity = digest(run.identity, *kept.items())
+    mlp_of = {name: mlps[down] for down in kept for name in mlps[down].matrices}
+    originals: dict[str, nn.Module] = {}
     for down, neurons in kept.items():
-        layers |= _layers(run, mlps[down], statistics, neurons)
-    originals = {name: run.model.get_submodule(name) for name in layers}
-    for name, layer in layers.items():
-        run.model.set_submodule(name, layer)
-    statistics = _of_the_kept(statistics, {mlps[down]: neurons for down, neurons in kept.items()})
+        with place.at(down):
+            layers = {name: _narrow(ground, mlps[down], name, neurons) for name in mlps[down].matrices}
+            originals |= {name: place.put(name, layer, identity) for name, layer in layers.items()}
     shapes = {name: Shape.of(run.model.get_submodule(name), shape.form) for name, shape in run.shapes.items()}
-    parts = {name: mlps[down].parts if name in mlps[down].inner else 1 for down in kept for name in mlps[down].matrices}
-    narrow = replace(run, shapes=shapes, identity=digest(run.identity, *kept.items()), narrow=parts)
-    with widened(run.model):
-        again = decompose_all(replace(narrow, shapes={name: shapes[name] for name in layers}), statistics, metric)
-    decompositions = {name: again.get(name) or student.decompositions[name] for name in shapes}
-    learning = replace(student_of(narrow, decompositions, metric), originals=originals, effort=student.effort)
-    return narrow, learning
+    parts = {name: mlp.parts if name != mlp.down else 1 for name, mlp in mlp_of.items()}
+    narrow = replace(run, shapes=shapes, identity=identity, narrow=parts)
+
+    def of_the_kept(name: str) -> Moments:
+        return _of_the_kept(statistics.of(name), mlp_of[name], name, kept[mlp_of[name].down])
+
+    return narrow, place.student(narrow, student, of_the_kept, metric, originals)
 
 
 @contextmanager
 def narrowed_inside(
-    run: Run, student: Student, statistics: Statistics, metric: str, budget: Budget, costs: Shapes
+    run: Run, student: Student, statistics: Collected, metric: str, budget: Budget, costs: Shapes
 ) -> Iterator[tuple[Run, Student]]:
     """As `narrowed`, with the model as it was on leaving."""
     narrow, learning = narrowed(run, student, statistics, metric, budget, costs)
@@ -138,9 +197,9 @@ def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-def refuse_other(run: Run, sizes: Mapping[str, int]) -> None:
+def refuse_other(run: Run, sizes: Mapping[str, int], place: Place | None = None) -> None:
     """Raises `RankwiseError` where `sizes` are not of MLPs of the model, or not fewer neurons than those have."""
-    mlps = {mlp.down: mlp for mlp in _mlps(run, Budget(0))} if sizes else {}
+    mlps = {mlp.down: mlp for mlp in mlps_of(run, Budget(0), place or _InMemory(run))} if sizes else {}
     for down, size in sizes.items():
         if down not in mlps:
             raise RankwiseError(f"the plan has neurons for {down}, which is the last matrix of none of the {len(mlps)} MLPs")
@@ -163,16 +222,9 @@ def whole_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _mlps(run: Run, budget: Budget) -> list[Mlp]:
+def mlps_of(run: Run, budget: Budget, place: Place) -> list[Mlp]:
     """Those whose matrices are all to be chosen."""
-    batch = first_tokens(run.data.training, 64)[0]
-
-    def answer() -> Tensor:
-        return signal_of(run.model, batch).values
-
-    open_ones = [name for name in run.shapes if name not in budget.settled]
-    with frozen(run.model):
-        return find_mlps(run.model, open_ones, answer)
+    return find_mlps(run.model, [name for name in run.shapes if name not in budget.settled], place.at)
 
 
 def _chosen(ground: _Ground, mlps: Collection[Mlp]) -> dict[str, Tensor]:
@@ -237,10 +289,11 @@ def _with_sizes(ground: _Ground, group: _Group, mlp: Mlp, tails: Mapping[str, Fl
 def _slices(ground: _Ground, mlp: Mlp) -> Slices:
     """The MLP's sizes, kept in the run folder."""
     run, metric, multiple = ground.run, ground.metric, ground.budget.multiple
-    moments, weight = ground.statistics.of(mlp.down), weight_of(run.model.get_submodule(mlp.down))
 
     def compute() -> dict[str, Tensor]:
-        return vars(slices_of(weight, metric_named(metric).roots(moments)[0], _second(moments), multiple))
+        moments = ground.statistics.of(mlp.down)
+        left = metric_named(metric).roots(moments)[0]
+        return vars(slices_of(ground.student.weight(mlp.down), left, _second(moments), multiple))
 
     return Slices(**run.folder.cached(f"neurons/{mlp.down}", digest(run.identity, metric, multiple), compute))
 
@@ -306,33 +359,38 @@ def _solved(groups: Sequence[_Group], prices: Sequence[Floats], within: int) -> 
     return [group.ways[at] for group, at in zip(groups, positions, strict=True)]
 
 
-def _written(ground: _Ground, groups: Sequence[_Group], ways: Sequence[_Way]) -> dict[str, nn.Module]:
+def _written(ground: _Ground, groups: Sequence[_Group], ways: Sequence[_Way]) -> Layers:
     """The layers of the groups in these ways, dense ones left out."""
-    run, statistics = ground.run, ground.statistics
-    layers: dict[str, nn.Module] = {}
-    for group, way in zip(groups, ways, strict=True):
-        if way.size is not None and group.mlp is not None and group.slices is not None:
-            neurons = group.slices.kept(way.size)
-            layers |= _layers(run, group.mlp, statistics, neurons)
-        for name, rank in way.ranks.items():
-            if rank is not None:
-                linear, found = run.model.get_submodule(name), ground.student.decompositions[name]
-                second, first = found.second[:, :rank], found.first[:rank]
-                if way.size is not None and group.mlp is not None:
-                    linear = layers[name]
-                    if name == group.mlp.down:
-                        first = refit(first, _second(statistics.of(name)), neurons).to(first)
-                    else:
-                        second = second[group.mlp.rows(neurons).to(second.device)]
-                layers[name] = PairLinear.from_factors(second, first, bias_of(linear))
-    return layers
+    way_of = {name: (group, way) for group, way in zip(groups, ways, strict=True) for name in group.names}
+    changed = [name for name, (_, way) in way_of.items() if way.size is not None or way.ranks[name] is not None]
+    return ground.student.layers_of(changed, lambda name: _layer(ground, *way_of[name], name))
 
 
-def _layers(run: Run, mlp: Mlp, statistics: Statistics, kept: Tensor) -> dict[str, nn.Module]:
-    """The MLP's layers with these neurons, the last one refitted."""
-    weight, second = weight_of(run.model.get_submodule(mlp.down)), _second(statistics.of(mlp.down))
-    kept = kept.to(second.device)
-    return mlp.narrowed(run.model, kept.to(weight.device), refit(weight, second, kept))
+def _layer(ground: _Ground, group: _Group, way: _Way, name: str) -> nn.Module:
+    """One of these."""
+    rank, mlp, kept = way.ranks[name], group.mlp, None
+    if mlp is not None and group.slices is not None and way.size is not None:
+        kept = group.slices.kept(way.size)
+        if rank is None:
+            return _narrow(ground, mlp, name, kept)
+    found, bias = ground.student.decompositions[name], bias_of(ground.run.model.get_submodule(name))
+    second, first = found.second[:, :rank], found.first[:rank]
+    if mlp is not None and kept is not None:
+        if name == mlp.down:
+            first = refit(first, _second(ground.statistics.of(name)), kept).to(first)
+        else:
+            rows = mlp.rows(kept).to(second.device)
+            second, bias = second[rows], None if bias is None else bias[rows.to(bias.device)]
+    return PairLinear.from_factors(second, first, bias)
+
+
+def _narrow(ground: _Ground, mlp: Mlp, name: str, kept: Tensor) -> nn.Module:
+    """The MLP's layer of that name with these neurons, the last one refitted."""
+    model = ground.run.model
+    weight = weight_of(model.get_submodule(name))
+    if name != mlp.down:
+        return mlp.inner_layer(model, name, kept.to(weight.device))
+    return mlp.last_layer(model, refit(weight, _second(ground.statistics.of(name)), kept))
 
 
 def _second(moments: Moments) -> Tensor:
@@ -342,26 +400,15 @@ def _second(moments: Moments) -> Tensor:
     return root.full / root.count + torch.diag(root.scale.square())
 
 
-def _of_the_kept(statistics: Statistics, mlps: Mapping[Mlp, Tensor]) -> Statistics:
-    """The statistics of the narrower MLPs: what was collected of the neurons that stay."""
-    sites, matrices = dict(statistics.sites), dict(statistics.matrices)
+def _of_the_kept(moments: Moments, mlp: Mlp, name: str, kept: Tensor) -> Moments:
+    """What was collected of the neurons that stay."""
+    rows = kept if name == mlp.down else mlp.rows(kept)
 
-    def part(moments: Moments, neurons: Tensor, inputs: bool) -> Moments:
-        def of(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            at = neurons.to(value.device)
-            return value[at][:, at] if value.ndim == 2 else value[at]
+    def part(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        at = rows.to(value.device)
+        return value[at][:, at] if value.ndim == 2 else value[at]
 
-        names = ("input", "absolute", "total", "fisher") if inputs else ("output",)
-        return replace(moments, **{name: of(getattr(moments, name)) for name in names})
-
-    for mlp, neurons in mlps.items():
-        site = statistics.site_of[mlp.down]
-        sites[site] = part(sites[site], neurons, inputs=True)
-        for name in mlp.inner:
-            if name in matrices:
-                matrices[name] = part(matrices[name], mlp.rows(neurons), inputs=False)
-        if mlp.down in matrices:
-            matrices[mlp.down] = part(matrices[mlp.down], neurons, inputs=True)
-    return replace(statistics, sites=sites, matrices=matrices)
+    names = ("input", "absolute", "total", "fisher") if name == mlp.down else ("output",)
+    return replace(moments, **{name: part(getattr(moments, name)) for name in names})

@@ -78,6 +78,13 @@ class Run:
     seed: int
     narrow: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Of each narrower matrix its rows, its columns, and in how many parts the rows lie."""
+        return {
+            name: [self.shapes[name].out_features, self.shapes[name].in_features, parts] for name, parts in self.narrow.items()
+        }
+
 
 def start(
     model: str | Path | PreTrainedModel,

@@ -71,5 +71,6 @@ def sizes_of(width: int, multiple: int = 1) -> list[int]:
 
 def refit(W: Tensor, second: Tensor, kept: Tensor) -> Tensor:
     """W' [m, k] float64: what the last matrix makes of the neurons `kept` [k] to miss the others least."""
-    cross = second[kept] @ exact(W.detach()).T
+    W, kept = W.detach().to(second.device), kept.to(second.device)
+    cross = second[kept] @ exact(W).T
     return torch.cholesky_solve(cross, torch.linalg.cholesky(second[kept][:, kept])).T

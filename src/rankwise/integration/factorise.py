@@ -22,16 +22,15 @@ def factorise(
     form: str,
     bits: Mapping[str, int] | None = None,
     shipped: Mapping[str, nn.Module] | None = None,
-    narrow: Mapping[str, int] | None = None,
+    sizes: Mapping[str, list[int]] | None = None,
 ) -> RankwiseConfig:
     """Put the chosen layers into the model, its experts unstacked; experts that are all left dense are stacked again.
 
-    bits: of the matrices that are written in few; shipped: layers that are there already, those in bits and refined ones; narrow:
+    bits: of the matrices that are written in few; shipped: layers that are there already, those in bits and refined ones; sizes:
     as of `Run`.
     """
     shipped, bits = shipped or {}, dict(bits or {})
     ranks: dict[str, int] = {}
-    sizes = {name: [*weight_of(model.get_submodule(name)).shape, parts] for name, parts in (narrow or {}).items()}
     affine = False
     for name, mask in masks.items():
         dense, layer = model.get_submodule(name), shipped.get(name)
@@ -43,6 +42,7 @@ def factorise(
                 affine = affine or decomposition.centre is not None
         if layer is not None:
             model.set_submodule(name, layer.to(weight_of(dense).dtype))
+    sizes = dict(sizes or {})
     changed = (*ranks, *bits, *sizes)
     kept = [path for path in experts if any(name.startswith(f"{path}.") for name in changed)]
     stack_experts(model, set(experts) - set(kept))

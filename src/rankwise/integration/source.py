@@ -116,6 +116,12 @@ class Source:
         """All names that are made together with this one, itself too."""
         return [other for other, part in self.parts.items() if part is self.parts[name]]
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in by the model, whatever it computes in."""
+        part = self.parts[name]
+        first = part.parts[0] if isinstance(part, Experts) else part
+        return self.skeleton.get_parameter_or_buffer(first.name).dtype
+
     def values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Each name and the values of its parameter, in its dtype. Raises `RankwiseError` where they are not finite."""
         for group in self.together(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from rankwise.layers.linear import bias_of, dense_linear, swapped, weight_of
 from rankwise.layers.matrices import Shape
 
 Layout = Literal["rows", "halves", "pairs"]
+At = Callable[[str], AbstractContextManager[Callable[[], Tensor]]]
 ROUNDING = 1e-3  # of the largest answer: what may lie between two orders of the same sums
 
 
@@ -54,19 +56,25 @@ class Mlp:
             return shape.narrower(shape.out_features, size)
         return shape.narrower(shape.out_features // self.width * size, shape.in_features)
 
-    def narrowed(self, model: nn.Module, kept: Tensor, weight: Tensor) -> dict[str, nn.Module]:
-        """The layers with the neurons `kept` [k] alone, by path. weight: of the last one [m, k]."""
-        rows = self.rows(kept)
-        layers = {name: _taken(model.get_submodule(name), rows) for name in self.inner}
+    def inner_layer(self, model: nn.Module, name: str, kept: Tensor) -> nn.Module:
+        """The inner layer of that name with the neurons `kept` [k] alone."""
+        linear, rows = model.get_submodule(name), self.rows(kept)
+        weight, bias = weight_of(linear), bias_of(linear)
+        return dense_linear(weight[rows], None if bias is None else bias[rows], isinstance(linear, Conv1D))
+
+    def last_layer(self, model: nn.Module, weight: Tensor) -> nn.Module:
+        """The last layer with the `weight` [m, k] of the neurons that are kept."""
         down = model.get_submodule(self.down)
-        layers[self.down] = dense_linear(weight.to(weight_of(down)), bias_of(down), isinstance(down, Conv1D))
-        return layers
+        return dense_linear(weight.to(weight_of(down)), bias_of(down), isinstance(down, Conv1D))
 
 
 @torch.no_grad()
-def find_mlps(model: nn.Module, matrices: Collection[str], answer: Callable[[], Tensor]) -> list[Mlp]:
-    """The MLPs among the matrices: those whose shapes fit, if the model's `answer` is the same where every other neuron is taken
-    out and where the last matrix does not heed it. The first and the last one of each kind are tried."""
+def find_mlps(model: nn.Module, matrices: Collection[str], at: At) -> list[Mlp]:
+    """The MLPs among the matrices: those whose shapes fit, if what is answered is the same where every other neuron is taken out
+    and where the last matrix does not heed it. The first and the last one of each kind are tried.
+
+    at: of a matrix, a context in which it has its weight, with a function that gives an answer which it has a part in.
+    """
     kinds: dict[Any, list[Mlp]] = {}
     for mlp in _fitting(model, matrices):
         kinds.setdefault((*(re.sub(r"\d+", "", name) for name in mlp.matrices), mlp.width), []).append(mlp)
@@ -75,7 +83,7 @@ def find_mlps(model: nn.Module, matrices: Collection[str], answer: Callable[[], 
         layouts: tuple[Layout, ...] = ("rows",) if mlps[0].layout == "rows" else ("halves", "pairs")
         for layout in layouts:
             of_layout = [replace(mlp, layout=layout) for mlp in mlps]
-            if _separate(model, {of_layout[0], of_layout[-1]}, answer):
+            if all(_separate(model, mlp, at) for mlp in dict.fromkeys((of_layout[0], of_layout[-1]))):
                 found += of_layout
                 break
     return found
@@ -106,29 +114,21 @@ def _place(name: str) -> str:
     return f"{above.rpartition('.')[0]}#{leaf}" if leaf.isdigit() else above
 
 
-def _separate(model: nn.Module, mlps: Collection[Mlp], answer: Callable[[], Tensor]) -> bool:
-    """Whether neurons of these MLPs can be taken out."""
-    narrow: dict[str, nn.Module] = {}
-    deaf: dict[str, nn.Module] = {}
-    for mlp in mlps:
-        down = model.get_submodule(mlp.down)
-        weight = weight_of(down).clone()
+def _separate(model: nn.Module, mlp: Mlp, at: At) -> bool:
+    """Whether neurons of the MLP can be taken out."""
+    with at(mlp.down) as answer:
+        weight = weight_of(model.get_submodule(mlp.down)).clone()
         weight[:, 1::2] = 0
-        deaf[mlp.down] = dense_linear(weight, bias_of(down), isinstance(down, Conv1D))
-        narrow |= mlp.narrowed(model, torch.arange(0, mlp.width, 2, device=weight.device), weight[:, ::2])
-    with swapped(model, deaf):
-        expected = answer()
-    try:
-        with swapped(model, narrow):
-            found = answer()
-    except Exception as error:  # of heads, whose number and size are given, and of norms over neurons
-        if is_out_of_memory(error):
-            raise
-        return False
+        others = torch.arange(0, mlp.width, 2, device=weight.device)
+        narrow = {name: mlp.inner_layer(model, name, others) for name in mlp.inner}
+        narrow[mlp.down] = mlp.last_layer(model, weight[:, ::2])
+        with swapped(model, {mlp.down: mlp.last_layer(model, weight)}):
+            expected = answer()
+        try:
+            with swapped(model, narrow):
+                found = answer()
+        except Exception as error:  # of heads, whose number and size are given, and of norms over neurons
+            if is_out_of_memory(error):
+                raise
+            return False
     return found.shape == expected.shape and bool((found - expected).abs().max() <= ROUNDING * expected.abs().max())
-
-
-def _taken(linear: nn.Module, rows: Tensor) -> nn.Module:
-    """The linear module with some of its outputs."""
-    weight, bias = weight_of(linear), bias_of(linear)
-    return dense_linear(weight[rows], None if bias is None else bias[rows], isinstance(linear, Conv1D))

@@ -210,7 +210,10 @@ class Student:
     @functools.cached_property
     def _as_it_is(self) -> Self:
         """The student whose teacher is the model as it is now."""
-        return replace(self, originals={}, _signals={}) if self.originals else self
+        return self._taught_anew() if self.originals else self
+
+    def _taught_anew(self) -> Self:
+        return replace(self, originals={}, _signals={})
 
     def _divergence(self, masks: Masks, batches: Sequence[Batch]) -> float:
         changed = [name for name, mask in masks.items() if mask is not None or name in self.shipped]
@@ -317,7 +320,7 @@ class Student:
         self.effort["backward_tokens"] += len(signal) * backward
 
     def weight(self, name: str) -> Tensor:
-        """The original weight [m, n] of a matrix."""
+        """The weight [m, n] of a matrix."""
         return weight_of(self.model.get_submodule(name))
 
     def bias(self, name: str) -> Tensor | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from rankwise.decomposition.solver import decompose
 from rankwise.errors import RankwiseError
 from rankwise.integration.artifact import decomposition_key, decomposition_stage
 from rankwise.layers.linear import weight_of
+from rankwise.layers.precision import exact_device
 from rankwise.progress import progress
-from rankwise.run_folder import RunFolder
-from rankwise.stages import leave_unreached
+from rankwise.run_folder import RunFolder, read_tensors
+from rankwise.stages import Run, leave_unreached
 from rankwise.streaming.activations import Activations, finite
 from rankwise.streaming.backward import back, forward, gradients_of, pieces_of
 from rankwise.streaming.stream import Stream
@@ -57,33 +59,61 @@ class Stored:
         """No affine metric gets here."""
 
 
-def decompose_all(stream: Stream, metric: str) -> dict[str, Stored]:
-    """Every matrix in the named metric, its statistics collected and forgotten block by block."""
+@dataclass(frozen=True)
+class Kept:
+    """The moments of matrices that are kept in the run folder, each read when it is asked for."""
+
+    run: Run
+    metric: str
+    device: torch.device
+
+    def of(self, matrix: str) -> Moments:
+        """As of `Statistics`."""
+        found = read_tensors(self.run.folder.file(_moments_of(matrix), decomposition_key(self.run.identity, self.metric)))
+        count = int(found.pop("count"))
+        return Moments(count, **{name: tensor.to(exact_device(self.device), copy=True) for name, tensor in found.items()})
+
+
+def decompose_all(stream: Stream, metric: str, kept: Collection[str] = ()) -> dict[str, Stored]:
+    """Every matrix in the named metric, its statistics collected and forgotten block by block; kept: matrices whose moments are
+    not forgotten."""
     run, needs = stream.run, metric_named(metric).NEEDS
     key = decomposition_key(run.identity, metric)
-    missing = distributed.of_the_first(
-        lambda: [name for name in progress(run.shapes, "looking for results") if not _is_kept(run.folder, metric, name, key)]
-    )
+
+    def found(name: str) -> bool:
+        stages = [decomposition_stage(metric, name), *([_moments_of(name)] if name in kept else [])]
+        return all(_is_kept(run.folder, stage, key) for stage in stages)
+
+    missing = distributed.of_the_first(lambda: [name for name in progress(run.shapes, "looking for results") if not found(name)])
     if missing:
         with stream.opened():
-            (_backwards if GRADIENTS & needs else _forwards)(stream, metric, missing)
+            (_backwards if GRADIENTS & needs else _forwards)(stream, metric, missing, kept)
         distributed.wait()  # for what the others have decomposed
-    assert run.folder.path is not None
-    return {name: Stored(run.folder.path / f"{decomposition_stage(metric, name)}-{key}.safetensors") for name in run.shapes}
+    return stored_in(run, metric, run.shapes)
 
 
-def _is_kept(folder: RunFolder, metric: str, name: str, key: str) -> bool:
+def stored_in(run: Run, metric: str, names: Iterable[str]) -> dict[str, Stored]:
+    """What was decomposed of these matrices."""
+    key = decomposition_key(run.identity, metric)
+    return {name: Stored(run.folder.file(decomposition_stage(metric, name), key)) for name in names}
+
+
+def _moments_of(name: str) -> str:
+    return f"moments/{name}"
+
+
+def _is_kept(folder: RunFolder, stage: str, key: str) -> bool:
     def missing() -> dict[str, Tensor]:
-        raise KeyError(name)
+        raise KeyError(stage)
 
     try:
-        folder.cached(decomposition_stage(metric, name), key, missing)
+        folder.cached(stage, key, missing)
     except KeyError:
         return False
     return True
 
 
-def _forwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
+def _forwards(stream: Stream, metric: str, missing: Collection[str], kept: Collection[str]) -> None:
     """Decompose the missing matrices from the first block to the last that has one, moving the hidden states on."""
     blocks, needs = stream.blocks, metric_named(metric).NEEDS
     hidden = stream.entered("training", stream.training) if needs else None
@@ -92,19 +122,21 @@ def _forwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
         with blocks.loaded(blocks.names(index)):
             wanted = [name for name in stream.matrices_of(index) if name in missing]
             if hidden is None:
-                _decompose(stream, metric, Statistics({name: name for name in wanted}, {name: Moments() for name in wanted}))
+                _decompose(
+                    stream, metric, Statistics({name: name for name in wanted}, {name: Moments() for name in wanted}), kept
+                )
                 continue
             groups = _groups(stream, index, wanted, hidden, needs)
             for number, group in enumerate(groups):
                 on = index < last and number == len(groups) - 1
-                _decompose(stream, metric, _collect(stream, index, group, hidden, needs, on))
+                _decompose(stream, metric, _collect(stream, index, group, hidden, needs, on), kept)
             if not groups:
                 _collect(stream, index, {}, hidden, needs, index < last)
     if hidden is not None:
         hidden.clear()
 
 
-def _backwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
+def _backwards(stream: Stream, metric: str, missing: Collection[str], kept: Collection[str]) -> None:
     """Decompose the missing matrices from the last block to the first that has one, taking the gradients of `sampled_loss`
     back."""
     blocks, run, needs = stream.blocks, stream.run, metric_named(metric).NEEDS
@@ -126,30 +158,39 @@ def _backwards(stream: Stream, metric: str, missing: Collection[str]) -> None:
                 on = index > first and number == len(groups) - 1
                 with watching(run.model, group, needs) as watched:
                     back(stream, index, states[index], gradients, pieces, on, watched.expect)
-                _decompose(stream, metric, watched.everyones(blocks.device))
+                _decompose(stream, metric, watched.everyones(blocks.device), kept)
             if not groups:
                 back(stream, index, states[index], gradients, pieces, hand_on=True)
     for hidden in (*states, gradients):
         hidden.clear()
 
 
-def _decompose(stream: Stream, metric: str, statistics: Statistics) -> None:
-    """Decompose the matrices of the statistics, all of a loaded block, each process its part, and keep their factors."""
-    run, chosen, key = stream.run, metric_named(metric), decomposition_key(stream.run.identity, metric)
-    if chosen.NEEDS:
-        leave_unreached(run, statistics, chosen.NEEDS)
+def _decompose(stream: Stream, metric: str, statistics: Statistics, kept: Collection[str]) -> None:
+    """Decompose the matrices of the statistics, all of a loaded block, each process its part, and keep their factors, and the
+    moments of those that are `kept`."""
+    run, needs = stream.run, metric_named(metric).NEEDS
+    if needs:
+        leave_unreached(run, statistics, needs)
     for name in distributed.dealt([name for name in statistics.site_of if name in run.shapes]):
         moments = statistics.of(name)
-        weight = weight_of(run.model.get_submodule(name))
+        decompose_one(run, metric, name, moments)
+        if name in kept:
+            sums = {kind: torch.as_tensor(value) for kind, value in vars(moments).items() if value is not None}
+            run.folder.cached(_moments_of(name), decomposition_key(run.identity, metric), sums.copy)
 
-        def compute(moments: Moments = moments, weight: Tensor = weight) -> dict[str, Tensor]:
-            d = decompose(weight, *chosen.roots(moments)).to(dtype=weight.dtype)
-            return {"second": d.second, "first": d.first, "spectrum": d.spectrum}
 
-        try:
-            run.folder.cached(decomposition_stage(metric, name), key, compute)
-        except RankwiseError as error:
-            raise RankwiseError(f"{name}: {error}") from None
+def decompose_one(run: Run, metric: str, name: str, moments: Moments) -> None:
+    """Decompose a matrix that has its weight in the model, and keep its factors."""
+    chosen, weight = metric_named(metric), weight_of(run.model.get_submodule(name))
+
+    def compute() -> dict[str, Tensor]:
+        d = decompose(weight, *chosen.roots(moments)).to(dtype=weight.dtype)
+        return {"second": d.second, "first": d.first, "spectrum": d.spectrum}
+
+    try:
+        run.folder.cached(decomposition_stage(metric, name), decomposition_key(run.identity, metric), compute)
+    except RankwiseError as error:
+        raise RankwiseError(f"{name}: {error}") from None
 
 
 def _groups(

@@ -13,7 +13,7 @@ from typing import Any
 from rankwise.calibration.signal import LOGITS_AT_ONCE
 from rankwise.calibration.tokens import Batch, vocabulary_of
 from rankwise.errors import RankwiseError
-from rankwise.footprint import LIBRARIES, LOGITS, SLACK, TRAINED, moments_of, workspace
+from rankwise.footprint import LIBRARIES, LOGITS, ORDERING, SLACK, TRAINED, moments_of, workspace
 from rankwise.layers.matrices import Shape
 from rankwise.memory import gigabytes, resident
 from rankwise.streaming.blocks import StoredBlocks
@@ -42,9 +42,11 @@ def share_out(
     needs: Collection[str],
     gradients: bool,
     trained: int = 0,
+    narrows: bool = False,
 ) -> Share:
-    """Share `memory` bytes out, for a metric's `needs`, with `gradients` for passes back, and for a block that is `trained` on so
-    many tokens at once. Raises `RankwiseError` with the figure needed where they are not enough."""
+    """Share `memory` bytes out, for a metric's `needs`, with `gradients` for passes back, for a block that is `trained` on so
+    many tokens at once, and for MLPs that may lose neurons where the run `narrows`. Raises `RankwiseError` with the figure needed
+    where they are not enough."""
     tokens = max(next(iter(batch.values())).numel() for batch in batches)
     length = max(next(iter(batch.values())).shape[1] for batch in batches)
     outputs = "output" in needs
@@ -57,6 +59,8 @@ def share_out(
     phases = _phases(blocks, shapes, tokens, length, logits, outputs)
     if gradients:
         phases |= _gradient_phases(blocks, shapes, sequences_at_once(batches) * length, outputs)
+    if narrows:
+        phases |= _narrowing_phase(blocks, shapes, outputs)
     if trained:
         phases |= _training_phase(blocks, shapes, max(trained, length))
     needed = int(fixed + SLACK * max(phases.values()))
@@ -122,6 +126,15 @@ def _gradient_phases(blocks: StoredBlocks, shapes: dict[str, Shape], tokens: int
         held = sum(sizes[name] for name in names) + max(factors + max(sizes[name] for name in names), seen)
         most = max(most, held + tokens * (kept * e + 12 * widest + 8 * d))
     return {"a block's gradients": outside["rest"] + most}
+
+
+def _narrowing_phase(blocks: StoredBlocks, shapes: dict[str, Shape], outputs: bool) -> dict[str, int]:
+    """As `_phases`, of the neurons of an MLP that are put in order, and of its last matrix fitted to those that stay."""
+    sizes, outside = _sizes(blocks)
+    block = max(sum(sizes[name] for name in blocks.names(i)) for i in range(len(blocks)))
+    widest = max(shape.in_features for shape in shapes.values())
+    held = max(moments_of(shape, outputs) for shape in shapes.values())
+    return {"the neurons of an MLP": outside["rest"] + 2 * block + held + ORDERING * 8 * widest**2}
 
 
 def _training_phase(blocks: StoredBlocks, shapes: dict[str, Shape], tokens: int) -> dict[str, int]:

@@ -26,9 +26,12 @@ def refine(
 ) -> list[dict[str, Any]]:
     """As `stages.refine`: a record of each step. The student ships the refined layers from here on."""
     model, masks = stream.run.model, {name: mask for name, mask in chosen.masks.items() if mask is not None}
-    student.shipped = student.layers_of(
-        masks, lambda name: folded(model.get_submodule(name), student.decompositions[name], masks[name], form)
-    )
+
+    def layer(name: str) -> nn.Module:
+        dense = model.get_submodule(name)
+        return folded(dense, student.decompositions[name], masks[name], form) if name in masks else dense
+
+    student.shipped = student.layers_of([*masks, *(name for name in stream.run.narrow if name not in masks)], layer)
     key, history = digest(stream.run.identity, form, *(part for item in masks.items() for part in item)), []
     for refinement in refinements:
         key = digest(key, refinement)

@@ -23,8 +23,9 @@ def factorise(stream: Stream, student: StreamedStudent, chosen: Allocation, form
     what is outside of them. Experts that are all left dense are stacked."""
     model, blocks = stream.run.model, stream.blocks
     ranks = {name: rank for name, rank in chosen.ranks.items() if rank is not None}
-    experts = [path for path in stream.run.experts if any(name.startswith(f"{path}.") for name in ranks)]
-    config = RankwiseConfig(ranks=ranks, form=form, experts=experts)
+    sizes = stream.run.sizes
+    experts = [path for path in stream.run.experts if any(name.startswith(f"{path}.") for name in (*ranks, *sizes))]
+    config = RankwiseConfig(ranks=ranks, form=form, sizes=sizes, experts=experts)
     empty = copy.deepcopy(blocks.source.skeleton)
     RankwiseQuantizer(config)._process_model_before_weight_loading(empty)
     attach(empty, config)

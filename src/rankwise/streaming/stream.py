@@ -121,7 +121,7 @@ def start(
     needs = metric_named(str(recipe.decomposition)).NEEDS
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
     of_a_step = (r.tokens for r in refinements_named(recipe.refine or "") if isinstance(r, BlockByBlock))
-    asked = needs, gradients, max(of_a_step, default=0)
+    asked = needs, gradients, max(of_a_step, default=0), recipe.narrows
     share = share_out(memory, blocks, shapes, everything, *asked)
     if blocks.try_out(everything[0]):
         share = share_out(memory, blocks, shapes, everything, *asked)

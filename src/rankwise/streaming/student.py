@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,9 @@ class StreamedStudent(Student):
 
     def weight(self, name: str) -> Tensor:
         """The weight [m, n] of a matrix, read from disk with those that are made together with it, and kept until the next."""
+        if name in self.stream.blocks.narrower:
+            with self.stream.blocks.loaded([f"{name}.weight"]):
+                return weight_of(self.model.get_submodule(name))
         source, stored = self.stream.blocks.source, f"{name}.weight"
         if stored not in self._read:
             self._read.clear()  # before the next is there
@@ -110,7 +115,7 @@ class StreamedStudent(Student):
         stream, blocks, batches = self.stream, self.stream.blocks, distributed.dealt(batches)
         with stream.opened():
             dense = self._dense_states(batches)
-            changed = {*self.shipped, *(name for name, mask in masks.items() if mask is not None)}
+            changed = {*self.originals, *self.shipped, *(name for name, mask in masks.items() if mask is not None)}
             first = min((i for i in range(len(blocks)) if changed & {*stream.matrices_of(i)}), default=len(blocks))
             small = Activations("student", stream.room)
             for number in range(len(batches)):
@@ -129,6 +134,9 @@ class StreamedStudent(Student):
         totals, tokens = zip(*distributed.collected(parts), strict=True)
         return sum(totals) / sum(tokens)
 
+    def _taught_anew(self) -> Self:
+        return replace(self, originals={}, _signals={}, _dense={}, _last={})
+
     def forget(self) -> None:
         """Give back what hidden states and weights take."""
         for hidden in (*(h for _, states in self._dense.values() for h in states), *(last for *_, last in self._last.values())):
@@ -136,12 +144,15 @@ class StreamedStudent(Student):
         self._dense.clear()
         self._last.clear()
         self._read.clear()
+        if self._as_it_is is not self:
+            self._as_it_is.forget()
 
     def _dense_states(self, batches: Sequence[Batch]) -> list[Activations]:
         """The original's hidden states before every block and after the last. Needs `stream.opened`."""
         key = tuple(map(id, batches))
         if key not in self._dense:
-            self._dense[key] = batches, forward(self.stream, f"dense-{len(self._dense)}", batches)
+            with self.as_original():
+                self._dense[key] = batches, forward(self.stream, f"dense-{next(_numbers)}", batches)
         return self._dense[key][1]
 
     def _original(self, batches: Sequence[Batch]) -> tuple[list[Batch], Activations]:
@@ -149,13 +160,16 @@ class StreamedStudent(Student):
         key, stream = tuple(map(id, batches)), self.stream
         if key not in self._last:
             pieces = pieces_of(batches)
-            with stream.opened():
-                hidden = stream.entered(f"original-{len(self._last)}", pieces)
+            with stream.opened(), self.as_original():
+                hidden = stream.entered(f"original-{next(_numbers)}", pieces)
                 for index in range(len(stream.blocks)):
                     with stream.blocks.loaded(stream.blocks.names(index)):
                         stream.advance(index, hidden, pieces)
             self._last[key] = batches, pieces, hidden
         return self._last[key][1:]
+
+
+_numbers = itertools.count()  # of hidden states, which are named after them
 
 
 class _Made(Mapping[str, nn.Module]):
@@ -193,7 +207,8 @@ def measure(stream: Stream, student: StreamedStudent, chosen: Allocation) -> Com
         dense, small = (stream.entered(name, batches) for name in ("original", "compressed"))
         for index in progress(range(len(blocks)), "measuring blocks"):
             with blocks.loaded(blocks.names(index)):
-                stream.advance(index, dense, batches)
+                with student.as_original():
+                    stream.advance(index, dense, batches)
                 with swapped(stream.run.model, student.low_rank(index, chosen.masks)):
                     stream.advance(index, small, batches)
         pieces = sequences_of(batches)
