@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import rankwise
-import rankwise.pipeline
-from rankwise import RankwiseError, bundled, compress, densify, evaluate, explore, refine, slicing, streaming, targets
+from rankwise import RankwiseError, bundled, compress, densify, evaluate, explore, refine, slicing, stages, streaming, targets
 from rankwise.decomposition.slicing import refit, sizes_of, slices_of
 from rankwise.decomposition.solver import Root
 from rankwise.layers.linear import weight_of
@@ -238,15 +237,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 ) -> None:
     options = FEWER | {"calibration": story, "length": 32, "samples": 40}
     compress(lazy_llama, output=tmp_path / "whole", **options)
-    measure = rankwise.pipeline.stages.measure
+    measure = stages.measure
 
     def killed(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rankwise.pipeline.stages, "measure", killed)
+    monkeypatch.setattr(stages, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         compress(lazy_llama, output=tmp_path / "resumed", **options)
-    monkeypatch.setattr(rankwise.pipeline.stages, "measure", measure)
+    monkeypatch.setattr(stages, "measure", measure)
     compress(lazy_llama, output=tmp_path / "resumed", resume=True, **options)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert one == other
@@ -314,7 +313,7 @@ def test_a_failure_leaves_a_model_in_memory_as_it_was(monkeypatch: pytest.Monkey
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rankwise.pipeline.stages, "measure", interrupted)
+    monkeypatch.setattr(stages, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(model, **FEWER)
     for name, parameter in model.named_parameters():

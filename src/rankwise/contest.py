@@ -28,11 +28,11 @@ from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
+from rankwise.narrowing import narrowed_inside
 from rankwise.options import ContestOptions
 from rankwise.plain import to_json
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, write_whole
-from rankwise.slicing import narrowed_inside
 from rankwise.stages import Run
 
 logger = logging.getLogger(__name__)

@@ -35,6 +35,7 @@ from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
 from rankwise.masks.layers import Masks, is_whole
 from rankwise.masks.student import Student
+from rankwise.narrowing import narrowed_inside
 from rankwise.options import ExploreOptions
 from rankwise.plain import plain, to_json
 from rankwise.progress import progress, say
@@ -42,7 +43,6 @@ from rankwise.recipe import ALL, FEWER, MIXED, Recipe
 from rankwise.reporting.command import command_of
 from rankwise.run_folder import RunFolder, write_whole
 from rankwise.runtime.latency import Latency, decodes
-from rankwise.slicing import narrowed_inside
 from rankwise.stages import Run
 from rankwise.targets import Target, bytes_in_bits, latency_of
 
@@ -314,9 +314,10 @@ class _Reading:
 
 
 def _estimate(run: Run, reading: _Reading) -> Estimate:
-    expected = Estimate.of(run, METRIC, reading, 0, [], len(WIDTHS) * bool(reading.sizes)).expected
+    expected = Estimate.of(run, METRIC, reading, 0, [], len(WIDTHS) * bool(reading.sizes), reading.rates > 0).expected
     before = {name: expected[name] for name in ("calibration", "decomposition")}
-    return Estimate(before | {"points": expected["allocation"]}, {})
+    narrowing = expected.get("narrowing", 0.0) + reading.rates * expected["decomposition"]  # of what is narrower at each rate
+    return Estimate(before | {"points": narrowing + expected["allocation"]}, {})
 
 
 def price_of_next(shape: Shape, prices: Tensor, mask: Tensor | None) -> float:

@@ -89,7 +89,7 @@ class Recipe(BaseModel):
     neurons: Literal["all", "fewer"] | None = Field(
         None,
         description="of MLPs: with fewer, each loses hidden neurons where that costs less than low ranks of its matrices do; by "
-        "default so with llrc but not llrc:quick, in memory, for a rate or bytes",
+        "default so with llrc",
     )
     form: Literal["pivoted", "pair"] = Field(
         "pivoted", description="of a matrix of low rank: rows and combinations of them, or a pair of factors"

@@ -39,7 +39,7 @@ def is_affine(metric: Metric) -> bool:
 
 
 def orders_neurons(metric: Metric) -> bool:
-    """Whether what neurons are to their MLP can be measured in it (`slicing.py`)."""
+    """Whether what neurons are to their MLP can be measured in it (`rankwise.slicing`)."""
     return "input" in metric.NEEDS and not is_affine(metric)
 
 

@@ -1,4 +1,4 @@
-"""Narrower MLPs of a model whose blocks are loaded in turn: what `rankwise.slicing` asks of it."""
+"""Narrower MLPs of a model whose blocks are loaded in turn: what `rankwise.narrowing` asks of it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OnDisk:
         stream = self.stream
         original, dtype = stream.run.model.get_submodule(name), stream.blocks.source.dtype_of(f"{name}.weight")
         stage = f"narrower/{name}"
-        stream.run.folder.cached(stage, key, lambda: {leaf: value.to(dtype) for leaf, value in layer.state_dict().items()})
+        stream.run.folder.together(stage, key, lambda: {leaf: value.to(dtype) for leaf, value in layer.state_dict().items()})
         narrower = empty_like(original, *weight_of(layer).shape)
         stream.blocks.narrower[name] = Narrower(narrower, original, stream.run.folder.file(stage, key))
         stream.run.model.set_submodule(name, narrower)

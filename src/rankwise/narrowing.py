@@ -1,0 +1,174 @@
+"""Narrower MLPs, a stage of a run before ranks are chosen: the model with the hidden neurons that stay, and its matrices
+decomposed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rankwise.allocation.plan import Budget, Shapes
+from rankwise.calibration.batches import first_tokens
+from rankwise.calibration.moments import Moments, Statistics
+from rankwise.calibration.signal import frozen, signal_of
+from rankwise.errors import RankwiseError
+from rankwise.layers.matrices import Shape
+from rankwise.layers.neurons import Mlp, find_mlps
+from rankwise.layers.precision import widened
+from rankwise.masks.student import Layers, Student
+from rankwise.run_folder import digest
+from rankwise.slicing import Collected, Setting, chosen_neurons, narrow_layer, sizes_on_offer
+from rankwise.stages import Run, decompose_all, kept_in
+
+
+class Place(Protocol):
+    """Where the model's weights are, and what is done with them there."""
+
+    def at(self, name: str) -> AbstractContextManager[Callable[[], Tensor]]:
+        """Inside, the matrix and those around it have their weights; with a function that gives an answer which they have a part
+        in."""
+        ...
+
+    def put(self, name: str, layer: nn.Module, key: str) -> nn.Module:
+        """Put the layer into the model, where `at` says that it has its weight; the one that was there. key: of the run with
+        narrower MLPs."""
+        ...
+
+    def student(
+        self, run: Run, student: Student, statistics: Callable[[str], Moments], metric: str, originals: Layers
+    ) -> Student:
+        """The student of the run with narrower MLPs. statistics: of the matrices in `originals`, which are decomposed again."""
+        ...
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A model whose weights are all in memory."""
+
+    run: Run
+
+    @contextmanager
+    def at(self, name: str) -> Iterator[Callable[[], Tensor]]:
+        batch = first_tokens(self.run.data.training, 64)[0]
+        with frozen(self.run.model):
+            yield lambda: signal_of(self.run.model, batch).values
+
+    def put(self, name: str, layer: nn.Module, key: str) -> nn.Module:
+        before = self.run.model.get_submodule(name)
+        self.run.model.set_submodule(name, layer)
+        return before
+
+    def student(
+        self, run: Run, student: Student, statistics: Callable[[str], Moments], metric: str, originals: Layers
+    ) -> Student:
+        moments = {name: statistics(name) for name in originals}
+        shapes = {name: run.shapes[name] for name in originals}
+        with widened(run.model):
+            again = decompose_all(replace(run, shapes=shapes), Statistics({n: n for n in moments}, moments, moments), metric)
+        decompositions = {name: again.get(name) or student.decompositions[name] for name in run.shapes}
+        return replace(student, decompositions=decompositions, kept=kept_in(run, metric), originals=originals)
+
+
+def narrowed(
+    run: Run,
+    student: Student,
+    statistics: Collected,
+    metric: str,
+    budget: Budget,
+    costs: Shapes,
+    sizes: Mapping[str, int] | None = None,
+    place: Place | None = None,
+) -> tuple[Run, Student]:
+    """The run and its student with those MLPs narrower, in place, that are better so within the budget; or, by their last
+    matrix, of the `sizes` given. costs: of the matrices, in the budget's currency. place: where the model is, in memory unless
+    told. The student's teacher has the original's."""
+    place = place or _InMemory(run)
+    setting = Setting(run, student, statistics, metric, budget, costs)
+    with widened(run.model):
+        mlps = {mlp.down: mlp for mlp in mlps_of(run, budget, place)}
+        if sizes:
+            kept = {down: sizes_on_offer(setting, mlps[down]).kept(sizes[down]) for down in sizes if down in mlps}
+        else:
+            kept = chosen_neurons(setting, mlps.values()) if mlps else {}
+    if not kept:
+        return run, student
+    identity = digest(run.identity, *kept.items())
+    mlp_of = {name: mlps[down] for down in kept for name in mlps[down].matrices}
+    originals: dict[str, nn.Module] = {}
+    for down, neurons in kept.items():
+        with place.at(down):
+            layers = {name: narrow_layer(setting, mlps[down], name, neurons) for name in mlps[down].matrices}
+            originals |= {name: place.put(name, layer, identity) for name, layer in layers.items()}
+    shapes = {name: Shape.of(run.model.get_submodule(name), shape.form) for name, shape in run.shapes.items()}
+    parts = {name: mlp.parts if name != mlp.down else 1 for name, mlp in mlp_of.items()}
+    narrow = replace(run, shapes=shapes, identity=identity, narrow=parts)
+
+    def of_the_kept(name: str) -> Moments:
+        return _of_the_kept(statistics.of(name), mlp_of[name], name, kept[mlp_of[name].down])
+
+    return narrow, place.student(narrow, student, of_the_kept, metric, originals)
+
+
+@contextmanager
+def narrowed_inside(
+    run: Run, student: Student, statistics: Collected, metric: str, budget: Budget, costs: Shapes
+) -> Iterator[tuple[Run, Student]]:
+    """As `narrowed`, with the model as it was on leaving."""
+    narrow, learning = narrowed(run, student, statistics, metric, budget, costs)
+    try:
+        yield narrow, learning
+    finally:
+        put_back(run.model, learning.originals)
+
+
+def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Undo `narrowed`."""
+    for name, module in originals.items():
+        model.set_submodule(name, module)
+
+
+def refuse_other(run: Run, sizes: Mapping[str, int], place: Place | None = None) -> None:
+    """Raises `RankwiseError` where `sizes` are not of MLPs of the model, or not fewer neurons than those have."""
+    mlps = {mlp.down: mlp for mlp in mlps_of(run, Budget(0), place or _InMemory(run))} if sizes else {}
+    for down, size in sizes.items():
+        if down not in mlps:
+            raise RankwiseError(f"the plan has neurons for {down}, which is the last matrix of none of the {len(mlps)} MLPs")
+        if size >= mlps[down].width:
+            raise RankwiseError(
+                f"the plan has {size} neurons for {down}, which has {mlps[down].width}: take fewer, or none of it"
+            )
+
+
+@contextmanager
+def whole_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever fails or is interrupted inside leaves the model's linear layers as they were."""
+    before = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+    try:
+        yield
+    except BaseException:
+        for name, module in before.items():
+            if model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+        raise
+
+
+def mlps_of(run: Run, budget: Budget, place: Place) -> list[Mlp]:
+    """Those whose matrices are all to be chosen."""
+    return find_mlps(run.model, [name for name in run.shapes if name not in budget.settled], place.at)
+
+
+def _of_the_kept(moments: Moments, mlp: Mlp, name: str, kept: Tensor) -> Moments:
+    """What was collected of the neurons that stay."""
+    rows = kept if name == mlp.down else mlp.rows(kept)
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        at = rows.to(value.device)
+        return value[at][:, at] if value.ndim == 2 else value[at]
+
+    names = ("input", "absolute", "total", "fisher") if name == mlp.down else ("output",)
+    return replace(moments, **{name: part(getattr(moments, name)) for name in names})
