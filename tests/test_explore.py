@@ -80,7 +80,7 @@ def test_nothing_is_computed_again(
 ) -> None:
     again = shutil.copytree(explored, tmp_path / "again")
     (again / EXPLORED).unlink()
-    compare = stages.compare
+    compare, decompose_in = stages.compare, stages.decompose_in
     forbid_work(monkeypatch)
     first = found_in(explored)
     same = explore(llama, calibration=str(story), output=again, **QUICK)
@@ -88,6 +88,7 @@ def test_nothing_is_computed_again(
         assert same[measured] == first[measured] == found_in(again)[measured]
     measured = []
     monkeypatch.setattr(stages, "compare", lambda *given: measured.append(given) or compare(*given))
+    monkeypatch.setattr(stages, "decompose_in", decompose_in)  # of what is narrower at the new rate
     more = explore(llama, calibration=str(story), output=again, **QUICK | {"rates": [0.2, 0.3, 0.4]})
     assert len(measured) == 1
     assert [p for p in more["points"] if p.get("rate") != 0.3][1:] == first["points"][1:]
