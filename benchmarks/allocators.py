@@ -61,6 +61,7 @@ def contest_of(
         judge_samples=args.judge_samples,
         length=LENGTH,
         seed=seed,
+        neurons="all",
     )
 
 

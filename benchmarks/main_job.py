@@ -42,6 +42,7 @@ def contest_of(model: str, rates: list[float], data: Path, work: Path, seed: int
         calibration=calibration,
         length=LENGTH,
         seed=seed,
+        neurons="all",
     )
 
 

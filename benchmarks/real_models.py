@@ -123,6 +123,7 @@ def contest_of(
         dtype="float32",
         length=LENGTH,
         form=form,
+        neurons="all",
     )
     names = {path: name for name, path in texts.items()}
     return [

@@ -58,9 +58,11 @@ def test_judged_on_every_text_within_the_budget_and_not_computed_again(
         assert row["kl"] == row["texts"][str(story)]["kl"] != row["texts"][str(other)]["kl"]
         assert all(0 < kept <= 1 for kept in row["kept"].values())
     computed = []
+    decompose_in, true_compare = stages.decompose_in, stages.compare
     for name in ("collect", "decompose_in"):
         monkeypatch.setattr(stages, name, lambda *_, name=name: pytest.fail(f"{name} was called again"))
-    true_compare = stages.compare
+    assert contest_of([0.2]) == first
+    monkeypatch.setattr(stages, "decompose_in", decompose_in)  # of what is narrower at the new rate
     monkeypatch.setattr(stages, "compare", lambda *given: computed.append(given) or true_compare(*given))
     both = contest_of([0.2, 0.4])
     assert [row for row in both if row["rate"] == 0.2] == first

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import rankwise
 from rankwise import RankwiseError, bundled, compress, densify, evaluate, explore, refine, slicing, stages, streaming, targets
+from rankwise.contest import hold_contest
 from rankwise.decomposition.slicing import refit, sizes_of, slices_of
 from rankwise.decomposition.solver import Root
 from rankwise.layers.linear import weight_of
@@ -368,9 +369,15 @@ def test_a_speed_is_reached_by_narrower_layers(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_explored_is_what_is_made(lazy_llama: Path, story: Path, tmp_path: Path) -> None:
     text: dict[str, Any] = {"calibration": str(story), "length": 32, "samples": 40}
-    points = explore(lazy_llama, rates=[0.4], bits=[], output=tmp_path, **text)["points"]
-    report = compress(lazy_llama, 0.4, effort="quick", **text).report
+    points = explore(lazy_llama, rates=[0.4], bits=[], output=tmp_path / "explored", **text)["points"]
+    made = compress(lazy_llama, 0.4, effort="quick", **text)
+    report = made.report
     assert report["narrowed"]
+    (row,) = hold_contest(
+        lazy_llama, [0.4], [str(story)], tmp_path / "contest", allocations=["llrc:quick"], judge_samples=2, **text
+    )
+    assert row["ranks"] == made.ranks
+    assert row["kept_parameters"] == report["parameters"]["linear"]["compressed"]
     assert points[1]["kl"] == report["kl"]
     assert points[1]["bytes"] == report["bytes"]["model"]["compressed"]
     assert points[1]["share"] < 1

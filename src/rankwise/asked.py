@@ -10,13 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, distributed
+from rankwise import bundled, distributed, narrowing
 from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, known_as, spelled
 from rankwise.allocation.given import Given
-from rankwise.allocation.llrc import LLRC
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
-from rankwise.decomposition.metric import metric_named, orders_neurons
+from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.footprint import Shortage, shortage
 from rankwise.integration.artifact import Artifact
@@ -101,15 +100,10 @@ def asked_for(
     settled, allocator = _recipe(calibration, allocation, fields)
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
     if settled.neurons is None:
-        settled = settled.model_copy(update={"neurons": FEWER if _narrows(settled, allocator, artifact) else ALL})
+        said = settled.ranks is not None or artifact is not None or settled.bits != "stored"
+        fewer = not said and narrowing.by_default(allocator, str(settled.decomposition))
+        settled = settled.model_copy(update={"neurons": FEWER if fewer else ALL})
     return Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""))
-
-
-def _narrows(recipe: Recipe, allocator: Allocator, artifact: Artifact | None) -> bool:
-    """Whether MLPs may lose neurons where nothing is said."""
-    beside = recipe.ranks, artifact
-    orders = orders_neurons(metric_named(str(recipe.decomposition)))
-    return isinstance(allocator, LLRC) and orders and recipe.bits == "stored" and all(other is None for other in beside)
 
 
 def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:
@@ -137,6 +131,6 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
         raise RankwiseError(
             f"bits={recipe.bits} rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
         )
-    if recipe.narrows and not orders_neurons(metric_named(metric)):
-        raise RankwiseError(f"fewer neurons are for kronecker and whitened, not for {metric}: leave out decomposition")
+    if recipe.narrows:
+        narrowing.refuse_metric(metric)
     return recipe.model_copy(update={"decomposition": metric}), allocation

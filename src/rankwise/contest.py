@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from rankwise import bundled, distributed, stages
+from rankwise import bundled, distributed, narrowing, stages
 from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named, spelled
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
@@ -28,10 +28,9 @@ from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import stacked_on_failure
 from rankwise.layers.precision import widened
 from rankwise.masks.student import Student
-from rankwise.narrowing import narrowed_inside
 from rankwise.options import ContestOptions
 from rankwise.plain import to_json
-from rankwise.recipe import Recipe
+from rankwise.recipe import ALL, FEWER, Recipe
 from rankwise.run_folder import RunFolder, write_whole
 from rankwise.stages import Run
 
@@ -41,15 +40,16 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Method:
-    """One allocator in one preset on one metric."""
+    """One allocator in one preset on one metric; and whether MLPs may lose neurons."""
 
     label: str
     allocator: Allocator
     metric: str
+    narrows: bool
 
 
-def methods_of(allocations: Sequence[str], decompositions: Sequence[str]) -> list[Method]:
-    """Every allocation on every decomposition; with none given, each on its own.
+def methods_of(allocations: Sequence[str], decompositions: Sequence[str], neurons: str | None = None) -> list[Method]:
+    """Every allocation on every decomposition; with none given, each on its own. neurons: as of `Recipe`.
 
     allocations: names, with a preset and options where wanted: "llrc", "llrc:paper", "kl-knapsack points=3 trials=5".
     Raises `RankwiseError` for a name or an option that there is not.
@@ -59,7 +59,10 @@ def methods_of(allocations: Sequence[str], decompositions: Sequence[str]) -> lis
         allocator = allocator_named(*spelled(allocation))
         for metric in decompositions or [allocator.decomposition]:
             metric_named(metric)
-            methods.append(Method(f"{allocation} on {metric}", allocator, metric))
+            narrows = narrowing.by_default(allocator, metric) if neurons is None else neurons == FEWER
+            if narrows:
+                narrowing.refuse_metric(metric)
+            methods.append(Method(f"{allocation} on {metric}", allocator, metric, narrows))
     return methods
 
 
@@ -85,7 +88,8 @@ def hold_contest(
 
     texts: the first one is the headline; its figures stand at the top of a result, the others' under "texts".
     judge_samples: windows of each text, drawn at random; all of them by default.
-    options: as of `Recipe`. What `output` holds from an earlier contest is not computed again.
+    options: as of `Recipe`; neurons that are not said are for each method as in `compress`. What `output` holds from an earlier
+        contest is not computed again.
     Returns one result per method and rate. Raises `RankwiseError`.
     """
     if distributed.size() > 1:
@@ -94,8 +98,8 @@ def hold_contest(
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
     if not texts:
         raise RankwiseError("name a held-out text to judge on (--text)")
-    methods = methods_of(allocations or all_allocations(), decompositions)
     recipe = Recipe.of(rate=max(rates, default=0.0), calibration=calibration or "self", **options)
+    methods = methods_of(allocations or all_allocations(), decompositions, recipe.neurons)
     refuse_unused([recipe.calibration, *filter(None, map(own_source, texts))], recipe.text_column, recipe.dataset_options)
     documents = {text: read_judging_text(text, recipe.text_column, recipe.dataset_options) for text in texts}
     output = Path(output)
@@ -103,7 +107,8 @@ def hold_contest(
     folder = RunFolder(output / "run")
     trains = not all(isinstance(method.allocator, FORWARD_ONLY) for method in methods)
     metrics = {method.metric for method in methods}
-    short = shortage(model, recipe.calibration, recipe, metrics, trains)
+    neurons = FEWER if any(method.narrows for method in methods) else ALL
+    short = shortage(model, recipe.calibration, recipe.model_copy(update={"neurons": neurons}), metrics, trains)
     if short is not None:
         raise short.refusal("compress goes block by block, one method at a time")
     gradients = trains or any(GRADIENTS & metric_named(metric).NEEDS for metric in metrics)
@@ -136,8 +141,8 @@ def _judged(
         for method in (m for m in methods if m.metric == metric):
             for rate, budget in budgets[metric].items():
                 with (
-                    narrowed_inside(here, student, statistics, metric, budget, here.shapes)
-                    if recipe.narrows
+                    narrowing.narrowed_inside(here, student, statistics, metric, budget, here.shapes)
+                    if method.narrows
                     else nullcontext((here, student)) as own
                 ):
                     chosen = stages.allocate(*own, metric, method.allocator, budget)

@@ -10,10 +10,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from rankwise.allocation.allocator import Allocator
+from rankwise.allocation.llrc import LLRC
 from rankwise.allocation.plan import Budget, Shapes
 from rankwise.calibration.batches import first_tokens
 from rankwise.calibration.moments import Moments, Statistics
 from rankwise.calibration.signal import frozen, signal_of
+from rankwise.decomposition.metric import metric_named, orders_neurons
 from rankwise.errors import RankwiseError
 from rankwise.layers.matrices import Shape
 from rankwise.layers.neurons import Mlp, find_mlps
@@ -128,6 +131,17 @@ def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
     """Undo `narrowed`."""
     for name, module in originals.items():
         model.set_submodule(name, module)
+
+
+def by_default(allocator: Allocator, metric: str) -> bool:
+    """Whether MLPs may lose neurons where nothing is said."""
+    return isinstance(allocator, LLRC) and orders_neurons(metric_named(metric))
+
+
+def refuse_metric(metric: str) -> None:
+    """Raises `RankwiseError` where neurons cannot be put in order in that metric."""
+    if not orders_neurons(metric_named(metric)):
+        raise RankwiseError(f"fewer neurons are for kronecker and whitened, not for {metric}: leave out decomposition")
 
 
 def refuse_other(run: Run, sizes: Mapping[str, int], place: Place | None = None) -> None:
