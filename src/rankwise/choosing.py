@@ -71,12 +71,6 @@ class Chosen:
         after = replace(self, chosen=replace(chosen, history=chosen.history + history), before=self.comparison)
         return replace(after, comparison=stages.measure(student, chosen, run.data.measuring))
 
-    @property
-    def neurons(self) -> dict[str, int]:
-        """How many hidden neurons MLPs keep that have fewer, by their last matrix."""
-        left = {name: self.run.shapes[name].in_features for name in self.run.narrow}
-        return {name: count for name, count in left.items() if count < self.matrices[name].in_features}
-
     def report(self) -> Report:
         """Plain values, for JSON; the model is still dense, in the dtype it is stored in."""
         recipe, run, chosen = self.recipe, self.run, self.chosen
@@ -104,7 +98,7 @@ class Chosen:
         }
         if run.narrow:
             report["narrowed"] = {name: _sides(run.shapes[name]) for name in run.narrow}
-            report["neurons"] = {name: [left, self.matrices[name].in_features] for name, left in self.neurons.items()}
+            report["neurons"] = narrowing.neurons_left(run, self.matrices)
         if self.before is not None:
             report["before_refinement"] = self.before.to_dict()
         if self.latency is not None:
@@ -115,7 +109,8 @@ class Chosen:
         """One rank for every matrix, those that the text did not reach too."""
         ranks = {name: self.chosen.ranks.get(name) for name in self.matrices}
         narrowed = {name: self.run.shapes[name] for name in self.run.narrow}
-        return Plan(ranks, self.matrices, self.comparison.kl, self.run.base, self.recipe, self.neurons, narrowed)
+        kept = {name: left for name, (left, _) in narrowing.neurons_left(self.run, self.matrices).items()}
+        return Plan(ranks, self.matrices, self.comparison.kl, self.run.base, self.recipe, kept, narrowed)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
 from rankwise.masks.layers import Masks, is_whole
 from rankwise.masks.student import Student
-from rankwise.narrowing import narrowed_inside
+from rankwise.narrowing import narrowed_inside, neurons_left
 from rankwise.options import ExploreOptions
 from rankwise.plain import plain, to_json
 from rankwise.progress import progress, say
@@ -101,7 +101,8 @@ def explore(
     on (bits alone are a choice of bits or ranks too), `bytes` of the weights, `share` of the original's, the
     fields of `Comparison` on the first text (`kl` in nats per token), `texts` with those on each, `speedup`
     of decoding as this machine's table predicts (None in few bits, which are unpacked first), `command` that
-    makes it (None where none does), and of low rank `next_per_cent`: matrix -> nats per token that the next
+    makes it (None where none does), and of low rank `neurons`: the last matrix of each MLP with fewer hidden neurons -> how many
+    of how many, and `next_per_cent`: matrix -> nats per token that the next
     per cent of its parameters costs. answers: see `rankwise.evaluation.frontier.answers`.
     Raises `RankwiseError`, before any long work where that can be known.
     """
@@ -180,8 +181,9 @@ def _of_low_rank(ground: Ground, rates: Sequence[float]) -> Iterator[dict[str, A
             own = replace(ground, run=run, student=student)
             with student.widened():
                 chosen = stages.allocate(run, student, METRIC, LLRCQuick(), budget)
-            prices = {"next_per_cent": _next_per_cent(own, budget, chosen.masks)}
-            yield _point(own, [LOW_RANK], f"rate {rate:g}", chosen, {}, recipe) | {"rate": rate} | prices
+            found = {"rate": rate, "next_per_cent": _next_per_cent(own, budget, chosen.masks)}
+            found["neurons"] = neurons_left(run, ground.run.shapes)
+            yield _point(own, [LOW_RANK], f"rate {rate:g}", chosen, {}, recipe) | found
 
 
 def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, float]:

@@ -133,6 +133,13 @@ def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
+def neurons_left(run: Run, before: Shapes) -> dict[str, list[int]]:
+    """How many hidden neurons are left of how many, by the last matrix of each MLP that has fewer. before: the shapes as they
+    were."""
+    sides = {name: [run.shapes[name].in_features, before[name].in_features] for name in run.narrow}
+    return {name: [left, whole] for name, (left, whole) in sides.items() if left < whole}
+
+
 def by_default(allocator: Allocator, metric: str) -> bool:
     """Whether MLPs may lose neurons where nothing is said."""
     return isinstance(allocator, LLRC) and orders_neurons(metric_named(metric))
