@@ -16,7 +16,9 @@ from architectures import build
 from rankwise import RankwiseError, compress, decompose, explore, memory
 from rankwise.contest import hold_contest
 from rankwise.errors import is_out_of_memory
+from rankwise.footprint import shortage
 from rankwise.memory import bytes_of, gigabytes, resident, there
+from rankwise.recipe import Recipe
 from rankwise.testing.folders import content_of
 
 CPU = torch.device("cpu")
@@ -44,6 +46,25 @@ def deep(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with no more than 600 MB beside what this process has: enough for some blocks."""
     monkeypatch.setenv("RANKWISE_MEMORY", gigabytes(resident() + 600 * 10**6))
+
+
+def test_all_neurons_stay_where_fewer_do_not_fit_in_memory(
+    deep: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: dict[str, Any] = {"calibration": str(story), "samples": 12, "length": 16}
+    monkeypatch.setenv("RANKWISE_MEMORY", "1MB")
+    few, every = (
+        shortage(deep, str(story), Recipe.of(rate=0.2, neurons=n, **asked), ["kronecker"], True) for n in ("fewer", "all")
+    )
+    assert few is not None
+    assert every is not None
+    assert few.needed > every.needed
+    monkeypatch.setenv("RANKWISE_MEMORY", gigabytes((few.needed + every.needed) / 2 + 2 * 10**7))
+    report = compress(deep, 0.2, output=tmp_path / "out", options={"rounds": 1, "value_steps": 0, "points": 0}, **asked).report
+    assert report["recipe"]["neurons"] == "all"
+    assert report["recipe"]["memory"] is None
+    (line,) = lines_with("GB", caplog.text)
+    assert "all neurons stay" in line
 
 
 def test_it_goes_block_by_block_by_itself(

@@ -307,6 +307,21 @@ def test_block_by_block_it_is_planned_refined_and_gone_on_with(
         compress(lazy_llama, plan=plan, calibration=story, output=tmp_path / "other", memory="8GB")
 
 
+def test_block_by_block_without_room_all_stay(
+    lazy_llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr("rankwise.streaming.memory.disk_usage", lambda _: free)
+    asked: dict[str, Any] = {"calibration": story, "length": 16, "samples": 40, "memory": "8GB", "output": tmp_path / "small"}
+    with pytest.raises(RankwiseError, match=r"fewer neurons need .* beside the output .*, 0.00 GB are free there: make room"):
+        compress(lazy_llama, 0.4, neurons="fewer", **asked)
+    assert not list(tmp_path.iterdir())
+    report = compress(lazy_llama, 0.4, options={"rounds": 1, "value_steps": 0}, **asked).report
+    assert "narrowed" not in report
+    assert report["recipe"]["neurons"] == "all"
+    assert "all neurons stay" in caplog.text
+
+
 def test_a_failure_leaves_a_model_in_memory_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lazy("llama")
     before = {name: (id(tensor), tensor.clone()) for name, tensor in model.named_parameters()}

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for, as far as it is known without the model."""
+    """What was asked for, as far as it is known without the model. neurons_said: whether they were asked for, too."""
 
     model: str | Path | PreTrainedModel
     calibration: Calibration
@@ -41,6 +41,7 @@ class Asked:
     allocator: Allocator
     artifact: Artifact | None
     refinements: list[Refinement]
+    neurons_said: bool = True
 
     @property
     def metric(self) -> str:
@@ -59,6 +60,11 @@ class Asked:
         short = shortage(self.model, self.calibration, self.recipe, [self.metric], self.trains)
         if short is None:
             return self, None
+        if self.recipe.narrows and not self.neurons_said:
+            whole = replace(self, recipe=self.recipe.model_copy(update={"neurons": ALL}))
+            if shortage(self.model, self.calibration, whole.recipe, [self.metric], self.trains) is None:
+                logger.warning("with fewer neurons it %s: all neurons stay (--neurons fewer goes block by block)", short)
+                return whole, None
         return replace(self, recipe=self.recipe.model_copy(update={"memory": gigabytes(short.promise)})), short
 
 
@@ -99,11 +105,13 @@ def asked_for(
     calibration = "self" if calibration is None else calibration
     settled, allocator = _recipe(calibration, allocation, fields)
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
+    neurons_said = settled.neurons is not None or bool(settled.kept_neurons)
     if settled.neurons is None:
         said = settled.ranks is not None or artifact is not None or settled.bits != "stored"
         fewer = not said and narrowing.by_default(allocator, str(settled.decomposition))
         settled = settled.model_copy(update={"neurons": FEWER if fewer else ALL})
-    return Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements_named(settled.refine or ""))
+    refinements = refinements_named(settled.refine or "")
+    return Asked(model, calibration, tokenizer, settled, allocator, artifact, refinements, neurons_said)
 
 
 def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:

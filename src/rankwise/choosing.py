@@ -30,7 +30,7 @@ from rankwise.masks.layers import folded
 from rankwise.masks.student import Student
 from rankwise.plans import Plan
 from rankwise.progress import say
-from rankwise.recipe import MIXED, Recipe
+from rankwise.recipe import ALL, MIXED, Recipe
 from rankwise.refinement.blocks import BlockByBlock
 from rankwise.refinement.refinement import Refinement
 from rankwise.run_folder import RunFolder
@@ -198,7 +198,8 @@ def choose_block_by_block(asked: Asked, folder: RunFolder, short: Shortage | Non
         raise InMemoryOnlyError(f"refine={recipe.refine!r} trains the whole model at once (take blocks, or none)")
     if folder.path is None:
         raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
-    stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder)
+    stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder, asked.neurons_said)
+    recipe = recipe if stream.narrows else recipe.model_copy(update={"neurons": ALL})
     if short is not None and distributed.rank() == 0:
         logger.warning("%s: working block by block", short)
     run, matrices = stream.run, dict(stream.run.shapes)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from rankwise.calibration.signal import LOGITS_AT_ONCE
@@ -126,6 +128,23 @@ def _gradient_phases(blocks: StoredBlocks, shapes: dict[str, Shape], tokens: int
         held = sum(sizes[name] for name in names) + max(factors + max(sizes[name] for name in names), seen)
         most = max(most, held + tokens * (kept * e + 12 * widest + 8 * d))
     return {"a block's gradients": outside["rest"] + most}
+
+
+def no_room_for_fewer_neurons(
+    memory: int, folder: Path, blocks: StoredBlocks, shapes: dict[str, Shape], needs: Collection[str]
+) -> str | None:
+    """Why MLPs cannot lose neurons in so many bytes of memory and on the disk of the run's folder; None where they can."""
+    outputs = "output" in needs
+    fixed, phase = resident() + LIBRARIES, _narrowing_phase(blocks, shapes, outputs)
+    if (needed := int(fixed + SLACK * max(phase.values()))) > memory:
+        return f"fewer neurons need {gigabytes(needed)} of memory, {gigabytes(memory)} are promised"
+    e = max(p.element_size() for p in blocks.model.parameters())
+    kept = sum(moments_of(s, outputs) for s in shapes.values() if s.out_features != s.in_features)  # those of MLPs, and some more
+    needed = kept + e * sum(shape.full_rank * shape.per_rank for shape in shapes.values())
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if needed > (free := disk_usage(there).free):
+        return f"fewer neurons need {gigabytes(needed)} beside the output for a while, {gigabytes(free)} are free there"
+    return None
 
 
 def _narrowing_phase(blocks: StoredBlocks, shapes: dict[str, Shape], outputs: bool) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from rankwise.calibration.signal import frozen
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, sequences_in, written
 from rankwise.decomposition.metric import is_affine, metric_named
-from rankwise.errors import InMemoryOnlyError
+from rankwise.errors import InMemoryOnlyError, RankwiseError
 from rankwise.footprint import whole_run
 from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_compressed, refuse_foreign, resolve_device
 from rankwise.integration.source import Source, empty_model
@@ -34,14 +36,17 @@ from rankwise.run_folder import RunFolder, digest
 from rankwise.stages import Calibration, Run
 from rankwise.streaming.activations import Activations, Room
 from rankwise.streaming.blocks import StoredBlocks
-from rankwise.streaming.memory import Share, share_out
+from rankwise.streaming.memory import Share, no_room_for_fewer_neurons, share_out
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Stream:
     """A `Run` on an empty model, and how its blocks are run.
 
-    narrow: gives the empty model the dtypes that it is stored in, where it computes in wider ones.
+    narrow: gives the empty model the dtypes that it is stored in, where it computes in wider ones. narrows: whether MLPs may lose
+    neurons.
     """
 
     run: Run
@@ -49,6 +54,7 @@ class Stream:
     share: Share
     room: Room
     narrow: Callable[[], None]
+    narrows: bool
 
     @property
     def training(self) -> Sequence[Batch]:
@@ -87,9 +93,11 @@ def start(
     recipe: Recipe,
     allocator: Allocator,
     folder: RunFolder,
+    neurons_said: bool,
 ) -> Stream:
-    """As `stages.start`, for a model on disk. Raises `InMemoryOnlyError` for what streaming cannot do, and `RankwiseError` also
-    where the memory that was promised is not enough, with what would be."""
+    """As `stages.start`, for a model on disk. Where there is no room for fewer neurons, all stay, unless `neurons_said`. Raises
+    `InMemoryOnlyError` for what streaming cannot do, and `RankwiseError` also where the memory that was promised is not enough,
+    with what would be."""
     assert recipe.memory is not None
     memory = bytes_of(recipe.memory)
     if isinstance(model, PreTrainedModel):
@@ -121,7 +129,16 @@ def start(
     needs = metric_named(str(recipe.decomposition)).NEEDS
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
     of_a_step = (r.tokens for r in refinements_named(recipe.refine or "") if isinstance(r, BlockByBlock))
-    asked = needs, gradients, max(of_a_step, default=0), recipe.narrows
+    assert folder.path is not None
+    narrows = recipe.narrows
+    find_lack = functools.partial(no_room_for_fewer_neurons, memory, folder.path, blocks, shapes, needs)
+    if narrows and (lack := distributed.of_the_first(find_lack)) is not None:
+        if neurons_said:
+            raise RankwiseError(f"{lack}: make room, or ask for neurons=all")
+        narrows = False
+        if distributed.rank() == 0:
+            logger.warning("%s: all neurons stay", lack)
+    asked = needs, gradients, max(of_a_step, default=0), narrows
     share = share_out(memory, blocks, shapes, everything, *asked)
     if blocks.try_out(everything[0]):
         share = share_out(memory, blocks, shapes, everything, *asked)
@@ -130,9 +147,8 @@ def start(
     identity = digest(str(config), *distributed.collected(own), *empty.buffers(), *data.tensors, recipe.seed)
     base = "the bundled model" if model == bundled.MODEL else str(model)
     run = Run(empty, tokenizer, base, shapes, left_dense, source.experts, data, folder, identity, recipe.seed)
-    assert folder.path is not None
     room = Room(folder.path / f"activations-{distributed.rank()}", share.activations)
-    return Stream(run, blocks, share, room, narrow)
+    return Stream(run, blocks, share, room, narrow, narrows)
 
 
 def _digest(source: Source, names: Iterable[str]) -> str:
