@@ -213,7 +213,7 @@ def choose_block_by_block(asked: Asked, folder: RunFolder, short: Shortage | Non
     clock.lap("decomposition")
     _, budget = Target(recipe).budget(run)
     if mlps:
-        kept = streaming.Kept(run, metric, stream.blocks.device)
+        kept = streaming.KeptMoments(run, metric, stream.blocks.device)
         run, narrow = narrowing.narrowed(run, student, kept, metric, budget, run.shapes, recipe.kept_neurons, place)
         assert isinstance(narrow, StreamedStudent)
         student, stream = narrow, narrow.stream

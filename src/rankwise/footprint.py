@@ -100,7 +100,7 @@ def shortage(
 def whole_run(model: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str]) -> int:
     """Bytes that a run of this empty model takes in memory, the activations of a batch apart."""
     e = max(p.element_size() for p in model.parameters())
-    return e * sum(p.numel() for p in model.parameters()) + e * _components(shapes) + moments(model, shapes, needs)
+    return e * sum(p.numel() for p in model.parameters()) + e * components(shapes) + moments(model, shapes, needs)
 
 
 def moments_of(shape: Shape, outputs: bool) -> int:
@@ -144,7 +144,7 @@ def _phases(
     config = empty.config.get_text_config()
     d, layers = getattr(config, "hidden_size", 1), getattr(config, "num_hidden_layers", 1)
     weights = e * sum(p.numel() for p in empty.parameters())
-    totals, factors = moments(empty, shapes, needs), e * _components(shapes)
+    totals, factors = moments(empty, shapes, needs), e * components(shapes)
     widest = max(shape.per_rank for shape in shapes.values())
     forward = e * batch * (8 * d + 4 * widest)
     backward, masked = (int(e * batch * numbers_of_a_token(empty, of_components)) for of_components in (0, 2))
@@ -162,7 +162,7 @@ def _phases(
     }
 
 
-def _components(shapes: Mapping[str, Shape]) -> int:
+def components(shapes: Mapping[str, Shape]) -> int:
     """Numbers in the full-length factors of all matrices."""
     return sum(shape.full_rank * shape.per_rank for shape in shapes.values())
 

@@ -60,7 +60,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptMoments:
     """The moments of matrices that are kept in the run folder, each read when it is asked for."""
 
     run: Run

@@ -15,7 +15,7 @@ from typing import Any
 from rankwise.calibration.signal import LOGITS_AT_ONCE
 from rankwise.calibration.tokens import Batch, vocabulary_of
 from rankwise.errors import RankwiseError
-from rankwise.footprint import LIBRARIES, LOGITS, ORDERING, SLACK, TRAINED, moments_of, workspace
+from rankwise.footprint import LIBRARIES, LOGITS, ORDERING, SLACK, TRAINED, components, moments_of, workspace
 from rankwise.layers.matrices import Shape
 from rankwise.memory import gigabytes, resident
 from rankwise.streaming.blocks import StoredBlocks
@@ -140,7 +140,7 @@ def no_room_for_fewer_neurons(
         return f"fewer neurons need {gigabytes(needed)} of memory, {gigabytes(memory)} are promised"
     e = max(p.element_size() for p in blocks.model.parameters())
     kept = sum(moments_of(s, outputs) for s in shapes.values() if s.out_features != s.in_features)  # those of MLPs, and some more
-    needed = kept + e * sum(shape.full_rank * shape.per_rank for shape in shapes.values())
+    needed = kept + e * components(shapes)
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if needed > (free := disk_usage(there).free):
         return f"fewer neurons need {gigabytes(needed)} beside the output for a while, {gigabytes(free)} are free there"
