@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from main_job import HERE
-from real_models import LENGTH, machine, texts_of
+from real_models import LENGTH, cell, machine, quantized_of, texts_of
 from speed import compress_at_random, decoder
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankwise import bundled
 from rankwise.contest import hold_contest
@@ -83,6 +85,15 @@ def costs_of(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def dense_of(model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Dense int8 and int4 on the same windows, and the numbers in the matrices that rates are of."""
+    folder, _, texts = source_of(model, args)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    compressible = sum(shape.dense for shape in find_matrices(empty)[0].values())
+    return quantized_of(folder, texts, args.judge_samples) | {"compressible": compressible}
+
+
 def speeds_of(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """How many times as fast as dense a decoder of random weights is in every way, optimised: its MLPs alone narrower in the last
     one, which then is a decoder like the dense one with fewer neurons."""
@@ -133,23 +144,27 @@ def tables(results: dict[str, Any]) -> str:
     lines: list[str] = []
     for model, found in results.items():
         for text in found["costs"][0]["kl"] if "costs" in found else []:
-            lines += _costs(model, text, found["costs"])
+            lines += _costs(model, text, found["costs"], found["quantized"])
         if "speeds" in found:
             lines += _speeds(model, found["speeds"])
     return "\n".join(lines) + "\n"
 
 
-def _costs(model: str, text: str, rows: list[dict[str, Any]]) -> list[str]:
+def _costs(model: str, text: str, rows: list[dict[str, Any]], quantized: dict[str, Any]) -> list[str]:
     rates = sorted({row["rate"] for row in rows})
+    dense = quantized["dense"]["bytes"]
+    size = {rate: (dense - 2 * rate * quantized["compressible"]) / 1e6 for rate in rates}
+    beside = {bits: quantized[bits] for bits in ("int8", "int4")}
+    of_bits = (f"{bits} {q['bytes'] / 1e6:.1f} MB {cell(q['texts'][text])}" for bits, q in beside.items())
     lines = [
         f"### {model}, judged on {text}: KL in nats per token (perplexity)\n",
-        f"{rows[0]['machine']}, {rows[0]['tokens']:,} tokens.\n",
-        "| | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |",
+        f"{rows[0]['machine']}, {rows[0]['tokens']:,} tokens. Dense {dense / 1e6:.1f} MB in bfloat16, {', '.join(of_bits)}.\n",
+        "| | " + " | ".join(f"rate {rate:g}: {size[rate]:.1f} MB" for rate in rates) + " |",
         "|---|" + "---|" * len(rates),
     ]
     for way, allocation in dict.fromkeys((row["way"], row["allocation"]) for row in rows):
         own = {row["rate"]: row for row in rows if (row["way"], row["allocation"]) == (way, allocation)}
-        cells = [f"{own[r]['kl'][text]:.4f} ({own[r]['perplexity'][text]:.2f})" if r in own else "not run" for r in rates]
+        cells = [cell({key: own[r][key][text] for key in ("kl", "perplexity")}) if r in own else "not run" for r in rates]
         lines.append(f"| {way}, {allocation} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -200,6 +215,8 @@ def main() -> None:
     kind, of, models = ("speeds", speeds_of, ["1B"]) if args.speed else ("costs", costs_of, args.models)
     for model in models:
         own = results.setdefault(model, {})
+        if not args.speed and "quantized" not in own:
+            own["quantized"] = dense_of(model, args)
         own[kind] = merged(own.get(kind, []), of(model, args))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(tables(results))

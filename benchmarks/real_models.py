@@ -19,6 +19,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -159,12 +160,11 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def quantized_of(folder: Path, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+def quantized_of(folder: Path, texts: dict[str, str], samples: int) -> dict[str, Any]:
     """Dense int8 and int4 on the same windows. Bytes are those held, what is not quantized at two a number."""
     original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-    texts = {name: path for name, path in texts_of(folder, args.data, work).items() if name != "c4"}
     found: dict[str, Any] = {"dense": {"bytes": 2 * original.num_parameters(), "parameters": original.num_parameters()}}
-    judges = judges_of(original, tokenizer, texts, args.judge_samples)
+    judges = judges_of(original, tokenizer, texts, samples)
     for bits in (8, 4):
         model = load(folder)
         saved = sum(as_quantized(module, bits) for module in model.base_model.modules() if is_linear(module))
@@ -176,12 +176,13 @@ def as_quantized(module: nn.Module, bits: int) -> int:
     """Round the weight as torchao does, in groups along each row with a scale of two bytes; the bytes saved. It is multiplied as
     floats, which gives the same numbers: a CPU without the units is slow in any other way."""
     weight = weight_of(module)
+    group = math.gcd(GROUP, weight.shape[1])
     linear = dense_linear(weight.contiguous(), None, transposed=False)
-    quantize_(linear, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(GROUP)))
+    quantize_(linear, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(group)))
     quantized: Any = linear.weight
     with torch.no_grad():
         weight.copy_(quantized.dequantize())
-    return weight.numel() * 2 - weight.numel() * bits // 8 - weight.numel() // GROUP * 2
+    return weight.numel() * 2 - weight.numel() * bits // 8 - weight.numel() // group * 2
 
 
 def judges_of(original: Any, tokenizer: Any, texts: dict[str, str], samples: int) -> dict[str, list[Batch]]:
@@ -243,14 +244,14 @@ def _table(model: str, key: str, text: str, rows: list[dict[str, Any]], quantize
     lines = [
         f"### {model}, {key}, judged on {text}: KL in nats per token (perplexity; dense {first['reference_perplexity']:.2f})\n",
         f"{machines}. {first['tokens']:,} tokens. Dense {dense['bytes'] / 1e6:.0f} MB in bfloat16, "
-        + ", ".join(f"{w} {q['bytes'] / 1e6:.0f} MB {_cell(q['texts'][text])}" for w, q in quantized.items() if w != "dense")
+        + ", ".join(f"{w} {q['bytes'] / 1e6:.0f} MB {cell(q['texts'][text])}" for w, q in quantized.items() if w != "dense")
         + ".\n",
         "| method | " + " | ".join(f"rate {rate:g}: {size[rate] / 1e6:.0f} MB" for rate in rates) + " | seconds a rate |",
         "|---|" + "---|" * (len(rates) + 1),
     ]
     for form, method in dict.fromkeys((row["form"], row["method"]) for row in rows):
         own = {row["rate"]: row for row in rows if (row["form"], row["method"]) == (form, method)}
-        cells = [_cell(own[rate]["texts"][text]) if rate in own else "not run" for rate in rates]
+        cells = [cell(own[rate]["texts"][text]) if rate in own else "not run" for rate in rates]
         seconds = sum(row["seconds"] for row in own.values()) / len(own)
         name = METHODS.get(method, method) + ", pairs" * (form == PairLinear.form)
         on = f" on {', '.join(dict.fromkeys(row['machine'] for row in own.values()))}" if ", " in machines else ""
@@ -258,7 +259,7 @@ def _table(model: str, key: str, text: str, rows: list[dict[str, Any]], quantize
     return [*lines, ""]
 
 
-def _cell(found: dict[str, Any]) -> str:
+def cell(found: dict[str, Any]) -> str:
     return f"{found['kl']:.4f} ({found['perplexity']:.2f})"
 
 
@@ -276,7 +277,7 @@ def _times(model: str, found: dict[str, Any]) -> list[str]:
     for effort, run in found.items():
         cells = [f"{run['seconds'].get(stage, 0):.0f}" for stage in stages]
         cells += [f"{sum(run['seconds'].values()) / 60:.1f}", f"{run['peak_memory_bytes']['host'] / 1e9:.2f}"]
-        lines.append(f"| {effort} | " + " | ".join(cells + [_cell(run["texts"][text]) for text in texts]) + " |")
+        lines.append(f"| {effort} | " + " | ".join(cells + [cell(run["texts"][text]) for text in texts]) + " |")
     return [*lines, ""]
 
 
@@ -311,7 +312,8 @@ def main() -> None:
         if args.time:
             continue
         if "quantized" not in found:
-            found["quantized"] = quantized_of(folder, args, work)
+            texts = {name: path for name, path in texts_of(folder, args.data, work).items() if name != "c4"}
+            found["quantized"] = quantized_of(folder, texts, args.judge_samples)
         for calibration, form in itertools.product(args.calibrations if model != "MGM-9M" else ["self"], args.forms):
             key = f"calibrated on {calibration}" + (f", {args.samples} windows of {LENGTH}" if args.samples else "")
             rows = merged(found.get(key, []), contest_of(folder, calibration, form, args, work))
