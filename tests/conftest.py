@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -30,17 +31,33 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page of a tiny result takes longer than all the rest of it: only tests marked `page` have it drawn."""
-    if request.node.get_closest_marker("page") is None:
-        monkeypatch.setattr("rankwise.pipeline.page_of", lambda _: "")
-
-
-def pytest_configure() -> None:
+@pytest.fixture(autouse=True, scope="session")
+def quick() -> None:
+    """One thread; and no wait for the disk, which takes longer than a tiny result: no test pulls the plug."""
     import torch
 
     torch.set_num_threads(1)
+    os.fsync = lambda _: None
+
+
+PAGE: dict[str, Any] = {"page_of": lambda _: "", "costs_of_each": lambda *_: ({}, 0), "sample_texts": lambda *_: []}
+
+
+@functools.cache
+def page() -> dict[str, Any]:
+    """What draws a page, and what is computed for it alone."""
+    from rankwise import pipeline
+
+    return {name: getattr(pipeline, name) for name in PAGE}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The page of a tiny result takes longer than all the rest of it: only tests marked `page`, and the fixtures that
+    they are the first to ask for, have it made."""
+    from rankwise import pipeline
+
+    vars(pipeline).update(page() | PAGE if item.get_closest_marker("page") is None else page())
 
 
 @pytest.fixture(scope="session")
