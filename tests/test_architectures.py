@@ -59,10 +59,6 @@ def load(folder: Path) -> PreTrainedModel:
     return model
 
 
-def run_without_rankwise(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.page  # of every architecture
 @every
 def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
@@ -166,22 +162,22 @@ def test_a_rate_below_one_parameter_changes_nothing(name: str, tmp_path: Path) -
     assert torch.equal(logits(load(tmp_path / "folder")), expected)
 
 
-def test_densified_loads_without_rankwise(tmp_path: Path) -> None:
-    expected = {}
-    for name in ARCHITECTURES:
-        result = compressed(name)
-        result.save(tmp_path / name)
-        densify(tmp_path / name, tmp_path / f"{name}.dense")
-        expected[name] = logits(result.model)
-    torch.save(WINDOWS[:2], tmp_path / "windows")
-    script = """
+WITHOUT_RANKWISE = """
 import sys, torch, transformers
 from pathlib import Path
 torch.set_num_threads(1)
-folder, *names = sys.argv[1:]
-windows, logits = torch.load(f"{folder}/windows"), {}
+folder, names = Path(sys.argv[1]), sys.argv[2].split()
+windows, logits = torch.load(folder / "windows"), {}
+for path in sorted((folder / "small").iterdir()):
+    config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        getattr(transformers, config.architectures[0]).from_pretrained(path)
+    except RuntimeError as error:
+        assert "mismatch" in str(error).lower(), error
+    else:
+        print(path)
 for name in names:
-    path = f"{folder}/{name}.dense"
+    path = folder / "dense" / name
     config = transformers.AutoConfig.from_pretrained(path)
     assert not hasattr(config, "quantization_config"), name
     model, info = getattr(transformers, config.architectures[0]).from_pretrained(path, output_loading_info=True)
@@ -191,34 +187,41 @@ for name in names:
         output = model(**dict.fromkeys(sides, windows))
     logits[name] = output["logits" if "logits" in output else "last_hidden_state"]
 assert "rankwise" not in sys.modules
-torch.save(logits, f"{folder}/logits")
+torch.save(logits, folder / "logits")
 """
-    process = run_without_rankwise(script, tmp_path, *ARCHITECTURES)
+
+
+def test_without_rankwise_a_compressed_folder_does_not_load_and_a_densified_one_does(tmp_path: Path) -> None:
+    cases: dict[str, Iterable[str]] = {"llama": (), "mixtral": ["*experts*"], "qwen3-moe": (), "gpt-oss": ["*experts*"]}
+    cases |= {"gpt2": (), "t5": (), "bert": ["*.query"], "nomic-bert": ["*.q_proj"], "dbrx": ["*experts*"]}
+    for name, include in cases.items():
+        compressed(name, **FAST, include=tuple(include)).model.save_pretrained(tmp_path / "small" / name)
+    with_fewer_neurons_alone(tmp_path / "small" / "narrow")
+    expected = {}
+    for name in ARCHITECTURES:
+        result = compressed(name)
+        result.save(tmp_path / name)
+        densify(tmp_path / name, tmp_path / "dense" / name)
+        expected[name] = logits(result.model)
+    torch.save(WINDOWS[:2], tmp_path / "windows")
+    script = [sys.executable, "-c", WITHOUT_RANKWISE, tmp_path, " ".join(ARCHITECTURES)]
+    process = subprocess.run(script, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
+    assert process.stdout == "", "loaded as a model with random weights"
     for name, got in torch.load(tmp_path / "logits").items():
         torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_without_rankwise_a_compressed_folder_does_not_load(tmp_path: Path) -> None:
-    cases: dict[str, Iterable[str]] = {"llama": (), "mixtral": ["*experts*"], "qwen3-moe": (), "gpt-oss": ["*experts*"]}
-    cases |= {"gpt2": (), "t5": (), "bert": ["*.query"], "nomic-bert": ["*.q_proj"], "dbrx": ["*experts*"]}
-    for name, include in cases.items():
-        compressed(name, **FAST, include=tuple(include)).model.save_pretrained(tmp_path / name)
-    script = """
-import sys, transformers
-for path in sys.argv[1:]:
-    config = transformers.AutoConfig.from_pretrained(path)
-    try:
-        getattr(transformers, config.architectures[0]).from_pretrained(path)
-    except RuntimeError as error:
-        assert "mismatch" in str(error).lower(), error
-    else:
-        print(path)
-assert "rankwise" not in sys.modules
-"""
-    process = run_without_rankwise(script, *[tmp_path / name for name in cases])
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "", "loaded as a model with random weights"
+def with_fewer_neurons_alone(folder: Path) -> None:
+    """A folder in which nothing is of low rank, of a Llama every other neuron of which is hardly heeded."""
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::2] *= 0.01
+    keep = {"*attn*": 1.0}
+    result = compress(model, 0.1, calibration=WINDOWS, allocation="mask-fisher", neurons="fewer", keep=keep, output=folder)
+    assert result.report["narrowed"]
+    assert not any(result.ranks.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
