@@ -33,11 +33,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick() -> None:
-    """One thread; and no wait for the disk, which takes longer than a tiny result: no test pulls the plug."""
+    """One thread; no wait for the disk, which takes longer than a tiny result: no test pulls the plug; and few words where
+    models go on from a prompt, one after another."""
     import torch
+
+    from rankwise.evaluation import generation
 
     torch.set_num_threads(1)
     os.fsync = lambda _: None
+    generation.PROMPTS, generation.NEW_TOKENS = 3, 12
 
 
 PAGE: dict[str, Any] = {"page_of": lambda _: "", "costs_of_each": lambda *_: ({}, 0), "sample_texts": lambda *_: []}
@@ -55,9 +59,11 @@ def page() -> dict[str, Any]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The page of a tiny result takes longer than all the rest of it: only tests marked `page`, and the fixtures that
     they are the first to ask for, have it made."""
-    from rankwise import pipeline
+    from rankwise import pipeline, refining
 
-    vars(pipeline).update(page() | PAGE if item.get_closest_marker("page") is None else page())
+    made = page() | PAGE if item.get_closest_marker("page") is None else page()
+    vars(pipeline).update(made)
+    vars(refining).update(sample_texts=made["sample_texts"])
 
 
 @pytest.fixture(scope="session")

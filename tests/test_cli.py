@@ -137,7 +137,7 @@ def test_a_trained_model(rankwise: Run, shared: Path, tmp_path: Path) -> None:
     options = ["--rate", 0.2, "--calibration", tmp_path / "seen.jsonl", *size, "--json"]
     kl = {}
     for allocation in ("uniform", "llrc"):
-        few = ["--option", "rounds=1", "--option", "value_steps=0"] if allocation == "llrc" else []
+        few = ["--option", "rounds=1", "--option", "value_steps=0", "--neurons", "all"] if allocation == "llrc" else []
         folder = tmp_path / allocation
         assert rankwise("compress", model, "-o", folder, "--allocation", allocation, *few, *options).code == 0
         judged = rankwise("evaluate", folder, "--reference", model, "--text", tmp_path / "unseen.jsonl", *size, "--json")
