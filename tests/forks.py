@@ -7,11 +7,15 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import distributed
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+SECONDS = 300
+Work = Callable[[Path, tuple[str, ...]], None]  # in a folder, with arguments
 
 
 class Fork(NamedTuple):
@@ -22,6 +26,8 @@ class Fork(NamedTuple):
 
     def communicate(self) -> tuple[str, str]:
         """What it wrote to standard output and standard error, when it has ended."""
+        self.process.join(SECONDS)
+        self.process.kill()  # what takes longer never ends
         self.process.join()
         return (self.output / "1").read_text(), (self.output / "2").read_text()
 
@@ -34,19 +40,22 @@ def forked(folder: Path, *arguments: str) -> Fork:
     return Fork(process, output)
 
 
-def launched(number: int, folder: Path, *arguments: str) -> Fork:
-    """The same in processes that work together, under torchrun's own agent, which is the process that is waited for."""
+def launched(number: int, folder: Path, *arguments: str, run: Work | None = None) -> Fork:
+    """The same, or what `run` does, in processes that work together, under torchrun's own agent: it is the process that is
+    waited for."""
     output = Path(tempfile.mkdtemp())
-    process = multiprocessing.get_context("fork").Process(target=_launch, args=(number, folder, arguments, output))
+    process = multiprocessing.get_context("fork").Process(
+        target=_launch, args=(number, folder, arguments, output, run or _command)
+    )
     process.start()
     return Fork(process, output)
 
 
-def _launch(number: int, folder: Path, arguments: tuple[str, ...], output: Path) -> None:
+def _launch(number: int, folder: Path, arguments: tuple[str, ...], output: Path, run: Work) -> None:
     _write_to(output)
     more = {"run_id": "none", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork", "max_restarts": 0}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=number, **more)
-    elastic_launch(config, _command)(folder, arguments)
+    elastic_launch(config, run)(folder, arguments)
 
 
 def _run(folder: Path, arguments: tuple[str, ...], output: Path) -> None:

@@ -31,6 +31,7 @@ from rankwise.layers.matrices import find_matrices, unstack_experts
 RATE = 0.3
 WINDOWS = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(1))
 GENERATING = [name for name, (auto, _, _) in ARCHITECTURES.items() if auto in (CAUSAL, "AutoModelForSeq2SeqLM")]
+DRAWN = {"mixtral", "t5", "bert"}  # experts, an encoder with a decoder, no logits
 LLRC = {"llama-gqa-tied", "gpt2", "mixtral", "bert", "t5"}  # the others are compressed the fast way
 FAST = {"allocation": "uniform", "decomposition": "whitened"}
 LEARNED = {"allocation": "llrc", "options": {"points": 0, "rounds": 1, "value_steps": 2}}
@@ -59,7 +60,6 @@ def load(folder: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.page  # of every architecture
 @every
 def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     result = compressed(name)
@@ -70,6 +70,16 @@ def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "second", max_shard_size="20KB")
     assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
     assert torch.equal(logits(load(tmp_path / "second")), expected)
+
+
+@pytest.mark.page
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DRAWN else pytest.mark.slow) for n in ARCHITECTURES])
+def test_the_page_has_every_matrix(name: str, tmp_path: Path) -> None:
+    result = compress(build(name), RATE, calibration=WINDOWS, **FAST)
+    result.save(tmp_path / "folder")
+    page = (tmp_path / "folder" / "report.html").read_text()
+    assert all(matrix in page for matrix in result.ranks)
+    assert result.report["costs"]["kl"].keys() == {matrix for matrix, rank in result.ranks.items() if rank is not None}
 
 
 @pytest.mark.parametrize("name", OF_THEIR_OWN)

@@ -71,7 +71,9 @@ def small(model: Path, documents: list[str]) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little: None, no_peaks: None, model: Path, documents: list[str]) -> Path:
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little: None, no_peaks: None, model: Path, documents: list[str]
+) -> Path:
     """A folder with the files that the documentation names."""
     shutil.copytree(model, tmp_path / "MODEL")
     (tmp_path / "my_text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
