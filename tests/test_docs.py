@@ -34,7 +34,7 @@ NOT_RUN = ("pip install",)
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    return [text[:1500] for text in bundled.standard_library("held-out") if len(text) > 1500][:24]
+    return [text[:800] for text in bundled.standard_library("held-out") if len(text) > 800][:16]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
