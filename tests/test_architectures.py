@@ -142,8 +142,14 @@ def test_budget_is_met_and_everything_accounted_for(name: str) -> None:
     assert all(report["left_dense"].values())
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@every
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        pytest.param(name, metric, marks=() if name in LLRC or metric == "kronecker" else pytest.mark.slow)
+        for name in ARCHITECTURES
+        for metric in METRICS
+    ],
+)
 def test_full_length_factors_are_the_dense_model(name: str, metric: str) -> None:
     model = build(name)
     expected = logits(model)
@@ -234,8 +240,14 @@ def with_fewer_neurons_alone(folder: Path) -> None:
     assert not any(result.ranks.values())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "gpt-oss", "t5", "bert-mlm"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "bfloat16") for name in ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss", "t5", "bert-mlm")),
+        *((name, "float16") for name in ("llama", "gpt-oss", "t5")),
+        *(pytest.param(name, "float16", marks=pytest.mark.slow) for name in ("gpt2", "gemma3", "mixtral", "bert-mlm")),
+    ],
+)
 def test_half_precision(name: str, dtype: str, tmp_path: Path) -> None:
     """Of models from disk: transformers keeps parts of some (T5, gpt-oss) in float32 when it loads them as float16."""
     build(name).save_pretrained(tmp_path / "dense")
@@ -295,8 +307,13 @@ def test_a_tied_head_stays_dense(tmp_path: Path) -> None:
         compressed("llama-gqa-tied", **FAST, include=("lm_head",))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert-mlm", "bert"])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        *(("llama", "left"), ("llama", "right"), ("gpt2", "left"), ("bert-mlm", "right"), ("bert", "left")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gpt2", "right"), ("bert-mlm", "left"), ("bert", "right"))),
+    ],
+)
 def test_padding_counts_for_nothing(name: str, side: str) -> None:
     """The user's own batches: padded sequences give what the same sequences give one by one."""
     lengths = [9, 17, 24, 32] * 3

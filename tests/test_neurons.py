@@ -118,7 +118,9 @@ def test_neurons_that_say_the_same_are_not_both_kept() -> None:
     assert found.errors[found.sizes.tolist().index(16)] < 1e-6 * found.errors[-1]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3", "mixtral", "gpt-oss", "t5"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "phi3", "mixtral", "gpt-oss", "t5", pytest.param("opt", marks=pytest.mark.slow)]
+)
 def test_a_folder_loads_to_the_bit_and_is_as_large_as_said(name: str, tmp_path: Path) -> None:
     model = lazy(name)
     model.save_pretrained(tmp_path / "model")

@@ -167,24 +167,6 @@ def without_a_weight(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_library_users_own_settings_are_left_alone(llama: Path, story: Path, tmp_path: Path) -> None:
-    script = """
-import logging, sys
-from transformers.utils import logging as theirs
-for name in ("torchao", "transformers"):
-    logging.getLogger(name).setLevel(logging.INFO)
-theirs.enable_progress_bar()
-import rankwise, rankwise.cli
-rankwise.compress(sys.argv[1], 0.3, calibration=sys.argv[2], samples=6, length=16, allocation="uniform")
-assert [logging.getLogger(name).level for name in ("torchao", "transformers")] == [logging.INFO] * 2
-assert theirs.is_progress_bar_enabled()
-"""
-    line = command(llama, story, tmp_path)
-    line["args"] = [sys.executable, "-c", script, llama, story]
-    finished = subprocess.run(**line, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-
-
 def test_an_interrupted_comparison_goes_on(
     rankwise: Callable[..., Any], llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from rankwise.testing.allocators import VOCABULARY, tiny_model
 
 KILLS = ((1, 5), (6, 14), (15, 15))  # when so many results are kept: a random number between, and a random moment after it
-SECONDS = 0.3  # of that moment, at most; a whole allocation is longer
+SECONDS = 0.2  # of that moment, at most; a whole allocation is longer
 COMPRESS = ["compress", "model", "--calibration", "text.txt"]
-OPTIONS = ["--rate", "0.3", "--samples", "40", "--length", "16", "--option", "rounds=1", "--option", "value_steps=200"]
+OPTIONS = ["--rate", "0.3", "--samples", "40", "--length", "16", "--option", "rounds=1", "--option", "value_steps=100"]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from rankwise.streaming.student import StreamedStudent
 ENOUGH = "8GB"
 SMALL: dict[str, Any] = {"samples": 30, "length": 16, "allocation": "uniform"}
 WINDOWS = torch.randint(90, (12, 24), generator=torch.Generator().manual_seed(0))
+UNLIKE = {"llama", "gemma3", "phi3", "gpt2", "falcon"}  # the others are much like the first
 DECODERS = ["llama", "llama-gqa-tied", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "falcon"]
 
 
@@ -156,13 +157,15 @@ def test_allocators_that_ask_for_gradients(llama: Path, story: Path, tmp_path: P
     differ_by_rounding(llama, tmp_path, story, samples=60, length=16, allocation=allocation, decomposition="kronecker")
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-tied", "gemma3", "phi3", "gpt2", "falcon"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa-tied", "gpt2", "falcon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "phi3"))]
+)
 def test_learned_ranks_of_any_decoder(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "model")
     differ_by_rounding(tmp_path / "model", tmp_path, WINDOWS, **LEARNED)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in UNLIKE else pytest.mark.slow) for n in DECODERS])
 def test_any_decoder_with_a_list_of_blocks(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "model")
     both(tmp_path / "model", tmp_path, WINDOWS, allocation="energy")
@@ -181,8 +184,14 @@ def test_several_shards(tmp_path: Path) -> None:
     both(tmp_path / "model", tmp_path, WINDOWS, allocation="uniform")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in ("llama", "gemma3", "gpt2")),
+        ("llama", torch.float16),
+        *(pytest.param(name, torch.float16, marks=pytest.mark.slow) for name in ("gemma3", "gpt2")),
+    ],
+)
 def test_half_precision_is_computed_as_in_memory(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     build(name).to(dtype).save_pretrained(tmp_path / "model")
     whole, streamed = both(tmp_path / "model", tmp_path, WINDOWS, allocation="energy", decomposition="whitened")

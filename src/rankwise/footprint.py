@@ -111,12 +111,12 @@ def moments_of(shape: Shape, outputs: bool) -> int:
     return 8 * shape.in_features**2 + 4 * shape.out_features**2 * outputs
 
 
-def moments(
-    empty: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str], sites: Collection[str] | None = None
-) -> int:
+def moments(empty: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str], sites: Collection[str] | None = None) -> int:
     """Bytes of the second moments of all sites of an empty model, or of these sites."""
     sites = () if "input" not in needs else _sites(empty, shapes) if sites is None else sites
-    return sum(8 * shapes[site].in_features ** 2 for site in sites) + ("output" in needs) * sum(4 * shape.out_features**2 for shape in shapes.values())
+    return sum(8 * shapes[site].in_features ** 2 for site in sites) + ("output" in needs) * sum(
+        4 * shape.out_features**2 for shape in shapes.values()
+    )
 
 
 def workspace(shape: Shape, outputs: bool) -> int:
