@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -30,17 +31,39 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page of a tiny result takes longer than all the rest of it: only tests marked `page` have it drawn."""
-    if request.node.get_closest_marker("page") is None:
-        monkeypatch.setattr("rankwise.pipeline.page_of", lambda _: "")
-
-
-def pytest_configure() -> None:
+@pytest.fixture(autouse=True, scope="session")
+def quick() -> None:
+    """One thread; no wait for the disk, which takes longer than a tiny result: no test pulls the plug; and few words where
+    models go on from a prompt, one after another."""
     import torch
 
+    from rankwise.evaluation import generation
+
     torch.set_num_threads(1)
+    os.fsync = lambda _: None
+    generation.PROMPTS, generation.NEW_TOKENS = 3, 12
+
+
+PAGE: dict[str, Any] = {"page_of": lambda _: "", "costs_of_each": lambda *_: ({}, 0), "sample_texts": lambda *_: []}
+
+
+@functools.cache
+def page() -> dict[str, Any]:
+    """What draws a page, and what is computed for it alone."""
+    from rankwise import pipeline
+
+    return {name: getattr(pipeline, name) for name in PAGE}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The page of a tiny result takes longer than all the rest of it: only tests marked `page`, and the fixtures that
+    they are the first to ask for, have it made."""
+    from rankwise import pipeline, refining
+
+    made = page() | PAGE if item.get_closest_marker("page") is None else page()
+    vars(pipeline).update(made)
+    vars(refining).update(sample_texts=made["sample_texts"])
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +96,12 @@ def rankwise(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         return Finished(int(ended.value.code or 0), *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench` says that every peak is a gigabyte: each is of a process, which takes seconds to start."""
+    monkeypatch.setattr("rankwise.runtime.bench._peaks", lambda path, loads, *_: [{"host": 10**9}] * len(loads))
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from rankwise.layers.matrices import find_matrices, unstack_experts
 RATE = 0.3
 WINDOWS = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(1))
 GENERATING = [name for name, (auto, _, _) in ARCHITECTURES.items() if auto in (CAUSAL, "AutoModelForSeq2SeqLM")]
+DRAWN = {"mixtral", "t5", "bert"}  # experts, an encoder with a decoder, no logits
 LLRC = {"llama-gqa-tied", "gpt2", "mixtral", "bert", "t5"}  # the others are compressed the fast way
 FAST = {"allocation": "uniform", "decomposition": "whitened"}
 LEARNED = {"allocation": "llrc", "options": {"points": 0, "rounds": 1, "value_steps": 2}}
@@ -59,11 +60,6 @@ def load(folder: Path) -> PreTrainedModel:
     return model
 
 
-def run_without_rankwise(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
-@pytest.mark.page  # of every architecture
 @every
 def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     result = compressed(name)
@@ -74,6 +70,16 @@ def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "second", max_shard_size="20KB")
     assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
     assert torch.equal(logits(load(tmp_path / "second")), expected)
+
+
+@pytest.mark.page
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DRAWN else pytest.mark.slow) for n in ARCHITECTURES])
+def test_the_page_has_every_matrix(name: str, tmp_path: Path) -> None:
+    result = compress(build(name), RATE, calibration=WINDOWS, **FAST)
+    result.save(tmp_path / "folder")
+    page = (tmp_path / "folder" / "report.html").read_text()
+    assert all(matrix in page for matrix in result.ranks)
+    assert result.report["costs"]["kl"].keys() == {matrix for matrix, rank in result.ranks.items() if rank is not None}
 
 
 @pytest.mark.parametrize("name", OF_THEIR_OWN)
@@ -136,8 +142,14 @@ def test_budget_is_met_and_everything_accounted_for(name: str) -> None:
     assert all(report["left_dense"].values())
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@every
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        pytest.param(name, metric, marks=() if name in LLRC or metric == "kronecker" else pytest.mark.slow)
+        for name in ARCHITECTURES
+        for metric in METRICS
+    ],
+)
 def test_full_length_factors_are_the_dense_model(name: str, metric: str) -> None:
     model = build(name)
     expected = logits(model)
@@ -166,22 +178,22 @@ def test_a_rate_below_one_parameter_changes_nothing(name: str, tmp_path: Path) -
     assert torch.equal(logits(load(tmp_path / "folder")), expected)
 
 
-def test_densified_loads_without_rankwise(tmp_path: Path) -> None:
-    expected = {}
-    for name in ARCHITECTURES:
-        result = compressed(name)
-        result.save(tmp_path / name)
-        densify(tmp_path / name, tmp_path / f"{name}.dense")
-        expected[name] = logits(result.model)
-    torch.save(WINDOWS[:2], tmp_path / "windows")
-    script = """
+WITHOUT_RANKWISE = """
 import sys, torch, transformers
 from pathlib import Path
 torch.set_num_threads(1)
-folder, *names = sys.argv[1:]
-windows, logits = torch.load(f"{folder}/windows"), {}
+folder, names = Path(sys.argv[1]), sys.argv[2].split()
+windows, logits = torch.load(folder / "windows"), {}
+for path in sorted((folder / "small").iterdir()):
+    config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        getattr(transformers, config.architectures[0]).from_pretrained(path)
+    except RuntimeError as error:
+        assert "mismatch" in str(error).lower(), error
+    else:
+        print(path)
 for name in names:
-    path = f"{folder}/{name}.dense"
+    path = folder / "dense" / name
     config = transformers.AutoConfig.from_pretrained(path)
     assert not hasattr(config, "quantization_config"), name
     model, info = getattr(transformers, config.architectures[0]).from_pretrained(path, output_loading_info=True)
@@ -191,38 +203,52 @@ for name in names:
         output = model(**dict.fromkeys(sides, windows))
     logits[name] = output["logits" if "logits" in output else "last_hidden_state"]
 assert "rankwise" not in sys.modules
-torch.save(logits, f"{folder}/logits")
+torch.save(logits, folder / "logits")
 """
-    process = run_without_rankwise(script, tmp_path, *ARCHITECTURES)
+
+
+def test_without_rankwise_a_compressed_folder_does_not_load(tmp_path: Path) -> None:
+    """And a densified one does, to the same model."""
+    cases: dict[str, Iterable[str]] = {"llama": (), "mixtral": ["*experts*"], "qwen3-moe": (), "gpt-oss": ["*experts*"]}
+    cases |= {"gpt2": (), "t5": (), "bert": ["*.query"], "nomic-bert": ["*.q_proj"], "dbrx": ["*experts*"]}
+    for name, include in cases.items():
+        compressed(name, **FAST, include=tuple(include)).model.save_pretrained(tmp_path / "small" / name)
+    with_fewer_neurons_alone(tmp_path / "small" / "narrow")
+    expected = {}
+    for name in ARCHITECTURES:
+        result = compressed(name)
+        result.save(tmp_path / name)
+        densify(tmp_path / name, tmp_path / "dense" / name)
+        expected[name] = logits(result.model)
+    torch.save(WINDOWS[:2], tmp_path / "windows")
+    script = [sys.executable, "-c", WITHOUT_RANKWISE, tmp_path, " ".join(ARCHITECTURES)]
+    process = subprocess.run(script, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
+    assert process.stdout == "", "loaded as a model with random weights"
     for name, got in torch.load(tmp_path / "logits").items():
         torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_without_rankwise_a_compressed_folder_does_not_load(tmp_path: Path) -> None:
-    cases: dict[str, Iterable[str]] = {"llama": (), "mixtral": ["*experts*"], "qwen3-moe": (), "gpt-oss": ["*experts*"]}
-    cases |= {"gpt2": (), "t5": (), "bert": ["*.query"], "nomic-bert": ["*.q_proj"], "dbrx": ["*experts*"]}
-    for name, include in cases.items():
-        compressed(name, **FAST, include=tuple(include)).model.save_pretrained(tmp_path / name)
-    script = """
-import sys, transformers
-for path in sys.argv[1:]:
-    config = transformers.AutoConfig.from_pretrained(path)
-    try:
-        getattr(transformers, config.architectures[0]).from_pretrained(path)
-    except RuntimeError as error:
-        assert "mismatch" in str(error).lower(), error
-    else:
-        print(path)
-assert "rankwise" not in sys.modules
-"""
-    process = run_without_rankwise(script, *[tmp_path / name for name in cases])
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "", "loaded as a model with random weights"
+def with_fewer_neurons_alone(folder: Path) -> None:
+    """A folder in which nothing is of low rank, of a Llama every other neuron of which is hardly heeded."""
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::2] *= 0.01
+    keep = {"*attn*": 1.0}
+    result = compress(model, 0.1, calibration=WINDOWS, allocation="mask-fisher", neurons="fewer", keep=keep, output=folder)
+    assert result.report["narrowed"]
+    assert not any(result.ranks.values())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "gpt-oss", "t5", "bert-mlm"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "bfloat16") for name in ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss", "t5", "bert-mlm")),
+        *((name, "float16") for name in ("llama", "gpt-oss", "t5")),
+        *(pytest.param(name, "float16", marks=pytest.mark.slow) for name in ("gpt2", "gemma3", "mixtral", "bert-mlm")),
+    ],
+)
 def test_half_precision(name: str, dtype: str, tmp_path: Path) -> None:
     """Of models from disk: transformers keeps parts of some (T5, gpt-oss) in float32 when it loads them as float16."""
     build(name).save_pretrained(tmp_path / "dense")
@@ -282,8 +308,13 @@ def test_a_tied_head_stays_dense(tmp_path: Path) -> None:
         compressed("llama-gqa-tied", **FAST, include=("lm_head",))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert-mlm", "bert"])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        *(("llama", "left"), ("llama", "right"), ("gpt2", "left"), ("bert-mlm", "right"), ("bert", "left")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gpt2", "right"), ("bert-mlm", "left"), ("bert", "right"))),
+    ],
+)
 def test_padding_counts_for_nothing(name: str, side: str) -> None:
     """The user's own batches: padded sequences give what the same sequences give one by one."""
     lengths = [9, 17, 24, 32] * 3

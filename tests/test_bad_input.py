@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,12 +215,3 @@ def test_bad_input(line: str, message: str, bad: Path, rankwise: Callable[..., A
     assert len(finished.err.splitlines()) == 1
     assert re.search(message, finished.err)
     assert {path: path.stat().st_mtime_ns for path in bad.rglob("*")} == before
-
-
-def test_in_a_process_of_its_own(bad: Path) -> None:
-    """Where transformers' own report of the missing weights would reach the terminal."""
-    command = [sys.executable, "-m", "rankwise", "compress", str(bad / "missing"), "-o", str(bad / "new")]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stdout) == (2, "")
-    [line] = [line for line in process.stderr.splitlines() if "missing" in line.lower()]  # torchao, where there, talks, too
-    assert re.fullmatch("error: .*missing keys.*", line)

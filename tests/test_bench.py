@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rankwise.runtime.bench import ideal_speedup
+from rankwise.runtime.bench import Load, _peaks, ideal_speedup
 from rankwise.runtime.timing import alternating, ratio
 
 FAST = ["--prompt", 8, "--new-tokens", 2, "--repeats", 1]
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_the_report(rankwise: Callable[..., Any], small_llama: Path, llama: Path) -> None:
     ended = rankwise("bench", small_llama, "--reference", llama, "--batches", "2,1", *FAST, "--json")
     assert ended.code == 0, ended.err
@@ -30,9 +31,16 @@ def test_the_report(rankwise: Callable[..., Any], small_llama: Path, llama: Path
         assert 1 < row["ideal"] < 1.5
     weights, peaks = report["weight_bytes"], report["peak_memory_bytes"]
     assert weights["compressed"] < weights["reference"]
-    assert all(peaks[role][size]["host"] > weights[role] for role in weights for size in ("1", "2"))
+    assert peaks == {role: {size: {"host": 10**9} for size in ("1", "2")} for role in weights}
 
 
+def test_peaks_are_those_of_a_process_of_its_own(small_llama: Path) -> None:
+    held = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(small_llama).parameters())
+    small, large = (peak["host"] for peak in _peaks(small_llama, [Load(1, 8, 2), Load(2, 8, 2)], 1, "auto", "cpu"))
+    assert held < small <= large
+
+
+@pytest.mark.usefixtures("no_peaks")
 def test_without_a_reference(rankwise: Callable[..., Any], small_llama: Path) -> None:
     ended = rankwise("bench", small_llama, "--batches", "1", "--new-tokens", 2, "--repeats", 1, "--threads", 1)
     assert ended.code == 0, ended.err

@@ -144,7 +144,6 @@ def test_the_folder_takes_what_was_asked_and_says_what_it_holds(made: tuple[Path
     rows = {row["matrix"]: row for row in inspect(folder)}
     tables = {"model.embed_tokens": 8, "lm_head": 8}
     assert {name: row["bits"] for name, row in rows.items()} | tables == result.report["bits"]
-    assert result.report["costs"]["kl"]["model.embed_tokens"] > 0
     held = result.report["bytes"]["model"]["compressed"]
     tensors = {t.data_ptr(): t.nbytes for t in result.model.state_dict().values()}
     assert held == sum(tensors.values())
@@ -185,6 +184,7 @@ def test_every_matrix_of_few_bits_is_guarded(made: tuple[Path, Any, Path]) -> No
         assert stored[f"{name}.weight"].numel() == 0
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_what_a_loaded_model_goes_through(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
     folder, result, original = made
     with torch.no_grad():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,18 +49,16 @@ def test_compress_prints_a_report(rankwise: Run, llama: Path, story: Path, tmp_p
     assert "LlamaForCausalLM.from_pretrained" in card
 
 
-def test_json_is_all_there_is_on_stdout(llama: Path, story: Path, small_llama: Path, tmp_path: Path) -> None:
-    """In a process of its own, where nothing of pytest stands between a library and the terminal."""
+def test_json_is_all_there_is_on_stdout(rankwise: Run, llama: Path, story: Path, small_llama: Path, tmp_path: Path) -> None:
     commands: list[list[Any]] = [
         ["compress", llama, "--rate", 0.3, "-o", tmp_path / "small", "--calibration", story, *FAST, "--json"],
         ["evaluate", small_llama, "--reference", llama, "--text", story, "--length", 32, "--json"],
     ]
     reports = []
     for command in commands:
-        line = [sys.executable, "-m", "rankwise", *map(str, command)]
-        process = subprocess.run(line, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stderr
-        reports.append(json.loads(process.stdout))
+        finished = rankwise(*command)
+        assert finished.code == 0, finished.err
+        reports.append(json.loads(finished.out))
         assert reports[-1].keys() >= KEYS
     compressed, evaluated = reports
     assert (compressed["rate"], evaluated["rate"]) == (0.3, 0.25)
@@ -141,7 +137,7 @@ def test_a_trained_model(rankwise: Run, shared: Path, tmp_path: Path) -> None:
     options = ["--rate", 0.2, "--calibration", tmp_path / "seen.jsonl", *size, "--json"]
     kl = {}
     for allocation in ("uniform", "llrc"):
-        few = ["--option", "rounds=1", "--option", "value_steps=0"] if allocation == "llrc" else []
+        few = ["--option", "rounds=1", "--option", "value_steps=0", "--neurons", "all"] if allocation == "llrc" else []
         folder = tmp_path / allocation
         assert rankwise("compress", model, "-o", folder, "--allocation", allocation, *few, *options).code == 0
         judged = rankwise("evaluate", folder, "--reference", model, "--text", tmp_path / "unseen.jsonl", *size, "--json")

@@ -32,7 +32,8 @@ QUICK: dict[tuple[str, str], dict[str, Any]] = {  # options that make an allocat
     ("ara", "default"): {"steps": 8},
     ("dobi", "default"): {"steps": 8},
     ("strs", "default"): {"rates": (0.2, 0.5, 0.8), "sequences": 4},
-    ("evolutionary", "default"): {"generations": 3, "offspring": 3, "survivors": (2, 1)},
+    ("kl-knapsack", "default"): {"trials": 3},
+    ("evolutionary", "default"): {"generations": 2, "offspring": 3, "survivors": (2, 1), "tokens": 128},
 }
 PRESETS = [(name, preset) for name, presets in ALLOCATORS.items() for preset in presets]
 

@@ -148,7 +148,7 @@ def test_every_single_component_costs_its_square(shape: tuple[int, int]) -> None
         assert error == pytest.approx(d.spectrum[i].item() ** 2, rel=1e-5)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(
     case=st.builds(Case, st.integers(1, 9), st.integers(1, 9), st.integers(4, 20), st.integers(0, 8)),
     metric=st.sampled_from(sorted(METRICS)),

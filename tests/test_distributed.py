@@ -18,23 +18,28 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Fork, forked, launched
 from safetensors.torch import load_file
 
 from rankwise import RankwiseError, distributed
 from rankwise.testing.folders import content_of
 
 METHOD = "llrc points=0 rounds=1 value_steps=3"  # a measured KL of this random model is little more than rounding
-OPTIONS = ["--rate", "0.3", "--samples", "1200", "--length", "32", "--allocation", METHOD, "--neurons", "all"]
+OPTIONS = ["--rate", "0.3", "--samples", "800", "--length", "32", "--allocation", METHOD, "--neurons", "all"]
 COMPRESS = ["compress", "llama", "--calibration", "story.txt"]
-SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def start(folder: Path, output: str, processes: int, *more: str) -> subprocess.Popen[str]:
-    several = [*SEVERAL, str(processes)] if processes > 1 else []
-    command = [sys.executable, *several, "-m", "rankwise", *COMPRESS, "-o", output, *OPTIONS, *more]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def start(folder: Path, output: str, processes: int, *more: str) -> Fork:
+    command = [*COMPRESS, "-o", output, *OPTIONS, *more]
+    return launched(processes, folder, *command) if processes > 1 else forked(folder, *command)
+
+
+def finished(folder: Path, output: str, processes: int, *more: str) -> str:
+    """What the processes write to standard output, which end well."""
+    fork = start(folder, output, processes, *more)
+    out, err = fork.communicate()
+    assert fork.process.exitcode == 0, err
+    return out
 
 
 @pytest.mark.parametrize(
@@ -79,17 +84,28 @@ def folder(llama: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("several")
     (folder / "llama").symlink_to(llama)
     (folder / "story.txt").write_text(story.read_text() * 8)
-    assert start(folder, "alone", 1).wait() == 0
+    finished(folder, "alone", 1)
     return folder
 
 
 @pytest.mark.parametrize(("processes", "more"), [(3, []), (2, ["--memory", "8GB"])], ids=["3", "2, streamed"])
 def test_as_one_process(processes: int, more: list[str], folder: Path) -> None:
     output = f"by-{processes}"
-    process = start(folder, output, processes, *more)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert out.count("written to") == 1
+    assert finished(folder, output, processes, *more).count("written to") == 1
+    same_as_alone(folder, output)
+
+
+@pytest.mark.slow  # a minute to load the libraries so often
+def test_as_a_user_starts_them(folder: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rankwise", *COMPRESS]
+    done = subprocess.run(
+        [sys.executable, *command, "-o", "started", *OPTIONS], cwd=folder, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.count("written to") == 1
+    same_as_alone(folder, "started")
+
+
+def same_as_alone(folder: Path, output: str) -> None:
     one, several = (content_of(folder / name) for name in ("alone", output))
     assert one.keys() == several.keys()
     assert one["ranks.json"] == several["ranks.json"]
@@ -104,10 +120,7 @@ def test_as_one_process(processes: int, more: list[str], folder: Path) -> None:
 
 def test_refined_block_by_block_by_two(folder: Path) -> None:
     asked = ["--refine", "blocks passes=2 tokens=256", "--allocation", "uniform", "--samples", "200", "--memory", "8GB"]
-    process = start(folder, "refined", 2, *asked)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert out.count("written to") == 1
+    assert finished(folder, "refined", 2, *asked).count("written to") == 1
     before, after = (record["kl"] for record in json.loads((folder / "refined" / "report.json").read_text())["history"][-2:])
     assert after < before
 
@@ -115,9 +128,7 @@ def test_refined_block_by_block_by_two(folder: Path) -> None:
 def test_mlps_are_narrowed_by_two_as_by_one(folder: Path) -> None:
     asked = ["--allocation", "uniform", "--samples", "200", "--neurons", "fewer", "--rate", "0.5"]
     for processes, more in ((1, []), (2, ["--memory", "8GB"])):
-        process = start(folder, f"narrow-{processes}", processes, *asked, *more)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        finished(folder, f"narrow-{processes}", processes, *asked, *more)
     configs = [json.loads((folder / f"narrow-{n}" / "config.json").read_text())["quantization_config"] for n in (1, 2)]
     assert configs[0] == configs[1]
     assert configs[0]["sizes"]
@@ -127,10 +138,11 @@ def test_mlps_are_narrowed_by_two_as_by_one(folder: Path) -> None:
 
 
 def test_what_is_wrong_is_said_once(folder: Path) -> None:
-    process = start(folder, "wrong", 2, "--allocation", "nonsense")
-    out, err = process.communicate()
-    assert (process.returncode, out) == (1, "")  # torchrun's own
+    fork = start(folder, "wrong", 2, "--allocation", "nonsense")
+    out, err = fork.communicate()
+    assert (fork.process.exitcode, out) == (1, "")  # torchrun's own
     assert "error: unknown allocation 'nonsense'" in err
+    assert "error in process" not in err
     assert not list(folder.glob("wrong*"))
 
 
@@ -140,15 +152,15 @@ def test_what_is_wrong_is_said_once(folder: Path) -> None:
 def test_a_dead_process_ends_the_run_which_resumes(
     more: list[str], folder: Path, rankwise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start(folder, "dead", 2, *more)
+    fork = start(folder, "dead", 2, *more)
     run = folder / "dead.run"
     while not list(run.glob("measured/*")):
-        assert process.poll() is None
+        assert fork.process.is_alive()
         time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    workers = subprocess.run(["pgrep", "-P", str(fork.process.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode != 0
+    out, err = fork.communicate()
+    assert fork.process.exitcode == 1
     assert out == ""
     assert not (folder / "dead").exists()
     assert "Signal 9 (SIGKILL)" in err

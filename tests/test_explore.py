@@ -35,13 +35,14 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("asked", ["--rate", "--bits"])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one of a kind", "every"])
 def test_a_point_is_what_its_command_makes(
-    asked: str, explored: Path, rankwise: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str, every: bool, explored: Path, rankwise: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for point in found_in(explored)["points"]:
-        if point["command"] is None or asked not in point["command"]:
-            continue
+    points = [point for point in found_in(explored)["points"] if asked in (point["command"] or "")]
+    assert points
+    for point in points if every else {point["series"]: point for point in points}.values():
         program, *arguments = shlex.split(point["command"])
         assert program == "rankwise"
         finished = rankwise(*arguments)

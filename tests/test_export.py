@@ -9,11 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from architectures import build
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rankwise import bundled, densify
+from rankwise import bundled, compress, densify
 
 AUTO = {"input_ids": dict.fromkeys((0, 1), torch.export.Dim.AUTO)}  # any number of sequences, of any length
 EXAMPLE = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -32,8 +33,12 @@ class Logits(nn.Module):
 
 
 @pytest.fixture
-def model(small_llama: Path) -> nn.Module:
-    return Logits(AutoModelForCausalLM.from_pretrained(small_llama)).eval()
+def model(tmp_path: Path) -> nn.Module:
+    """A tiny Llama of one block, compressed."""
+    windows = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(2))
+    folder, dense = tmp_path / "small", build("llama", num_hidden_layers=1)
+    compress(dense, 0.25, calibration=windows, allocation="uniform", output=folder)
+    return Logits(AutoModelForCausalLM.from_pretrained(folder)).eval()
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +26,8 @@ def test_import_is_light(script: str) -> None:
 
 
 EACH_IN_A_FORK = """
-import os, sys, torch, torch.distributed.tensor, torchao  # most of what transformers takes seconds to import
+import os, sys, torch, torch.distributed.tensor, torchao, huggingface_hub.hf_api, jinja2, PIL.Image, yaml
+# most of what transformers takes seconds to import
 assert "transformers" not in sys.modules
 for script in sys.argv[1:]:
     if not os.fork():
@@ -34,17 +37,44 @@ for script in sys.argv[1:]:
 """
 
 
-def test_whichever_comes_first() -> None:
-    scripts = [
-        f"import rankwise; {REGISTERED}",
-        f"import transformers; import rankwise; {REGISTERED}",
-        f"import transformers.quantizers.auto; import rankwise; {REGISTERED}",
-        f"import rankwise, importlib; importlib.reload(rankwise); {REGISTERED}; importlib.reload(rankwise)",
-        f"import rankwise, sys; del sys.modules['rankwise']; import rankwise; {REGISTERED}",
-        f"import rankwise.cli; {REGISTERED}; import rankwise.integration.quantizer",
-        f"import rankwise; from importlib.util import find_spec; find_spec('transformers.quantizers.auto'); {REGISTERED}",
-    ]
-    process = subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, *scripts], capture_output=True, text=True, check=False)
+OWN_SETTINGS = """
+import logging, os
+from transformers.utils import logging as theirs
+for name in ("torchao", "transformers"):
+    logging.getLogger(name).setLevel(logging.INFO)
+theirs.enable_progress_bar()
+import rankwise, rankwise.cli
+rankwise.compress(os.environ["MODEL"], 0.3, calibration=os.environ["TEXT"], samples=6, length=16, allocation="uniform")
+assert [logging.getLogger(name).level for name in ("torchao", "transformers")] == [logging.INFO] * 2
+assert theirs.is_progress_bar_enabled()
+"""
+ORDERS = [
+    f"import transformers; import rankwise; {REGISTERED}",
+    f"import transformers.quantizers.auto; import rankwise; {REGISTERED}",
+    f"import rankwise, importlib; importlib.reload(rankwise); {REGISTERED}; importlib.reload(rankwise)",
+    f"import rankwise.cli; from importlib.util import find_spec; find_spec('transformers.quantizers.auto'); {REGISTERED}",
+]
+MORE_ORDERS = [
+    f"import rankwise; {REGISTERED}",
+    f"import rankwise, sys; del sys.modules['rankwise']; import rankwise; {REGISTERED}",
+    f"import rankwise.cli; {REGISTERED}; import rankwise.integration.quantizer",
+    f"import rankwise; from importlib.util import find_spec; find_spec('transformers.quantizers.auto'); {REGISTERED}",
+]
+
+
+@pytest.mark.parametrize("scripts", [ORDERS, pytest.param(MORE_ORDERS, marks=pytest.mark.slow)], ids=["few", "more"])
+def test_whichever_comes_first_and_whatever_is_set_before(scripts: list[str], llama: Path, story: Path) -> None:
+    """A library user's own settings are left alone, too."""
+    ours = "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"MODEL": str(llama), "TEXT": str(story)}
+    process = subprocess.run(
+        [sys.executable, "-c", EACH_IN_A_FORK, *scripts, OWN_SETTINGS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (process.returncode, process.stdout) == (0, ""), process.stderr
 
 

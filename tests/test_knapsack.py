@@ -20,7 +20,7 @@ from rankwise.allocation.uniform import Uniform
 from rankwise.layers.lowrank import FORMS
 from rankwise.layers.matrices import Shape
 
-many = settings(max_examples=300, deadline=None)
+many = settings(deadline=None)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_kl_at_hard_masks_for_dropped_components_too(
         kept, dropped = mask.nonzero().flatten().tolist(), (mask == 0).nonzero().flatten().tolist()
         assert kept
         assert dropped or name == DENSE
-        for i in (*kept[:2], *dropped[:2]):
+        for i in (*kept[:1], *dropped[:1]):
             at = F.one_hot(torch.tensor(i), len(mask))
             kl = {s: exact_kl(student, full | {name: mask + s * step * at}).item() for s in (-2, -1, 1, 2)}
             difference = (8 * (kl[1] - kl[-1]) - (kl[2] - kl[-2])) / (12 * step)

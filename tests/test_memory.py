@@ -146,11 +146,11 @@ def test_a_model_in_memory_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:
-    config = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 500}
+    config = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 500}
     build("llama", **config).save_pretrained(tmp_path / "model")
     code = """
 import os, re, torch, rankwise
-windows = torch.arange(60 * 64).view(60, 64) % 500
+windows = torch.arange(30 * 64).view(30, 64) % 500
 def compress():
     return rankwise.compress("model", calibration=windows, options={"value_steps": 0, "rounds": 0, "points": 0})
 os.environ["RANKWISE_MEMORY"] = "1MB"

@@ -58,7 +58,7 @@ FROM_ONE_THAT_GIVES_WAY: Instance = (  # the best plan takes back an exchange
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2 * settings().max_examples, deadline=None)
 @given(instances())
 @example(ON_THE_EDGE)
 @example(FROM_ONE_THAT_GIVES_WAY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ from rankwise.runtime.optimize import JointLinear
 WINDOWS = torch.randint(3, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
 
 
-def compressed(name: str) -> torch.nn.Module:
+def compressed(name: str, **changes: Any) -> torch.nn.Module:
     options = {"allocation": "uniform", "decomposition": "svd"}
-    return rankwise.compress(build(name), 0.3, calibration=WINDOWS, **options).model.eval()
+    return rankwise.compress(build(name, **changes), 0.3, calibration=WINDOWS, **options).model.eval()
 
 
 def joined(model: torch.nn.Module) -> list[str]:
@@ -88,7 +89,7 @@ def test_a_trained_factor_gets_its_gradient() -> None:
 @pytest.mark.parametrize("optimised", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_one_graph(optimised: bool) -> None:
-    model = compressed("llama")
+    model = compressed("llama", num_hidden_layers=1)
     expected = model(input_ids=WINDOWS).logits
     if optimised:
         rankwise.optimize(model)

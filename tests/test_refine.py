@@ -41,7 +41,27 @@ def text(model: PreTrainedModel, windows: int = 60) -> torch.Tensor:
     return model.generate(start, do_sample=True, max_length=32, min_length=32, pad_token_id=0)  # type: ignore[operator]
 
 
-@pytest.fixture(scope="module", params=["llama-gqa-tied", "gpt2", "mixtral"])
+QUICK = {"llama-gqa-tied": "both", "gpt2": "distil", "mixtral": "blocks"}  # a method of each by default
+SLOW = pytest.mark.slow
+one = pytest.mark.parametrize(
+    "original",
+    ["llama-gqa-tied", *(pytest.param(name, marks=SLOW) for name in ("gpt2", "mixtral"))],
+    indirect=True,
+    scope="module",
+)
+both = pytest.mark.parametrize(
+    ("original", "method"),
+    [
+        pytest.param(name, method, id=f"{name}-{kind}", marks=() if QUICK[name] == kind else SLOW)
+        for name in QUICK
+        for kind, method in METHODS.items()
+    ],
+    indirect=["original"],
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
 def original(request: pytest.FixtureRequest) -> PreTrainedModel:
     model = build(request.param)
     for parameter in model.parameters():
@@ -63,7 +83,7 @@ def numbers(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@both
 def test_a_folder_is_nearer_to_the_original_and_of_the_same_size(
     method: str, folder: Path, original: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -79,7 +99,7 @@ def test_a_folder_is_nearer_to_the_original_and_of_the_same_size(
     assert Recipe.read(tmp_path / "out").refine == method
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@both
 def test_compress_refines_before_it_writes(method: str, original: PreTrainedModel, tmp_path: Path) -> None:
     windows = text(original, 120)
     model = copy.deepcopy(original)
@@ -95,6 +115,7 @@ def test_compress_refines_before_it_writes(method: str, original: PreTrainedMode
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
+@one
 def test_the_same_seed_gives_the_same_weights(folder: Path, original: PreTrainedModel) -> None:
     def made(seed: int) -> dict[str, torch.Tensor]:
         asked: dict[str, Any] = {"refine": METHODS["distil"], "calibration": text(original), "seed": seed}
@@ -116,6 +137,7 @@ class _Spoiling:
         return spoiled
 
 
+@one
 def test_what_makes_it_worse_is_taken_back(original: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REFINEMENTS, "spoiling", _Spoiling)
     small = compress(copy.deepcopy(original), 0.3, calibration=text(original), **FAST).model
@@ -128,6 +150,7 @@ def test_what_makes_it_worse_is_taken_back(original: PreTrainedModel, monkeypatc
     assert records[1]["kl"] > records[0]["kl"] == pytest.approx(student.cost(found))
 
 
+@one
 def test_what_serves_one_text_and_harms_another_is_taken_back(original: PreTrainedModel) -> None:
     small = compress(copy.deepcopy(original), 0.3, calibration=text(original), **FAST).model
     assert small is not None
@@ -192,6 +215,7 @@ class _KilledError(Exception):
     pass
 
 
+@one
 def test_a_training_that_is_killed_goes_on_where_it_was(
     original: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +255,7 @@ def test_a_training_that_is_killed_goes_on_where_it_was(
     assert not checkpoint.file.exists()
 
 
+@one
 def test_blocks_that_are_killed_go_on_after_the_last_one_that_was_done(
     folder: Path, original: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +292,7 @@ def test_blocks_refuse_what_does_not_go_block_by_block(tmp_path: Path) -> None:
         compress(model, 0.3, calibration=windows, refine="blocks", **FAST)
 
 
+@one
 def test_a_run_that_is_resumed_reads_what_it_has_learned(
     folder: Path, original: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +318,7 @@ def test_a_run_that_is_resumed_reads_what_it_has_learned(
         ({"refine": "distil, passes"}, "unknown refinement 'passes'"),
     ],
 )
+@one
 def test_a_refinement_that_there_is_not_is_refused_before_the_work(asked: dict[str, Any], said: str, folder: Path) -> None:
     for run in (
         lambda: compress(folder / "nowhere", 0.3, **asked),
@@ -301,6 +328,7 @@ def test_a_refinement_that_there_is_not_is_refused_before_the_work(asked: dict[s
             run()
 
 
+@one
 def test_other_bad_requests(folder: Path, original: PreTrainedModel, tmp_path: Path) -> None:
     windows, other = text(original), build("qwen2")
     other.save_pretrained(tmp_path / "other")
@@ -329,6 +357,7 @@ def test_how_a_text_is_read_goes_with_the_text(llama: Path, story: Path, tmp_pat
     assert compress(llama, 0.2, recipe=made.recipe, calibration=str(story)).recipe.text_column == "text"
 
 
+@one
 def test_a_plan_stops_before_it(original: PreTrainedModel) -> None:
     made = plan(copy.deepcopy(original), 0.3, calibration=text(original), refine="distil", **FAST)
     assert made.recipe is not None

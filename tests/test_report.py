@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -150,6 +149,7 @@ def test_a_page_of_few_bits_counts_bytes(llama: Path, story: Path, tmp_path: Pat
     report = compress(llama, output=tmp_path / "small", **asked).report
     page = Page(tmp_path / "small" / "report.html")
     assert set(page.cells.values()) == {"4 bits"}
+    assert report["costs"]["kl"]["model.embed_tokens"] > 0
     size = report["bytes"]["model"]
     assert f"{100 * (1 - size['compressed'] / size['reference']):.1f}\u202f% smaller" in page.text
     assert "in 4 bits" in page.text
@@ -207,11 +207,8 @@ def test_folders_and_a_contest_side_by_side(folder: Path, old_folder: Path, cont
     assert len(identities) == len(set(identities))
 
 
-def test_evaluation_and_speed_are_added(
-    folder: Path, llama: Path, story: Path, rankwise: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peaks = json.dumps([{"host": 10**9}])  # of a process that takes seconds to start
-    monkeypatch.setattr(subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, 0, peaks))
+@pytest.mark.usefixtures("no_peaks")
+def test_evaluation_and_speed_are_added(folder: Path, llama: Path, story: Path, rankwise: Run, tmp_path: Path) -> None:
     small = shutil.copytree(folder, tmp_path / "small")
     evaluate = ["evaluate", small, "--reference", llama, "--text", story, "--length", "32", "--samples", "4"]
     evaluated = rankwise(*evaluate, "--cache", tmp_path / "cache", "--add-to-report", "--json")

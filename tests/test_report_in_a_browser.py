@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from rankwise import report
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
 
@@ -54,21 +56,22 @@ def opened(browser: Any, file: Path, width: int, scheme: str) -> Iterator[Any]:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_renders(browser: Any, small_llama: Path, width: int, scheme: str) -> None:
-    with opened(browser, small_llama / "report.html", width, scheme) as page:
+def test_renders(browser: Any, small_llama: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    report([small_llama], tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html", width, scheme) as page:
         _is_the_report(page, small_llama, width)
 
 
 def _is_the_report(page: Any, small_llama: Path, width: int) -> None:
-    report = json.loads((small_llama / "report.json").read_text())
-    assert page.evaluate("JSON.parse(document.querySelector('#data').textContent).results") == [report]
+    told = json.loads((small_llama / "report.json").read_text())
+    assert page.evaluate("JSON.parse(document.querySelector('#data').textContent).results") == [told]
     cells = page.eval_on_selector_all("[data-matrix]", "cells => cells.map(cell => [cell.dataset.matrix, cell.textContent])")
-    assert dict(cells) == {name: "dense" if rank is None else str(rank) for name, rank in report["ranks"].items()}
+    assert dict(cells) == {name: "dense" if rank is None else str(rank) for name, rank in told["ranks"].items()}
     charts = page.eval_on_selector_all("svg.chart", "charts => charts.map(chart => chart.getBoundingClientRect().width)")
     assert charts
     assert all(100 < wide <= width for wide in charts)
 
-    name, rank = next((name, rank) for name, rank in report["ranks"].items() if rank is not None)
+    name, rank = next((name, rank) for name, rank in told["ranks"].items() if rank is not None)
     page.click(f'[data-matrix="{name}"]')
     readout = page.text_content(".readout")
     assert name in readout

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Fork, forked
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -21,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from rankwise.testing.allocators import VOCABULARY, tiny_model
 
 KILLS = ((1, 5), (6, 14), (15, 15))  # when so many results are kept: a random number between, and a random moment after it
-SECONDS = 0.3  # of that moment, at most; a whole allocation is longer
+SECONDS = 0.2  # of that moment, at most; a whole allocation is longer
 COMPRESS = ["compress", "model", "--calibration", "text.txt"]
-OPTIONS = ["--rate", "0.3", "--samples", "40", "--length", "16", "--option", "rounds=1", "--option", "value_steps=200"]
+OPTIONS = ["--rate", "0.3", "--samples", "40", "--length", "16", "--option", "rounds=1", "--option", "value_steps=100"]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +36,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(layers=2).save_pretrained(folder / "model")
     numbers = torch.randint(VOCABULARY, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in numbers))
-    assert start(folder, "peace").wait(timeout=120) == 0
+    start(folder, "peace").process.join()
     return folder
 
 
-def start(folder: Path, output: str, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "rankwise", *COMPRESS, "--output", output, *OPTIONS, *more]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(folder: Path, output: str, *more: str) -> Fork:
+    return forked(folder, *COMPRESS, "--output", output, *OPTIONS, *more)
 
 
 @pytest.fixture
@@ -63,14 +61,15 @@ def kept(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
 
 
-def kill(process: subprocess.Popen[bytes], run: Path, results: int, seconds: float) -> None:
+def kill(fork: Fork, run: Path, results: int, seconds: float) -> None:
     """Kill the process some time after it has kept so many results."""
     while len(kept(run)) < results:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert fork.process.is_alive(), "it ended before it could be killed"
         time.sleep(0.005)
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    fork.process.kill()
+    fork.process.join()
+    assert fork.process.exitcode == -signal.SIGKILL
 
 
 def written(output: Path) -> dict[str, bytes]:
@@ -83,8 +82,8 @@ def written(output: Path) -> dict[str, bytes]:
 def test_killed_and_resumed_is_the_same_as_left_in_peace(made: Path, finish_here: Callable[..., None]) -> None:
     rng, run, before = random.Random(0), made / "killed.run", dict[Path, int]()
     for low, high in KILLS:
-        process = start(made, "killed", *(["--resume"] if before else []))
-        kill(process, run, rng.randint(low, high), rng.uniform(0, SECONDS if low == high else 0.01))
+        fork = start(made, "killed", *(["--resume"] if before else []))
+        kill(fork, run, rng.randint(low, high), rng.uniform(0, SECONDS if low == high else 0.01))
         after = kept(run)
         assert before.items() <= after.items()  # nothing was computed twice
         assert not (made / "killed").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,6 @@ def test_trained_is_better_than_uniform(allocator: Allocator) -> None:
     assert parameters(answer.ranks, problem.shapes) <= problem.budget.parameters
     kl, uniform = (student.divergence(a.masks, student.training) for a in (answer, Uniform().allocate(problem)))
     assert kl < 0.9 * uniform
-    again = allocator.allocate(tiny_problem("whitened", 0.3))
-    assert again.ranks == answer.ranks
-    assert again.history == answer.history
+    once, again = (replace(allocator, steps=10).allocate(tiny_problem("whitened", 0.3)) for _ in range(2))  # type: ignore[type-var]
+    assert again.ranks == once.ranks
+    assert again.history == once.history

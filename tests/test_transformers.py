@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import build
+from forks import launched
 from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, pipeline
 from transformers.cache_utils import StaticCache
 
-from rankwise import bundled
+from rankwise import bundled, compress
 
 PROMPT = "def read(self, size):\n    return self."
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -92,9 +92,11 @@ def test_generates_with_either_cache(model: PreTrainedModel, ids: Tensor, cache:
 
 
 @torch.no_grad()
-def test_compiles_without_graph_breaks(small_llama: Path) -> None:
+def test_compiles_without_graph_breaks(tmp_path: Path) -> None:
     """The whole model in one graph, for a prompt and for one token on a static cache; fullgraph makes a break an error."""
-    model, ids = load(small_llama), torch.arange(3, 12)[None]
+    windows = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(0))
+    compress(build("llama", num_hidden_layers=1), 0.3, calibration=windows, allocation="uniform", output=tmp_path / "small")
+    model, ids = load(tmp_path / "small"), torch.arange(3, 12)[None]
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     expected = model(ids).logits
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
@@ -166,7 +168,7 @@ def test_push_to_hub(
 
 
 SHARDED = """
-import os, sys, torch, rankwise
+import torch, rankwise
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -174,7 +176,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 distributed.init_process_group("gloo")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder)
 ids = torch.arange(1, 25).reshape(2, 12)
 whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 wanted = model(ids, labels=ids)
@@ -194,13 +196,16 @@ if distributed.get_rank() == 0:
     assert gathered.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in gathered.items())
 distributed.barrier()
-os._exit(0)  # fully_shard keeps the group's threads alive, and Python's own end aborts where one still holds a tensor
 """
 
 
 def test_fsdp2_shards_the_factors(small_llama: Path, tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, small_llama]
-    finished = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    fork = launched(2, tmp_path, SHARDED, str(small_llama), run=sharing)
+    _, err = fork.communicate()
+    assert fork.process.exitcode == 0, err
+
+
+def sharing(folder: Path, arguments: tuple[str, ...]) -> None:
+    """What each of two processes does: a script and its argument."""
+    script, model = arguments
+    exec(script, {"folder": model})

@@ -80,21 +80,24 @@ def shortage(
     needs = frozenset[str]().union(*(metric_named(metric).NEEDS for metric in metrics))
     writes = isinstance(calibration, str) and calibration == "self"
     trained = [set(refinement.trained(empty, shapes)) for refinement in refinements_named(recipe.refine or "")]
-    phases = _phases(empty, shapes, needs, e, *_text(empty, calibration, recipe, device), trains, writes, trained)
-    if recipe.narrows:  # what is left of MLPs stands beside the original's
-        widest, more = max(shape.in_features for shape in shapes.values()), e * sum(shape.dense for shape in shapes.values())
-        phases = {name: taken + more * (name in ("ranks", "refinement")) for name, taken in phases.items()}
-        phases["narrowing"] = phases["decomposition"] + more + ORDERING * 8 * widest**2
-    computed, fixed = int(SLACK * (max(phases.values()) - held)), memory.resident() + LIBRARIES
-    needed = {"host": fixed + computed}
-    if device.type == "cuda":
-        carried = max(stored - held, moments(empty, shapes, needs))  # weights on their way, moments to the run folder
-        needed = {"gpu": computed, "host": fixed + int(SLACK * carried)}
-    there = memory.there(device)
-    for kind, count in needed.items():
-        if count > there[kind]:
-            return Shortage(count, there[kind], kind == "gpu", memory.promise(there))
-    return None
+    text, there = _text(empty, calibration, recipe, device), memory.there(device)
+    for sites in (shapes.keys(), None):  # as many as matrices at most; which of them share one, a run of the empty model tells
+        totals = moments(empty, shapes, needs, sites)
+        phases = _phases(empty, shapes, needs, totals, e, *text, trains, writes, trained)
+        if recipe.narrows:  # what is left of MLPs stands beside the original's
+            widest, more = max(shape.in_features for shape in shapes.values()), e * sum(shape.dense for shape in shapes.values())
+            phases = {name: taken + more * (name in ("ranks", "refinement")) for name, taken in phases.items()}
+            phases["narrowing"] = phases["decomposition"] + more + ORDERING * 8 * widest**2
+        computed, fixed = int(SLACK * (max(phases.values()) - held)), memory.resident() + LIBRARIES
+        needed = {"host": fixed + computed}
+        if device.type == "cuda":
+            carried = max(stored - held, totals)  # weights on their way, moments to the run folder
+            needed = {"gpu": computed, "host": fixed + int(SLACK * carried)}
+        short = [kind for kind, count in needed.items() if count > there[kind]]
+        if not short:
+            return None
+    kind = short[0]
+    return Shortage(needed[kind], there[kind], kind == "gpu", memory.promise(there))
 
 
 def whole_run(model: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str]) -> int:
@@ -108,10 +111,12 @@ def moments_of(shape: Shape, outputs: bool) -> int:
     return 8 * shape.in_features**2 + 4 * shape.out_features**2 * outputs
 
 
-def moments(empty: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str]) -> int:
-    """Bytes of the second moments of all sites of an empty model."""
-    of_inputs = sum(8 * shapes[site].in_features ** 2 for site in _sites(empty, shapes)) if "input" in needs else 0
-    return of_inputs + ("output" in needs) * sum(4 * shape.out_features**2 for shape in shapes.values())
+def moments(empty: nn.Module, shapes: Mapping[str, Shape], needs: Collection[str], sites: Collection[str] | None = None) -> int:
+    """Bytes of the second moments of all sites of an empty model, or of these sites."""
+    sites = () if "input" not in needs else _sites(empty, shapes) if sites is None else sites
+    return sum(8 * shapes[site].in_features ** 2 for site in sites) + ("output" in needs) * sum(
+        4 * shape.out_features**2 for shape in shapes.values()
+    )
 
 
 def workspace(shape: Shape, outputs: bool) -> int:
@@ -132,6 +137,7 @@ def _phases(
     empty: Any,
     shapes: Mapping[str, Shape],
     needs: Collection[str],
+    totals: int,
     e: int,
     batch: int,
     text: int,
@@ -139,12 +145,12 @@ def _phases(
     writes: bool,
     trained: Collection[Collection[str]],
 ) -> dict[str, int]:
-    """The most bytes that each part of the work holds at once. batch, text: tokens of one, and of all; trained: the matrices that
-    each refinement trains at once."""
+    """The most bytes that each part of the work holds at once. totals: bytes of the moments; batch, text: tokens of one, and of
+    all; trained: the matrices that each refinement trains at once."""
     config = empty.config.get_text_config()
     d, layers = getattr(config, "hidden_size", 1), getattr(config, "num_hidden_layers", 1)
     weights = e * sum(p.numel() for p in empty.parameters())
-    totals, factors = moments(empty, shapes, needs), e * components(shapes)
+    factors = e * components(shapes)
     widest = max(shape.per_rank for shape in shapes.values())
     forward = e * batch * (8 * d + 4 * widest)
     backward, masked = (int(e * batch * numbers_of_a_token(empty, of_components)) for of_components in (0, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,11 @@ from rankwise.layers import experts
 from rankwise.layers.linear import bias_of, holds_matrix, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, layer_class
 from rankwise.layers.quantised import QuantisedLinear, in_bits
+
+
+@functools.cache
+def _held(shape: Shape, rank: int | None, bits: int | None, dtype: torch.dtype) -> int:
+    return sum(tensor.nbytes for tensor in shape.empty(rank, bits, dtype=dtype).state_dict().values())
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,7 @@ class Shape:
     def stored_bytes(self, rank: int | None, bits: int | None, dtype: torch.dtype) -> int:
         """Bytes of the tensors of a layer at `rank`, with `bits` of few bits, floats in `dtype`, without a bias that the
         matrix has anyway."""
-        layer = self.empty(rank, bits, dtype=dtype)
-        return sum(tensor.nbytes for tensor in layer.state_dict().values()) + (rank is not None) * self.added * dtype.itemsize
+        return _held(self, rank, bits, dtype) + (rank is not None) * self.added * dtype.itemsize
 
     @property
     def layer_class(self) -> Any:

@@ -38,7 +38,9 @@ class QuantisedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.register_buffer("codes", pack(torch.zeros(out_features, in_features, dtype=torch.int8, device=device), bits))
+        packed = (out_features, in_features) if bits == BYTE else (out_features, bits, -(-in_features // BYTE))
+        kind = torch.int8 if bits == BYTE else torch.uint8
+        self.register_buffer("codes", torch.zeros(packed, dtype=kind, device=device))
         groups = -(-in_features // group_of(bits, in_features))
         self.register_buffer("scales", torch.zeros(out_features, groups, device=device, dtype=dtype))
         self.register_parameter(
