@@ -14,7 +14,7 @@ from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.llrc import LLRC
 from rankwise.allocation.plan import Budget, Shapes
 from rankwise.calibration.batches import first_tokens
-from rankwise.calibration.moments import Moments, Statistics
+from rankwise.calibration.moments import Collected, Moments
 from rankwise.calibration.signal import frozen, signal_of
 from rankwise.decomposition.metric import metric_named, orders_neurons
 from rankwise.errors import RankwiseError
@@ -23,7 +23,7 @@ from rankwise.layers.neurons import Mlp, find_mlps
 from rankwise.layers.precision import widened
 from rankwise.masks.student import Layers, Student
 from rankwise.run_folder import digest
-from rankwise.slicing import Collected, Setting, chosen_neurons, narrow_layer, sizes_on_offer
+from rankwise.slicing import Setting, chosen_neurons, narrow_layer, sizes_on_offer
 from rankwise.stages import Run, decompose_all, kept_in
 
 
@@ -40,9 +40,7 @@ class Place(Protocol):
         narrower MLPs."""
         ...
 
-    def student(
-        self, run: Run, student: Student, statistics: Callable[[str], Moments], metric: str, originals: Layers
-    ) -> Student:
+    def student(self, run: Run, student: Student, statistics: Collected, metric: str, originals: Layers) -> Student:
         """The student of the run with narrower MLPs. statistics: of the matrices in `originals`, which are decomposed again."""
         ...
 
@@ -64,13 +62,10 @@ class _InMemory:
         self.run.model.set_submodule(name, layer)
         return before
 
-    def student(
-        self, run: Run, student: Student, statistics: Callable[[str], Moments], metric: str, originals: Layers
-    ) -> Student:
-        moments = {name: statistics(name) for name in originals}
+    def student(self, run: Run, student: Student, statistics: Collected, metric: str, originals: Layers) -> Student:
         shapes = {name: run.shapes[name] for name in originals}
         with widened(run.model):
-            again = decompose_all(replace(run, shapes=shapes), Statistics({n: n for n in moments}, moments, moments), metric)
+            again = decompose_all(replace(run, shapes=shapes), statistics, metric)
         decompositions = {name: again.get(name) or student.decompositions[name] for name in run.shapes}
         return replace(student, decompositions=decompositions, kept=kept_in(run, metric), originals=originals)
 
@@ -108,10 +103,7 @@ def narrowed(
     shapes = {name: Shape.of(run.model.get_submodule(name), shape.form) for name, shape in run.shapes.items()}
     parts = {name: mlp.parts if name != mlp.down else 1 for name, mlp in mlp_of.items()}
     narrow = replace(run, shapes=shapes, identity=identity, narrow=parts)
-
-    def of_the_kept(name: str) -> Moments:
-        return _of_the_kept(statistics.of(name), mlp_of[name], name, kept[mlp_of[name].down])
-
+    of_the_kept = _OfTheKept(statistics, mlp_of, kept)
     return narrow, place.student(narrow, student, of_the_kept, metric, originals)
 
 
@@ -181,15 +173,25 @@ def mlps_of(run: Run, budget: Budget, place: Place) -> list[Mlp]:
     return find_mlps(run.model, [name for name in run.shapes if name not in budget.settled], place.at)
 
 
-def _of_the_kept(moments: Moments, mlp: Mlp, name: str, kept: Tensor) -> Moments:
-    """What was collected of the neurons that stay."""
-    rows = kept if name == mlp.down else mlp.rows(kept)
+@dataclass(frozen=True)
+class _OfTheKept:
+    """What was `collected` of the neurons that stay, made when it is asked for: all at once it would be as much again. kept: by
+    the last matrix of each MLP."""
 
-    def part(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        at = rows.to(value.device)
-        return value[at][:, at] if value.ndim == 2 else value[at]
+    collected: Collected
+    mlp_of: Mapping[str, Mlp]
+    kept: Mapping[str, Tensor]
 
-    names = ("input", "absolute", "total", "fisher") if name == mlp.down else ("output",)
-    return replace(moments, **{name: part(getattr(moments, name)) for name in names})
+    def of(self, matrix: str) -> Moments:
+        mlp, moments = self.mlp_of[matrix], self.collected.of(matrix)
+        kept = self.kept[mlp.down]
+        rows = kept if matrix == mlp.down else mlp.rows(kept)
+
+        def part(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            at = rows.to(value.device)
+            return value[at][:, at] if value.ndim == 2 else value[at]
+
+        names = ("input", "absolute", "total", "fisher") if matrix == mlp.down else ("output",)
+        return replace(moments, **{name: part(getattr(moments, name)) for name in names})

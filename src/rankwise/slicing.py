@@ -1,16 +1,15 @@
 """How many hidden neurons each MLP keeps, beside low rank everywhere else.
 
 What a way of writing some matrices costs is predicted from its squared error in the metric's norm: KL = c error, where c hardly
-depends on the error, but of an MLP on the block and on the family, ranks or neurons, so that it is measured once for each; of the
-matrices beside MLPs it is much the same (`benchmarks/forms.py`). So an MLP's sizes and the ranks of its matrices are weighed on
-one scale.
+depends on the error, but on the block and on the family, ranks or neurons, so that it is measured once for each
+(`benchmarks/forms.py`). So an MLP's sizes and the ranks of its matrices are weighed on one scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from rankwise.allocation.multiple_choice import Floats, solve
 from rankwise.allocation.offer import tail_of
 from rankwise.allocation.plan import Budget, Ranks, Shapes, options
 from rankwise.calibration.batches import first_tokens
-from rankwise.calibration.moments import Moments
+from rankwise.calibration.moments import Collected, Moments
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
@@ -40,16 +39,7 @@ from rankwise.stages import Run
 
 POINT = 0.3  # of its parameters removed, where each family is measured
 MEASURED, LEAST_MEASURED = 2**13, 2**7  # tokens through all groups together, and through each
-OTHERS = 4  # groups beside MLPs that are measured
 EXCHANGES = np.geomspace(1e-3, 1e3, 48)  # of error for parameters, relative to all of a group's
-
-
-class Collected(Protocol):
-    """What was collected of matrices."""
-
-    def of(self, matrix: str) -> Moments:
-        """The moments of a matrix."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -176,26 +166,21 @@ def _low_rank(shapes: Mapping[str, Shape], tails: Mapping[str, Floats], multiple
 
 
 def _priced(setting: Setting, groups: Sequence[_Group]) -> list[Floats]:
-    """What each way of each group costs, nats per token; the same for every budget with the same matrices settled. Groups
-    beside MLPs have the median c of a few of them."""
+    """What each way of each group costs, nats per token; the same for every budget with the same matrices settled."""
     run, budget = setting.run, setting.budget
-    others = [group for group in groups if group.mlp is None]
-    some = others[:: max(1, len(others) // OTHERS)]
-    asked = [group for group in groups if group.mlp is not None] + some
-    few = first_tokens(setting.student.selection, max(LEAST_MEASURED, MEASURED // len(asked)))
+    few = first_tokens(setting.student.selection, max(LEAST_MEASURED, MEASURED // len(groups)))
 
     def measure() -> dict[str, Tensor]:
-        measured = progress(asked, "measuring MLPs and the rest")
+        measured = progress(groups, "measuring MLPs and the rest")
         return {group.names[0]: torch.tensor(_factors(setting, group, few)) for group in measured}
 
     key = digest(run.identity, setting.metric, budget.multiple, budget.settled, *setting.costs.items())
     found = run.folder.together("neurons/measured", key, measure)
-    usual = np.median([found[group.names[0]].numpy() for group in some] or np.zeros((1, 2)), axis=0)
-    prices = []
-    for group in groups:
-        ranks, gone = found[group.names[0]].numpy() if group.mlp is not None else usual
-        prices.append(np.array([ranks * way.error + gone * way.gone for way in group.ways]))
-    return prices
+    return [_costs(group, *found[group.names[0]].tolist()) for group in groups]
+
+
+def _costs(group: _Group, of_ranks: float, of_neurons: float) -> Floats:
+    return np.array([of_ranks * way.error + of_neurons * way.gone for way in group.ways])
 
 
 def _factors(setting: Setting, group: _Group, text: Sequence[Batch]) -> list[float]:

@@ -23,7 +23,7 @@ from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.batches import batches_of, refuse_without_gradients
 from rankwise.calibration.chat import Conversation, conversation, count_conversations, opening
 from rankwise.calibration.data import Data, listed
-from rankwise.calibration.moments import Moments, Statistics, collect
+from rankwise.calibration.moments import Collected, Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import Batch, own_windows, refuse_mute, windows_asked, windows_of
@@ -262,7 +262,7 @@ def kept_ranks(model: PreTrainedModel, shapes: Shapes, recipe: Recipe) -> Ranks:
     return {name: ranks[name] for name in shapes if name in ranks}
 
 
-def decompose_all(run: Run, statistics: Statistics, metric: str) -> dict[str, Decomposition]:
+def decompose_all(run: Run, statistics: Collected, metric: str) -> dict[str, Decomposition]:
     """Every matrix in the named metric: computed in float64, the factors kept in the model's dtype, on its device."""
     chosen, key = metric_named(metric), decomposition_key(run.identity, metric)
 

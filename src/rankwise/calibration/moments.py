@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,14 @@ class Moments:
     def holds(self, needs: Collection[str]) -> bool:
         """Whether every moment in `needs` was collected, from one token at least; text or gradients may not have reached it."""
         return self.count > 0 and all(getattr(self, need) is not None for need in needs)
+
+
+class Collected(Protocol):
+    """What was collected of matrices, wherever it is."""
+
+    def of(self, matrix: str) -> Moments:
+        """The moments of a matrix."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from rankwise import distributed
-from rankwise.calibration.moments import Moments
+from rankwise.calibration.moments import Collected
 from rankwise.decomposition.solver import Decomposition
 from rankwise.layers.linear import empty_like, weight_of
 from rankwise.masks.student import Layers, Student
@@ -51,14 +51,12 @@ class OnDisk:
         stream.run.model.set_submodule(name, narrower)
         return original
 
-    def student(
-        self, run: Run, student: Student, statistics: Callable[[str], Moments], metric: str, originals: Layers
-    ) -> Student:
+    def student(self, run: Run, student: Student, statistics: Collected, metric: str, originals: Layers) -> Student:
         """As of `Place`."""
         stream = replace(self.stream, run=run)
         for name in progress(distributed.dealt(list(originals)), "decomposing"):
             with stream.blocks.loaded([f"{name}.weight"]):
-                decompose_one(run, metric, name, statistics(name))
+                decompose_one(run, metric, name, statistics.of(name))
         distributed.wait()
         assert isinstance(student, StreamedStudent)
         again: Mapping[str, Decomposition] = stored_in(run, metric, originals)  # type: ignore[assignment]  # the same tensors
