@@ -168,8 +168,10 @@ def test_the_figures_of_forms_are_those_that_were_measured() -> None:
     lines = [line for line in section.splitlines() if line.startswith("| ") and "(" in line]
     fewer = "pivoted, and MLPs with fewer neurons"
     for (way, allocation), line in zip((("pivoted", "llrc:quick"), (fewer, "llrc:quick"), (fewer, "llrc")), lines, strict=True):
-        cells = re.findall(r"([\d.]+)\*{0,2} \(([\d.]+)\)", line)
-        for rate, (kl, perplexity) in zip((0.1, 0.2, 0.3, 0.4), cells, strict=True):
+        cells = [re.findall(r"([\d.]+)\*{0,2} \(([\d.]+)\)|(not run)", cell)[0] for cell in line.split("|")[2:-1]]
+        for rate, (kl, perplexity, not_run) in zip((0.1, 0.2, 0.3, 0.4), cells, strict=True):
+            if not_run:
+                continue
             row = next(r for r in found if (r["way"], r["allocation"], r["rate"]) == (way, allocation, rate))
             assert float(kl) == pytest.approx(row["kl"]["WikiText-2"], abs=5.1e-4), (way, allocation, rate)
             assert float(perplexity) == pytest.approx(row["perplexity"]["WikiText-2"], rel=5e-3), (way, allocation, rate)
