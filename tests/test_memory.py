@@ -65,6 +65,8 @@ def test_all_neurons_stay_where_fewer_do_not_fit_in_memory(
     assert report["recipe"]["memory"] is None
     (line,) = lines_with("GB", caplog.text)
     assert "all neurons stay" in line
+    with pytest.raises(RankwiseError, match="needs about"):  # its points have fewer
+        explore(deep, rates=[0.2], bits=[], output=tmp_path / "explored", **asked)
 
 
 def test_it_goes_block_by_block_by_itself(

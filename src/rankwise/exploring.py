@@ -118,7 +118,8 @@ def explore(
     documents = {name: read_judging_text(name, *reading) for name in texts}
     output = Path(output)
     refuse_taken(output, overwrite=True)
-    short = shortage(model, recipe.calibration, recipe, [METRIC], trains=True)
+    held = recipe.model_copy(update={"neurons": FEWER if rates else ALL})
+    short = shortage(model, recipe.calibration, held, [METRIC], trains=True)
     if short is not None:
         raise short.refusal("compress goes block by block, one point at a time")
     clock = Clock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -36,8 +35,6 @@ from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.schema import Report
 from rankwise.stages import Calibration
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
