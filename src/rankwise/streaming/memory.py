@@ -142,7 +142,8 @@ def no_room_for_fewer_neurons(
     kept = sum(moments_of(s, outputs) for s in shapes.values() if s.out_features != s.in_features)  # those of MLPs, and some more
     needed = kept + e * components(shapes)
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    if needed > (free := disk_usage(there).free):
+    found = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # of the run that goes on
+    if needed > (free := disk_usage(there).free + found):
         return f"fewer neurons need {gigabytes(needed)} beside the output for a while, {gigabytes(free)} are free there"
     return None
 
