@@ -37,8 +37,9 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.calibration.batches import batches_of
+from rankwise.calibration.own_text import own_windows
 from rankwise.calibration.signal import frozen, signal_of
-from rankwise.calibration.tokens import Batch, sampled_windows, windows_of
+from rankwise.calibration.tokens import Batch, windows_of
 from rankwise.contest import hold_contest
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.protocols import read_judging_text
@@ -92,7 +93,7 @@ def own_text(folder: Path, file: Path) -> Path:
     if not file.exists():
         model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
         with frozen(model):
-            windows = sampled_windows(model, LENGTH, 64, seed=1)
+            windows = own_windows(model, LENGTH, 64, seed=1)
         rows = (json.dumps({"text": tokenizer.decode(window)}) for window in windows.tolist())
         file.write_text("\n".join(rows) + "\n")
     return file

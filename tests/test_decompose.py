@@ -21,8 +21,8 @@ TEXT = ["--samples", "10", "--length", "32"]
 
 
 @pytest.fixture(scope="module")
-def artifact(llama: Path, story: Path) -> Path:
-    folder = llama.with_name("artifact")
+def artifact(llama: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decomposed") / "artifact"
     rankwise.decompose(llama, folder, calibration=str(story), samples=10, length=32)
     return folder
 

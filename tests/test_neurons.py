@@ -153,9 +153,9 @@ def run(rankwise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def lazy_llama(llama: Path) -> Path:
+def lazy_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama, every other neuron of which is hardly heeded."""
-    folder = Path(shutil.copytree(llama, llama.with_name("lazy-llama")))
+    folder = Path(shutil.copytree(llama, tmp_path_factory.mktemp("lazy") / "llama"))
     lazy("llama", 0.3).save_pretrained(folder)
     return folder
 

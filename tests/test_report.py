@@ -261,12 +261,12 @@ def test_the_command_makes_it_again(folder: Path, rankwise: Run, tmp_path: Path,
     assert {**again, "options": None} == {**before, "options": None}
 
 
-def test_a_text_in_memory_has_no_command(llama: Path) -> None:
+def test_a_text_in_memory_has_no_command(llama: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     windows = torch.randint(3, 60, (12, 16), generator=torch.Generator().manual_seed(0))
     result = compress(model, 0.3, calibration=windows, allocation="uniform")
-    result.save(llama.with_name("from-windows"))
-    page = Page(llama.with_name("from-windows") / "report.html")
+    result.save(tmp_path / "small")
+    page = Page(tmp_path / "small" / "report.html")
     assert "no command makes it again" in page.text
     assert result.report["samples"] == []  # no tokenizer
     assert "How they write" not in page.text

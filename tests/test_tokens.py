@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rankwise import RankwiseError
 from rankwise.calibration import pieces
-from rankwise.calibration.tokens import sampled_windows, windows_of
+from rankwise.calibration.own_text import own_windows
+from rankwise.calibration.tokens import windows_of
 from rankwise.testing.allocators import VOCABULARY, tiny_model
 
 LENGTH = 8
@@ -127,7 +128,7 @@ def test_a_model_writes_on_past_the_end_of_text_whatever_its_generation_config_s
     ends = [*range(2, VOCABULARY)]
     own = GenerationConfig(bos_token_id=1, eos_token_id=ends, temperature=1e-3, top_k=1, max_new_tokens=3, do_sample=True)
     monkeypatch.setattr(model, "generation_config", own)
-    got = sampled_windows(model, LENGTH, samples, seed=0)
+    got = own_windows(model, LENGTH, samples, seed=0)
     assert model.generation_config is own
     assert got.shape == (samples, LENGTH)
     assert (got[:, 0] == 1).all()
@@ -138,11 +139,11 @@ def test_a_model_writes_on_past_the_end_of_text_whatever_its_generation_config_s
 def test_what_a_model_writes_is_drawn_by_the_seed_alone() -> None:
     model = tiny_model()
     state = torch.random.get_rng_state()
-    first = sampled_windows(model, LENGTH, 4, seed=3)
+    first = own_windows(model, LENGTH, 4, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(7)
-    assert torch.equal(sampled_windows(model, LENGTH, 4, seed=3), first)
-    assert not torch.equal(sampled_windows(model, LENGTH, 4, seed=4), first)
+    assert torch.equal(own_windows(model, LENGTH, 4, seed=3), first)
+    assert not torch.equal(own_windows(model, LENGTH, 4, seed=4), first)
 
 
 def test_few_windows_of_a_long_text_come_from_many_places() -> None:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from rankwise import slicing
+from rankwise.allocation.llrc import LLRCQuick
 from rankwise.calibration.batches import first_tokens
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import divergence, frozen, signal_of
@@ -29,6 +30,7 @@ BACK = 1.5  # what a pass back costs, of a pass forward
 MOMENTS = 1.6  # what adding them up makes of a pass
 SOLVED = 1.5e10  # operations of a decomposition a second
 LATER = 0.55  # of a model, that a measurement of one matrix runs
+FOUND = 0.1  # of its time: a stage that took less found its result from an earlier run, and tells nothing of the pace
 
 
 @dataclass
@@ -55,7 +57,8 @@ class Estimate:
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
-        read = allocator.reads(data.training, data.selection, matrices) if hasattr(allocator, "reads") else (0.0, 0.0)
+        asks = hasattr(allocator, "reads") and not (narrows and isinstance(allocator, LLRCQuick))
+        read = allocator.reads(data.training, data.selection, matrices) if asks else (0.0, 0.0)
         refining = [sum(parts) for parts in zip((0.0, 0.0), *(r.reads(data.training) for r in refinements), strict=True)]
         second = _seconds_of_a_token(run)
         solving = sum(s.full_rank**2 * (9 * s.full_rank + 6 * max(s.out_features, s.in_features)) for s in run.shapes.values())
@@ -76,7 +79,8 @@ class Estimate:
 
     def __str__(self) -> str:
         """What is left, in hours and minutes, the part of each stage in brackets."""
-        pace = sum(self.taken.values()) / (sum(self.expected[stage] for stage in self.taken) or 1) if self.taken else 1.0
+        worked = [stage for stage, seconds in self.taken.items() if seconds > FOUND * self.expected[stage]]
+        pace = sum(self.taken[stage] for stage in worked) / sum(self.expected[stage] for stage in worked) if worked else 1.0
         left = {stage: pace * seconds for stage, seconds in self.expected.items() if stage not in self.taken}
         parts = ", ".join(f"{stage} {tqdm.format_interval(seconds)}" for stage, seconds in left.items() if seconds >= 1)
         return f"about {tqdm.format_interval(sum(left.values()))} to go" + (f" ({parts})" if parts else "")

@@ -192,7 +192,7 @@ def _next_per_cent(ground: Ground, budget: Budget, masks: Masks) -> dict[str, fl
     run, student = ground.run, ground.student
     spectra = {name: d.spectrum for name, d in student.decompositions.items()}
     with student.widened():
-        prices = LLRCQuick().prices(Problem(run.shapes, spectra, budget, student))
+        prices = LLRCQuick().prices(Problem(run.shapes, spectra, budget, student, levels=run.levels))
     return {name: price_of_next(shape, prices[name], masks[name]) for name, shape in run.shapes.items()}
 
 
@@ -312,7 +312,7 @@ class _Reading:
         """Tokens forward and back."""
         forward, back = LLRCQuick().reads(training, selection, matrices)
         forward += Mixed(**MIXED_OPTIONS).reads(training, selection, matrices)[0]
-        forward += (2 * self.rates + 3 * self.sizes) * tokens_in(selection)
+        forward += 3 * self.sizes * tokens_in(selection)
         return forward + (1 + self.rates + 3 * self.sizes) * self.judged, back
 
 

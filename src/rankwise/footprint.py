@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from rankwise import memory
 from rankwise.calibration.batches import numbers_of_a_token, room_for_a_batch, sides
 from rankwise.calibration.moments import GRADIENTS, find_sites
+from rankwise.calibration.own_text import written_at_once
 from rankwise.calibration.signal import LOGITS_AT_ONCE, PROBE, device_of
-from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of, windows_asked, written, written_at_once
+from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of, windows_asked, written
 from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_config, resolve_device, skeleton

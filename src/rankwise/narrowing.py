@@ -89,8 +89,11 @@ def narrowed(
         mlps = {mlp.down: mlp for mlp in mlps_of(run, budget, place)}
         if sizes:
             kept = {down: sizes_on_offer(setting, mlps[down]).kept(sizes[down]) for down in sizes if down in mlps}
+        elif mlps:
+            kept, levels = chosen_neurons(setting, mlps.values())
+            run = replace(run, levels=levels)
         else:
-            kept = chosen_neurons(setting, mlps.values()) if mlps else {}
+            kept = {}
     if not kept:
         return run, student
     identity = digest(run.identity, *kept.items())

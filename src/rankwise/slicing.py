@@ -34,11 +34,12 @@ from rankwise.layers.matrices import Shape
 from rankwise.layers.neurons import Mlp
 from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
-from rankwise.run_folder import digest
+from rankwise.run_folder import as_notes, digest, notes_in
 from rankwise.stages import Run
 
 POINT = 0.3  # of its parameters removed, where each family is measured
 MEASURED, LEAST_MEASURED = 2**13, 2**7  # tokens through all groups together, and through each
+COMPARED = 2**10  # through the model with fewer neurons, and through the one without
 EXCHANGES = np.geomspace(1e-3, 1e3, 48)  # of error for parameters, relative to all of a group's
 
 
@@ -76,13 +77,17 @@ class _Group:
     slices: Slices | None = None
 
 
-def chosen_neurons(setting: Setting, mlps: Collection[Mlp]) -> dict[str, Tensor]:
-    """The neurons that stay, by the last matrix of each MLP that is better off with fewer."""
+def chosen_neurons(setting: Setting, mlps: Collection[Mlp]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The neurons that stay, by the last matrix of each MLP that is better off with fewer; and for each matrix what a squared
+    error of its rank costs, nats per token."""
     run, budget, costs = setting.run, setting.budget, setting.costs
 
     def choose() -> dict[str, Tensor]:
         groups = _groups(setting, mlps)
-        prices = _priced(setting, groups)
+        factors = _measured(setting, groups)
+        prices = [_costs(group, *factor) for group, factor in zip(groups, factors, strict=True)]
+        levels = {name: factor[0] for group, factor in zip(groups, factors, strict=True) for name in group.names}
+        found = as_notes({"levels": levels})
         within = budget.of_others(costs).parameters
         every = _solved(groups, prices, within)
         alone = _solved(
@@ -90,16 +95,19 @@ def chosen_neurons(setting: Setting, mlps: Collection[Mlp]) -> dict[str, Tensor]
             [price[[way.size is None for way in group.ways]] for group, price in zip(groups, prices, strict=True)],
             within,
         )
-        kl = [setting.student.cost(_written(setting, groups, ways)) for ways in (every, alone)]
+        few = first_tokens(setting.student.selection, COMPARED)
+        kl = [setting.student.cost(_written(setting, groups, ways), few) for ways in (every, alone)]
         if kl[0] >= kl[1] and sum(way.cost for way in alone) <= within:
-            return {}
-        return {
+            return found
+        return found | {
             group.mlp.down: group.slices.kept(way.size)
             for group, way in zip(groups, every, strict=True)
             if way.size is not None and group.mlp is not None and group.slices is not None
         }
 
-    return run.folder.together("neurons", digest(run.identity, setting.metric, budget, *costs.items()), choose)
+    saved = run.folder.together("neurons/chosen", digest(run.identity, setting.metric, budget, *costs.items()), choose)
+    levels: dict[str, float] = notes_in(saved)["levels"]
+    return {down: kept for down, kept in saved.items() if down in run.shapes}, levels
 
 
 def _groups(setting: Setting, mlps: Collection[Mlp]) -> list[_Group]:
@@ -165,8 +173,8 @@ def _low_rank(shapes: Mapping[str, Shape], tails: Mapping[str, Floats], multiple
     return list(ways.values())
 
 
-def _priced(setting: Setting, groups: Sequence[_Group]) -> list[Floats]:
-    """What each way of each group costs, nats per token; the same for every budget with the same matrices settled."""
+def _measured(setting: Setting, groups: Sequence[_Group]) -> list[list[float]]:
+    """`_factors` of every group, the same for every budget with the same matrices settled."""
     run, budget = setting.run, setting.budget
     few = first_tokens(setting.student.selection, max(LEAST_MEASURED, MEASURED // len(groups)))
 
@@ -176,10 +184,11 @@ def _priced(setting: Setting, groups: Sequence[_Group]) -> list[Floats]:
 
     key = digest(run.identity, setting.metric, budget.multiple, budget.settled, *setting.costs.items())
     found = run.folder.together("neurons/measured", key, measure)
-    return [_costs(group, *found[group.names[0]].tolist()) for group in groups]
+    return [found[group.names[0]].tolist() for group in groups]
 
 
 def _costs(group: _Group, of_ranks: float, of_neurons: float) -> Floats:
+    """What each way of the group costs, nats per token."""
     return np.array([of_ranks * way.error + of_neurons * way.gone for way in group.ways])
 
 

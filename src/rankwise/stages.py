@@ -24,9 +24,10 @@ from rankwise.calibration.batches import batches_of, refuse_without_gradients
 from rankwise.calibration.chat import Conversation, conversation, count_conversations, opening
 from rankwise.calibration.data import Data, listed
 from rankwise.calibration.moments import Collected, Moments, Statistics, collect
+from rankwise.calibration.own_text import own_windows, refuse_mute
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.text import read_documents
-from rankwise.calibration.tokens import Batch, own_windows, refuse_mute, windows_asked, windows_of
+from rankwise.calibration.tokens import Batch, windows_asked, windows_of
 from rankwise.decomposition.metric import decompose_in, is_affine, metric_named
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
@@ -63,7 +64,8 @@ class Run:
     """A dense model ready to be compressed, its calibration text, and where results are kept.
 
     identity: the digest of all that statistics depend on. narrow: matrices that are smaller than the original's, and in how many
-    parts their outputs lie, each with its own (a gate's and the others').
+    parts their outputs lie, each with its own (a gate's and the others'). levels: what a squared error of each matrix in the
+    metric's norm costs, nats per token, where it was measured.
     """
 
     model: PreTrainedModel
@@ -77,6 +79,7 @@ class Run:
     identity: str
     seed: int
     narrow: dict[str, int] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, list[int]]:
@@ -326,11 +329,17 @@ def allocate(
 
     def choose() -> dict[str, Tensor]:
         spectra = {name: d.spectrum for name, d in student.decompositions.items()}
-        asked, problem = student, Problem(costs, spectra, budget, student, offers or {})
+        asked, problem = student, Problem(costs, spectra, budget, student, offers or {}, run.levels)
         if settled:
             asked = replace(student, decompositions={n: d for n, d in student.decompositions.items() if n not in settled})
             others = {name: shape for name, shape in costs.items() if name not in settled}
-            problem = Problem(others, {name: spectra[name] for name in others}, budget.of_others(costs), asked)
+            problem = replace(
+                problem,
+                shapes=others,
+                spectra={name: spectra[name] for name in others},
+                budget=budget.of_others(costs),
+                student=asked,
+            )
         before, since = dict(asked.effort), time.perf_counter() + asked.spared
         chosen = allocator.allocate(problem)
         effort = {"seconds": round(time.perf_counter() + asked.spared - since, 2)}
@@ -340,7 +349,7 @@ def allocate(
         return notes | {name: mask for name, mask in masks.items() if mask is not None}
 
     offered = [(name, offer.ways, offer.bytes.tolist(), offer.errors.tolist()) for name, offer in (offers or {}).items()]
-    key = digest(run.identity, *costs.items(), metric, allocator, budget, *offered)
+    key = digest(run.identity, *costs.items(), metric, allocator, budget, *offered, run.levels)
     saved = run.folder.together("allocation", key, choose)
     masks = {name: saved.get(name) for name in run.shapes}
     ranks = {name: None if mask is None or is_whole(mask) else int(mask.count_nonzero()) for name, mask in masks.items()}

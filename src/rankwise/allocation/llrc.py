@@ -1,10 +1,11 @@
 """LLRC, our preset: ranks learned by gradient at the hard masks, then the kept masks' values.
 
-1. Start: the best of three plans of a knapsack with the dense option: on prices from one backward pass (mask Fisher, exact to
-   second order), on the metric's spectrum, brought to nats by the mask Fisher (of few sequences the better estimate), and on a
-   measured KL per matrix at three ranks (`kl_knapsack.py`, right about large errors).
-2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with the better
-   of the first two prices as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
+1. Start: the best of four plans of a knapsack with the dense option: on prices from one backward pass (mask Fisher, exact to
+   second order), on the metric's spectrum (of few sequences the better estimate), brought to nats by the mask Fisher, or by the
+   KL of large errors where that is measured already, on the geometric mean of both, and on a measured KL per matrix at three
+   ranks (`kl_knapsack.py`, right about large errors).
+2. Rounds: the gradient of KL(original || student) with respect to every mask weight, at the current hard masks, with the best
+   of the first three prices as curvature, prices each component as a Newton step would: keeping component i (mask 1) is worth
    -g_i + h_i, adding a dropped one (mask 0) is worth -g_i - h_i. Prices move towards these worths and go to the knapsack again:
    the budget is met exactly at each step, and no penalty weight has to be tuned. Of several steps (the worths are good only
    nearby) the one with the least KL on the selection text is taken; when none lowers it by 1 %, the rounds end. So the result
@@ -100,7 +101,7 @@ class LLRC:
         return Allocation(best.chosen.ranks, masks, history)
 
     def prices(self, problem: Problem) -> Prices:
-        """What dropping each component costs, by the better of the first two starts."""
+        """What dropping each component costs, by the best of the first three starts."""
         fisher = problem.student.fisher(next(self._parts(problem.student.training)))
         return min(_priced_plans(problem, fisher), key=lambda plan: plan.kl).prices
 
@@ -109,7 +110,7 @@ class LLRC:
         part, values = self._part(training), self._value_training(training)
         back = MASKED * (1 + self.rounds) * part + values.steps * values.tokens
         forward = back + self.rounds * part + values.tokens * values.steps  # the teacher's
-        forward += (len(STEPS) * self.rounds + 4) * tokens_in(selection)
+        forward += (len(STEPS) * self.rounds + 5) * tokens_in(selection)
         if (by_measuring := self._measuring(training, matrices)) is not None:
             forward += by_measuring.reads(training, selection, matrices)[0]
         return forward, back
@@ -143,11 +144,20 @@ class LLRC:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRCQuick(LLRC):
-    """The better of the first two starts and nothing else: where time is short, it is better spent on more text."""
+    """The best of the first three starts and nothing else, or the spectrum where its KL is measured already: where time is short,
+    it is better spent on more text."""
 
     points: NonNegativeInt | None = 0
     rounds: NonNegativeInt = 0
     value_steps: NonNegativeInt | None = 0
+
+    def allocate(self, problem: Problem) -> Allocation:
+        """The selection with the least KL on the selection text, or the only one."""
+        return choose(problem, self.prices(problem)) if problem.levels else super().allocate(problem)
+
+    def prices(self, problem: Problem) -> Prices:
+        """What dropping each component costs, by the best start."""
+        return measured_in_nats(problem) if problem.levels else super().prices(problem)
 
 
 class _Plan(NamedTuple):
@@ -173,9 +183,16 @@ class _Plan(NamedTuple):
 
 
 def _priced_plans(problem: Problem, fisher: Prices) -> list[_Plan]:
-    """The first two starts."""
-    starts = {"mask Fisher": fisher, "the spectrum": in_nats(problem.spectra, fisher)}
+    """The first three starts."""
+    spectrum = measured_in_nats(problem) if problem.levels else in_nats(problem.spectra, fisher)
+    both = {name: (spectrum[name] * price).sqrt() for name, price in fisher.items()}
+    starts = {"mask Fisher": fisher, "the spectrum": spectrum, "both": both}
     return [_Plan.of(f"start by {name}", problem, prices) for name, prices in starts.items()]
+
+
+def measured_in_nats(problem: Problem) -> Prices:
+    """What dropping each component costs by the metric, sigma^2, in nats: as much as such errors were measured to cost."""
+    return {name: problem.levels[name] * spectrum.double().cpu().square() for name, spectrum in problem.spectra.items()}
 
 
 def in_nats(spectra: Mapping[str, Tensor], fisher: Prices) -> Prices:

@@ -22,6 +22,7 @@ class Problem:
     spectra: matrix -> singular values [k], descending, in the norm of the metric.
     student: the masked model, for allocators that ask the model itself. The seed is its.
     offers: what every matrix may be written as, where the budget is of bytes and bits are to be chosen too.
+    levels: what a squared error of each matrix in the metric's norm costs, nats per token, where it was measured.
     """
 
     shapes: Shapes
@@ -29,6 +30,7 @@ class Problem:
     budget: Budget
     student: Student
     offers: Mapping[str, Offer] = field(default_factory=dict)
+    levels: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -246,12 +246,14 @@ def sampled_loss(signal: Signal, batch: Batch) -> Tensor:
     shape = signal.values.shape if signal.kind == "bernoulli" else signal.values.shape[:1]
     uniform = _numbers(batch, shape.numel()).view(shape)
 
-    def draw(q: Tensor, rows: slice) -> Tensor:
-        cumulative = q.exp().cumsum(-1)
-        at = uniform[rows, ..., None].to(q.device) * cumulative[..., -1:]
-        return torch.searchsorted(cumulative, at, right=True).clamp_(max=q.shape[-1] - 1).squeeze(-1)
+    return _labelled(signal, lambda q, rows: drawn(q, uniform[rows]))
 
-    return _labelled(signal, draw)
+
+def drawn(q: Tensor, uniform: Tensor) -> Tensor:
+    """Choices [...] int64 of distributions given as log probabilities [..., c]; uniform: a number [...] in [0, 1) for each."""
+    cumulative = q.exp().cumsum(-1)
+    at = uniform[..., None].to(q.device) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, at, right=True).clamp_(max=q.shape[-1] - 1).squeeze(-1)
 
 
 def _numbers(batch: Batch, count: int) -> Tensor:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rankwise.calibration.chat import Conversation
 from rankwise.calibration.pieces import pieces_of
 from rankwise.errors import RankwiseError
-from rankwise.progress import progress
 
 Batch = dict[str, Tensor]
 
@@ -125,61 +123,6 @@ def refuse_foreign(model: Any, windows: Tensor) -> None:
     if windows.max() >= vocabulary or windows.min() < 0:
         token = windows.max() if windows.max() >= vocabulary else windows.min()
         raise RankwiseError(f"the text has the token {token}, but the model only {vocabulary}: is the tokenizer the model's own?")
-
-
-def refuse_mute(model: Any) -> None:
-    """Raises `RankwiseError` for a model that does not write text."""
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise RankwiseError(f"{type(model).__name__} cannot write its own calibration text: name one with calibration")
-
-
-def own_windows(model: Any, length: int, samples: int, seed: int, opening: Sequence[int]) -> Tensor:
-    """As `sampled_windows`, in random order; with an `opening`, of dialogues, half of them from there, and half from the model's
-    first token: a model for chat is asked for other text too, and both together serve either better than one alone."""
-    dialogues = samples // 2 if opening else 0
-    parts = (sampled_windows(model, length, n, seed, o) for n, o in ((dialogues, opening), (samples - dialogues, ())) if n)
-    windows = torch.cat(list(parts))
-    return windows[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))] if dialogues else windows
-
-
-@torch.no_grad()
-def sampled_windows(model: Any, length: int, samples: int, seed: int, opening: Sequence[int] = ()) -> Tensor:
-    """Windows [samples, length] int64 that the model writes itself, at temperature 1 over the whole vocabulary and on past any
-    end of text or of a turn; each from the tokens `opening`, by default from the model's first token, or a random one.
-
-    Raises `RankwiseError` for a model that does not generate text.
-    """
-    refuse_mute(model)
-    generator = torch.Generator().manual_seed(seed)
-    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0)
-    own = model.generation_config
-    start = own.bos_token_id if own is not None else None
-    vocabulary = vocabulary_of(model)
-    first = list(opening) or ([start] if isinstance(start, int) and 0 <= start < vocabulary else None)
-    windows = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        times = math.ceil(samples * length / written_at_once(model))
-        batch_size = math.ceil(samples / times)  # as many each time
-        model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
-        try:
-            for count in progress([min(batch_size, samples - i) for i in range(0, samples, batch_size)], "writing text"):
-                prompt = torch.randint(vocabulary, (count, 1), generator=generator)
-                prompt = prompt if first is None else torch.tensor([first] * count)
-                prompt = prompt.to(model.device)
-                windows.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu())
-        finally:
-            model.generation_config = own
-    return torch.cat(windows)
-
-
-def written_at_once(model: Any) -> int:
-    """Tokens of the sequences that a model writes at once: those whose keys and values take about 2 GB at most."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    shared = heads / (getattr(text, "num_key_value_heads", None) or heads)
-    kept = 8 * getattr(text, "hidden_size", 1) * getattr(text, "num_hidden_layers", 1) / shared  # float32
-    return int(min(4 * TOKENS_PER_BATCH, 2**31 / kept))
 
 
 def with_decoder_inputs(model: Any, batch: Batch) -> Batch:

@@ -22,6 +22,7 @@ from rankwise.layers.precision import exact
 
 SIZES = 64  # of an MLP that are on offer
 LEAST = 8  # of the sizes, from which on there is no smaller one
+DENSE = 0.75  # of the neurons in the products that are still there: leaving gone ones out each time costs more than they do
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,26 @@ class Slices:
 def slices_of(W: Tensor, left: Root | None, second: Tensor, multiple: int = 1) -> Slices:
     """The sizes of an MLP with the last matrix W [m, n]; `second` [n, n] float64 is C, `multiple` what sizes are multiples of."""
     T = exact(W.detach())
-    T = T if left is None else left.apply(T)
+    T = T.clone() if left is None else left.apply(T)
     P = torch.cholesky_inverse(torch.linalg.cholesky(second))
-    width = len(P)
-    alive, gone = torch.arange(width, device=P.device), []
+    left_over, here, gone = torch.arange(len(P), device=P.device), torch.ones(len(P), dtype=torch.bool, device=P.device), []
     error = torch.zeros((), dtype=P.dtype, device=P.device)
-    sizes, errors = sizes_of(width, multiple), []
+    sizes, errors, before = sizes_of(len(P), multiple), [], len(P)
     for size in sizes:
-        B = (T.square().sum(0) / P.diagonal()).topk(len(alive) - size, largest=False).indices
-        stays = torch.ones(len(alive), dtype=torch.bool, device=P.device)
-        stays[B] = False
+        if before < DENSE * len(P):
+            T, P, left_over, here = T[:, here], P[here][:, here], left_over[here], here[here]
+        own = T.square().sum(0) / P.diagonal()
+        B = own.where(here, torch.inf).topk(before - size, largest=False).indices
         rows, T_B = P[B], T[:, B]
-        change = torch.linalg.solve(rows[:, B], torch.cat([rows[:, stays], T_B.T], 1))
-        error = error + (T_B.T * change[:, size:]).sum()
-        T = T[:, stays].addmm_(T_B, change[:, :size], alpha=-1)
-        P = P[stays][:, stays].addmm_(rows[:, stays].T, change[:, :size], alpha=-1)
-        gone.append(alive[B])
-        alive = alive[stays]
+        change = torch.linalg.solve(rows[:, B], torch.cat([rows, T_B.T], 1))
+        error = error + (T_B.T * change[:, len(P) :]).sum()
+        T.addmm_(T_B, change[:, : len(P)], alpha=-1)
+        P.addmm_(rows.T, change[:, : len(P)], alpha=-1)
+        here[B], before = False, size
+        gone.append(left_over[B])
         errors.append(error)
-    last = (T.square().sum(0) / P.diagonal()).argsort()
-    return Slices(torch.cat([*gone, alive[last]]).cpu(), torch.tensor(sizes), torch.stack(errors).cpu())
+    last = (T.square().sum(0) / P.diagonal())[here].argsort()
+    return Slices(torch.cat([*gone, left_over[here][last]]).cpu(), torch.tensor(sizes), torch.stack(errors).cpu())
 
 
 def sizes_of(width: int, multiple: int = 1) -> list[int]:

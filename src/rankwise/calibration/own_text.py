@@ -1,0 +1,87 @@
+"""Text that a model writes itself, to be calibrated on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from rankwise.calibration.signal import drawn
+from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of
+from rankwise.errors import RankwiseError
+from rankwise.progress import progress
+
+
+def refuse_mute(model: Any) -> None:
+    """Raises `RankwiseError` for a model that does not write text."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise RankwiseError(f"{type(model).__name__} cannot write its own calibration text: name one with calibration")
+
+
+def own_windows(model: Any, length: int, samples: int, seed: int, opening: Sequence[int] = ()) -> Tensor:
+    """Windows [samples, length] int64 that the model writes itself, at temperature 1 over the whole vocabulary and on past any
+    end of text or of a turn; each from the model's first token, or a random one. With an `opening`, half of them are dialogues
+    that begin so, in random order: a model for chat is asked for other text too, and both together serve either better than one
+    alone.
+
+    Raises `RankwiseError` for a model that does not generate text.
+    """
+    refuse_mute(model)
+    generator = torch.Generator().manual_seed(seed)
+    dialogues = samples // 2 if opening else 0
+    prompts = _first_tokens(model, samples - dialogues, generator)
+    if dialogues:  # the others get as far, so that all are written together
+        others = _written(model, prompts, len(opening), generator)
+        prompts = torch.cat((torch.tensor([list(opening)] * dialogues), others))
+        prompts = prompts[torch.randperm(samples, generator=generator)]
+    return _written(model, prompts, length, generator)
+
+
+def _first_tokens(model: Any, samples: int, generator: torch.Generator) -> Tensor:
+    """[samples, 1]"""
+    start, vocabulary = getattr(model.generation_config, "bos_token_id", None), vocabulary_of(model)
+    if isinstance(start, int) and 0 <= start < vocabulary:
+        return torch.full((samples, 1), start)
+    return torch.randint(vocabulary, (samples, 1), generator=generator)
+
+
+@torch.no_grad()
+def _written(model: Any, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """The prompts [samples, tokens] written on to `length` tokens: [samples, length]."""
+    if prompts.shape[1] >= length:
+        return prompts
+    times = math.ceil(len(prompts) * length / written_at_once(model))
+    parts = prompts.to(model.device).split(math.ceil(len(prompts) / times))  # as many each time
+    steps = iter(progress(range(len(parts) * (length - prompts.shape[1])), "writing text"))
+
+    def draw(_: Tensor, scores: Tensor) -> Tensor:
+        """Sampling as `generate` does it takes a fifth of the whole on a CPU: a random number for each word of the vocabulary."""
+        next(steps, None)
+        tokens = drawn(scores.float().log_softmax(-1), torch.rand(len(scores), generator=generator))
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
+
+    own = model.generation_config
+    config = GenerationConfig(do_sample=False, max_length=length, pad_token_id=0)
+    model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
+    try:
+        windows = [
+            model.generate(part, attention_mask=torch.ones_like(part), generation_config=config, logits_processor=[draw]).cpu()
+            for part in parts
+        ]
+    finally:
+        model.generation_config = own
+    next(steps, None)
+    return torch.cat(windows)
+
+
+def written_at_once(model: Any) -> int:
+    """Tokens of the sequences that a model writes at once: those whose keys and values take about 2 GB at most."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    shared = heads / (getattr(text, "num_key_value_heads", None) or heads)
+    kept = 8 * getattr(text, "hidden_size", 1) * getattr(text, "num_hidden_layers", 1) / shared  # float32
+    return int(min(4 * TOKENS_PER_BATCH, 2**31 / kept))
