@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from architectures import build
 from rankwise import compress
 from rankwise.allocation import llrc
 from rankwise.allocation.kl_knapsack import KLKnapsack
-from rankwise.allocation.llrc import LLRC, choose, in_nats
+from rankwise.allocation.llrc import LLRC, LLRCQuick, choose, in_nats
 from rankwise.allocation.mask_fisher import MaskFisher
 from rankwise.allocation.plan import parameters
 from rankwise.masks.layers import Masks, is_whole
@@ -28,11 +29,19 @@ def test_no_worse_than_any_step_of_its_history(rate: float) -> None:
     assert all(is_whole(mask) or int(mask.count_nonzero()) == answer.ranks[name] for name, mask in answer.masks.items())
 
 
-def test_starts_from_the_best_of_three_plans() -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_starts_from_the_best_of_four_plans(measured: bool) -> None:
     problem = tiny_problem("kronecker", 0.4)
-    fisher = MaskFisher().allocate(problem)
-    by_spectrum = choose(problem, in_nats(problem.spectra, problem.student.fisher()))
-    starts = [fisher, by_spectrum, KLKnapsack(points=1).allocate(problem)]
+    levels = {name: 1e-3 * (number + 1) for number, name in enumerate(problem.shapes)} if measured else {}
+    problem = replace(problem, levels=levels)
+    prices = problem.student.fisher()
+    spectrum = {name: levels[name] * s.double().square() for name, s in problem.spectra.items()} if measured else None
+    spectrum = spectrum or in_nats(problem.spectra, prices)
+    both = {name: (spectrum[name] * price).sqrt() for name, price in prices.items()}
+    starts = [MaskFisher().allocate(problem), choose(problem, spectrum), choose(problem, both)]
+    starts.append(KLKnapsack(points=1).allocate(problem))
+    if measured:
+        assert LLRCQuick().allocate(problem).ranks == starts[1].ranks
     expected = [problem.student.divergence(start.masks) for start in starts]
     answer = LLRC(points=1, rounds=0, value_steps=0).allocate(problem)
     assert [record["kl"] for record in answer.history] == pytest.approx(expected, rel=1e-6)
