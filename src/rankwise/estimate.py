@@ -79,7 +79,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """What is left, in hours and minutes, the part of each stage in brackets."""
-        worked = [stage for stage, seconds in self.taken.items() if seconds > FOUND * self.expected[stage]]
+        worked = [stage for stage, seconds in self.taken.items() if seconds > FOUND * self.expected[stage] > 0]
         pace = sum(self.taken[stage] for stage in worked) / sum(self.expected[stage] for stage in worked) if worked else 1.0
         left = {stage: pace * seconds for stage, seconds in self.expected.items() if stage not in self.taken}
         parts = ", ".join(f"{stage} {tqdm.format_interval(seconds)}" for stage, seconds in left.items() if seconds >= 1)
