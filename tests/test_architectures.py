@@ -52,11 +52,14 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """As a user would, with the class that the config names."""
+    """As a user would, with the class that the config names; the tensors where allocated ones are, as the last bit of a product
+    of odd sizes tells how its factors lie in a file."""
     config = transformers.AutoConfig.from_pretrained(folder)
     cls = getattr(transformers, config.architectures[0])
     model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(info.values()), {kind: keys for kind, keys in info.items() if keys}
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -135,7 +136,11 @@ def test_compress_writes_a_page_whose_figures_are_the_reports(folder: Path) -> N
         assert_same(text, value)
     shown = {path.removeprefix("/results/0/") for path, *_ in page.figures}
     assert shown >= {"perplexity", "kl", "agreement", "achieved_rate/linear", "bytes/model/compressed", "costs/tokens"}
-    assert page.cells == {name: "dense" if rank is None else str(rank) for name, rank in report["ranks"].items()}
+    for name, rank in report["ranks"].items():
+        left, whole = (math.prod(report.get(of, {}).get(name, report["shapes"][name])) for of in ("narrowed", "shapes"))
+        dense = "dense" if left == whole else f"{100 * left / whole:.0f} %"
+        assert page.cells[name] == (dense if rank is None else str(rank))
+    assert page.cells.keys() == report["ranks"].keys()
     for section in SECTIONS:
         assert section in page.text
     for sample in report["samples"]:
