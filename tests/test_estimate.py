@@ -51,6 +51,13 @@ def test_what_is_left_keeps_the_pace_of_what_is_over() -> None:
     assert str(estimate) == "about 21:00 to go (decomposition 01:00, allocation 20:00)"
 
 
+@pytest.mark.parametrize(("expected", "taken"), [(60.0, 0.5), (0.0, 0.0), (0.0, 3.0)])
+def test_a_stage_that_was_found_or_expected_to_take_nothing_sets_no_pace(expected: float, taken: float) -> None:
+    estimate = Estimate({"calibration": expected, "allocation": 600.0}, {})
+    estimate.after("calibration", taken)
+    assert str(estimate) == "about 10:00 to go (allocation 10:00)"
+
+
 def test_said_before_the_work_and_after_each_stage(
     rankwise: Callable[..., object], llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

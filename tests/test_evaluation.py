@@ -24,7 +24,7 @@ from rankwise.calibration.text import read_documents
 from rankwise.calibration.tokens import windows_of
 from rankwise.evaluation import intervals
 from rankwise.evaluation.compare import compare
-from rankwise.evaluation.generation import common_prefix, continuation, repetition
+from rankwise.evaluation.generation import common_prefix, continuations, repetition
 from rankwise.evaluation.hidden import effective_rank, last_states, nuclear_norm, standardised
 from rankwise.evaluation.protocols import PROTOCOLS, read_judging_text
 
@@ -200,10 +200,10 @@ def test_continuations_are_greedy_and_end(shared: Path) -> None:
     ]
     expected = greedy(model, prompt, 12)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0)  # not asked for
-    assert continuation(model, prompt, 12) == expected
+    assert continuations(model, prompt[None], 12)[0] == expected
     end = expected[5]
     model.generation_config.eos_token_id = [end]
-    assert continuation(model, prompt, 12) == expected[: expected.index(end)]
+    assert continuations(model, prompt[None], 12)[0] == expected[: expected.index(end)]
 
 
 def test_repetition_and_prefixes() -> None:

@@ -146,6 +146,17 @@ def test_what_a_model_writes_is_drawn_by_the_seed_alone() -> None:
     assert not torch.equal(own_windows(model, LENGTH, 4, seed=4), first)
 
 
+def test_what_a_model_writes_has_its_own_distribution() -> None:
+    model, samples = tiny_model(), 8000
+    written = own_windows(model, 3, samples, seed=0, opening=[1, 2, 3])
+    expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
+    second = written[~(written == torch.tensor([1, 2, 3])).all(1), 1]
+    own = model.generation_config.bos_token_id
+    assert own is None or (written[:, 0] == own).all()
+    found = second.bincount(minlength=VOCABULARY) / len(second)
+    assert (found - expected).abs().max() < 5 * (expected.max() / len(second)).sqrt()
+
+
 def test_few_windows_of_a_long_text_come_from_many_places() -> None:
     """Neighbours are alike: statistics of one place are those of no other."""
     text = "".join(f"{number} {number}\n" for number in range(100_000))

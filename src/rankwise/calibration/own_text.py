@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to be calibrated on."""
+"""Text that a model writes itself: to be calibrated on, and the one way to have it write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from rankwise.calibration.signal import drawn
 from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of
@@ -42,40 +42,51 @@ def own_windows(model: Any, length: int, samples: int, seed: int, opening: Seque
 
 
 def _first_tokens(model: Any, samples: int, generator: torch.Generator) -> Tensor:
-    """[samples, 1]"""
+    """The prompts [samples, 1] int64: the model's first token, or random ones."""
     start, vocabulary = getattr(model.generation_config, "bos_token_id", None), vocabulary_of(model)
     if isinstance(start, int) and 0 <= start < vocabulary:
         return torch.full((samples, 1), start)
     return torch.randint(vocabulary, (samples, 1), generator=generator)
 
 
-@torch.no_grad()
 def _written(model: Any, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """The prompts [samples, tokens] written on to `length` tokens: [samples, length]."""
     if prompts.shape[1] >= length:
         return prompts
     times = math.ceil(len(prompts) * length / written_at_once(model))
-    parts = prompts.to(model.device).split(math.ceil(len(prompts) / times))  # as many each time
+    parts = prompts.split(math.ceil(len(prompts) / times))  # as many each time
     steps = iter(progress(range(len(parts) * (length - prompts.shape[1])), "writing text"))
 
     def draw(_: Tensor, scores: Tensor) -> Tensor:
-        """Sampling as `generate` does it takes a fifth of the whole on a CPU: a random number for each word of the vocabulary."""
+        """Leave one token of each row, drawn by one random number. `generate` takes one for each word of the vocabulary: a fifth
+        of the whole on a CPU."""
         next(steps, None)
         tokens = drawn(scores.float().log_softmax(-1), torch.rand(len(scores), generator=generator))
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
 
+    windows = torch.cat([generated(model, part, logits_processor=[draw], max_length=length).cpu() for part in parts])
+    next(steps, None)  # it says that it is done
+    return windows
+
+
+@torch.no_grad()
+def generated(model: Any, prompts: Tensor, logits_processor: Sequence[Any] = (), **settings: Any) -> Tensor:
+    """The prompts [samples, tokens] int64 and what the model writes on, greedily: [samples, tokens and more]. settings: of
+    transformers' `GenerationConfig`; the model's own ones, as an end of text or a penalty, count for nothing."""
     own = model.generation_config
-    config = GenerationConfig(do_sample=False, max_length=length, pad_token_id=0)
-    model.generation_config = config  # `generate` takes what the given one leaves open, as the end of text, from here
+    config = GenerationConfig(do_sample=False, pad_token_id=0, **settings)
+    prompts = prompts.to(model.device)
+    model.generation_config = config  # `generate` takes what the given one leaves open from here
     try:
-        windows = [
-            model.generate(part, attention_mask=torch.ones_like(part), generation_config=config, logits_processor=[draw]).cpu()
-            for part in parts
-        ]
+        written: Tensor = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            generation_config=config,
+            logits_processor=LogitsProcessorList(logits_processor),
+        )
     finally:
         model.generation_config = own
-    next(steps, None)
-    return torch.cat(windows)
+    return written
 
 
 def written_at_once(model: Any) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.calibration.own_text import generated
 from rankwise.calibration.tokens import window_length
 from rankwise.errors import RankwiseError
 
@@ -35,22 +36,14 @@ def tokenised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     return found
 
 
-@torch.no_grad()
-def continuation(model: Any, prompt: Tensor, limit: int) -> list[int]:
-    """The tokens that the model finds most likely, one after another, after `prompt` [length] int64: at most `limit`, or up to
-    the end of text, which is not among them."""
-    own = model.generation_config
-    ends = own.eos_token_id if own is not None else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    config = GenerationConfig(max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
-    prompt = prompt[None].to(model.device)
-    model.generation_config = config  # `generate` takes what the given one leaves open from here
-    try:
-        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-    finally:
-        model.generation_config = own
-    written = written[0, prompt.shape[1] :].tolist()
-    return next((written[:i] for i, token in enumerate(written) if token in ends), written)
+def continuations(model: Any, prompts: Tensor, limit: int) -> list[list[int]]:
+    """The tokens that the model finds most likely after each of the `prompts` [prompts, length] int64, one after another: `limit`
+    at most, or up to the end of text, which is not among them."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    written = generated(model, prompts, max_new_tokens=limit, eos_token_id=ends or None)
+    rows = written[:, prompts.shape[1] :].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
 def repetition(tokens: Sequence[int], n: int = NGRAM) -> float:
@@ -72,7 +65,7 @@ def generations(
     samples: list[dict[str, Any]] = []
     for prompt in prompts:
         limit = min(NEW_TOKENS, *(window_length(model) - len(prompt) for model in models.values()))
-        written = {kind: continuation(model, prompt, limit) for kind, model in models.items()}
+        written = {kind: continuations(model, prompt[None], limit)[0] for kind, model in models.items()}
         sample: dict[str, Any] = {"prompt": tokenizer.decode(prompt.tolist())}
         for kind, tokens in written.items():
             sample[kind] = {"text": tokenizer.decode(tokens), "tokens": len(tokens), "repetition": repetition(tokens)}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rankwise.calibration.signal import device_of, token_mask
+from rankwise.calibration.signal import token_mask
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import reason
+from rankwise.evaluation.generation import continuations
 from rankwise.masks.layers import Masks
 from rankwise.masks.student import Student
 
@@ -39,8 +37,10 @@ def sample_texts(
     prompts, new = ids[:PROMPTS, :length], min(NEW_TOKENS, ids.shape[1] - length)
     try:
         with student.frozen():
-            original = _continued(model, prompts, new, student.as_original())
-            compressed = _continued(model, prompts, new, student.with_masks(masks))
+            with student.as_original():
+                original = continuations(model, prompts, new)
+            with student.with_masks(masks):
+                compressed = continuations(model, prompts, new)
     except Exception as error:  # models generate in as many ways as there are; none is worth losing the result
         logger.warning("no sample texts: %s", reason(error))
         return []
@@ -51,20 +51,3 @@ def sample_texts(
         decoded = {name: tokenizer.decode(tokens, skip_special_tokens=True) for name, tokens in texts.items()}
         records.append({**decoded, "tokens": len(a), "same_tokens": same})
     return records
-
-
-def _continued(model: Any, prompts: Tensor, new: int, inside: AbstractContextManager[None]) -> list[list[int]]:
-    """The most likely next tokens, one after the other, up to the end of the text: a list per prompt [prompts, length]."""
-    own = model.generation_config
-    ends = own.eos_token_id if own is not None else None
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    prompts = prompts.to(device_of(model))
-    config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0, eos_token_id=ends or None)
-    model.generation_config = config  # `generate` takes what the given one leaves open, as a penalty, from here
-    try:
-        with inside:
-            written = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
-    finally:
-        model.generation_config = own
-    rows = written[:, prompts.shape[1] :].tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
