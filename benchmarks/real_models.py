@@ -265,7 +265,8 @@ def cell(found: dict[str, Any]) -> str:
 
 
 def _times(model: str, found: dict[str, Any]) -> list[str]:
-    stages = list(dict.fromkeys(stage for run in found.values() for stage in run["seconds"]))
+    longest_first = sorted(found.values(), key=lambda run: -len(run["seconds"]))
+    stages = list(dict.fromkeys(stage for run in longest_first for stage in run["seconds"]))
     run = next(iter(found.values()))
     texts = list(run.get("texts", {}))
     columns = [*(f"{stage}, s" for stage in stages), "together, min", "peak memory, GB", *(f"KL on {text}" for text in texts)]
