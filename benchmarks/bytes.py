@@ -23,7 +23,7 @@ from typing import Any
 from main_job import HERE
 from real_models import LENGTH, machine, texts_of
 
-from rankwise import few_bits, stages
+from rankwise import few_bits, stages, starting
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.mixed import Mixed
 from rankwise.allocation.offer import Offer
@@ -59,7 +59,7 @@ class Contest:
         calibration = texts.pop("c4", "self")
         texts = {name: path for name, path in texts.items() if not args.texts or name in args.texts}
         self.recipe = Recipe.of(rate=0.5, length=LENGTH, samples=args.samples, dtype="bfloat16", calibration=calibration)
-        self.run = stages.start(folder, calibration, None, self.recipe, [], RunFolder(work / "bytes"))
+        self.run = starting.start(folder, calibration, None, self.recipe, [], RunFolder(work / "bytes"))
         with widened(self.run.model):
             self.statistics = stages.collect_statistics(self.run, metric_named(METRIC).NEEDS)
             decompositions = stages.decompose_all(self.run, self.statistics, METRIC)

@@ -201,7 +201,7 @@ def test_bad_input(line: str, message: str, bad: Path, rankwise: Callable[..., A
     def long_work(*_: Any, **__: Any) -> None:
         pytest.fail("the long work has begun")
 
-    for where in ("stages.collect_statistics", "stages.own_windows", "evaluation.pair.compare"):
+    for where in ("stages.collect_statistics", "starting.own_windows", "evaluation.pair.compare"):
         monkeypatch.setattr(f"rankwise.{where}", long_work)
     monkeypatch.chdir(bad)
     arguments = line.split()

@@ -11,7 +11,7 @@ import pytest
 from architectures import build
 from transformers import AutoTokenizer
 
-from rankwise import RankwiseError, compress, contest, stages
+from rankwise import RankwiseError, compress, contest, stages, starting
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.uniform import Uniform
 from rankwise.contest import all_allocations, hold_contest, methods_of
@@ -98,10 +98,10 @@ def test_the_command_prints_a_table_for_each_text_and_draws(
 
 def test_what_was_spared_before_does_not_count(llama: Path, story: Path) -> None:
     recipe = Recipe.of(rate=0.3, calibration=str(story), samples=12, length=32)
-    run = stages.start(llama, str(story), None, recipe, [0.3], RunFolder())
+    run = starting.start(llama, str(story), None, recipe, [0.3], RunFolder())
     student = stages.student_of(run, stages.decompose_all(run, stages.collect_statistics(run, frozenset()), "svd"), "svd")
     student.spared = 1e6
-    chosen = stages.allocate(run, student, "svd", Uniform(), stages.budget_of(run, recipe, 0.3))
+    chosen = stages.allocate(run, student, "svd", Uniform(), starting.budget_of(run, recipe, 0.3))
     assert 0 <= chosen.effort["seconds"] < 1e5
 
 

@@ -22,7 +22,7 @@ from rankwise.exploring import EXPLORED, price_of_next
 from rankwise.layers.matrices import Shape
 
 QUICK: dict[str, Any] = {"rates": [0.2, 0.4], "bits": [4, 2.5], "samples": 12, "length": 32}
-WORK = ("stages.collect", "stages.decompose_in", "few_bits.roundings", "stages.compare", "stages.own_windows")
+WORK = ("stages.collect", "stages.decompose_in", "few_bits.roundings", "stages.compare", "starting.own_windows")
 
 
 def found_in(folder: Path) -> dict[str, Any]:

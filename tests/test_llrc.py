@@ -40,9 +40,8 @@ def test_starts_from_the_best_of_four_plans(measured: bool) -> None:
     both = {name: (spectrum[name] * price).sqrt() for name, price in prices.items()}
     starts = [MaskFisher().allocate(problem), choose(problem, spectrum), choose(problem, both)]
     starts.append(KLKnapsack(points=1).allocate(problem))
-    if measured:
-        assert LLRCQuick().allocate(problem).ranks == starts[1].ranks
     expected = [problem.student.divergence(start.masks) for start in starts]
+    assert LLRCQuick().allocate(problem).ranks == starts[expected.index(min(expected[:3]))].ranks
     answer = LLRC(points=1, rounds=0, value_steps=0).allocate(problem)
     assert [record["kl"] for record in answer.history] == pytest.approx(expected, rel=1e-6)
     assert answer.ranks == starts[expected.index(min(expected))].ranks

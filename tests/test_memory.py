@@ -229,7 +229,7 @@ def test_other_errors_are_not_taken_for_it(rankwise: Run, llama: Path, tmp_path:
         raise RuntimeError("a fault of ours")
 
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    monkeypatch.setattr("rankwise.stages.start", fails)
+    monkeypatch.setattr("rankwise.starting.start", fails)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         rankwise("compress", llama, "-o", tmp_path / "out")
 

@@ -249,7 +249,7 @@ def reformer() -> Any:
 
 def test_reversible_blocks_are_refused_where_gradients_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compress(reformer(), 0.2, calibration=WINDOWS, **FAST).report["kl"] > 0
-    monkeypatch.setattr("rankwise.stages.own_windows", lambda *_: pytest.fail("the long work has begun"))
+    monkeypatch.setattr("rankwise.starting.own_windows", lambda *_: pytest.fail("the long work has begun"))
     for options in (LEARNED, LEARNED | {"decomposition": "whitened"}, KRONECKER):
         with pytest.raises(RankwiseError, match="ReformerModelWithLMHead has a backward pass of its own"):
             compress(reformer(), 0.2, samples=8, length=16, **options)

@@ -13,12 +13,13 @@ from architectures import VOCABULARY, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise import compress, stages, targets
+from rankwise import compress, starting, targets
 from rankwise.allocation.knapsack import knapsack
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.errors import RankwiseError
 from rankwise.layers.matrices import Shape
 from rankwise.recipe import Recipe
+from rankwise.run_folder import RunFolder
 from rankwise.runtime.latency import Latency, TimedShape, time_layers
 
 WINDOWS = torch.randint(3, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -119,7 +120,7 @@ def test_the_target_holds_in_the_table(allocation: str, monkeypatch: pytest.Monk
 
 def test_measuring_times_every_matrix() -> None:
     model = build("llama")
-    run = stages.start(model, WINDOWS, None, Recipe.of(rate=0.2), [], stages.RunFolder())
+    run = starting.start(model, WINDOWS, None, Recipe.of(rate=0.2), [], RunFolder())
     found = time_layers(run.model, run.shapes, repeats=1)
     assert found.shapes.keys() == run.shapes.keys()
     for name, shape in found.shapes.items():

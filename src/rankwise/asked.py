@@ -25,7 +25,7 @@ from rankwise.options import CompressOptions
 from rankwise.plans import Plan
 from rankwise.recipe import ALL, FEWER, IN_MEMORY, MIXED, Recipe
 from rankwise.refinement.refinement import Refinement, refinements_named
-from rankwise.stages import Calibration
+from rankwise.starting import Calibration
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import rankwise
-from rankwise import distributed, few_bits, narrowing, stages, streaming
+from rankwise import distributed, few_bits, narrowing, stages, starting, streaming
 from rankwise.allocation.problem import Allocation
 from rankwise.asked import Asked
 from rankwise.calibration.moments import GRADIENTS
@@ -48,7 +48,7 @@ class Chosen:
     """A run whose ranks are chosen and measured. matrices: those that it began with."""
 
     recipe: Recipe
-    run: stages.Run
+    run: starting.Run
     student: Student
     chosen: Allocation
     comparison: Comparison
@@ -88,7 +88,7 @@ class Chosen:
             "shapes": {name: _sides(self.matrices[name]) for name in run.shapes},
             "left_dense": run.left_dense,
             "conversations": run.data.conversations,
-            "notes": stages.notes_of(*(size.parameters[scope]["reference"] for scope in ("linear", "model"))),
+            "notes": starting.notes_of(*(size.parameters[scope]["reference"] for scope in ("linear", "model"))),
             "history": chosen.history,
             "effort": chosen.effort,
             "seconds": self.clock.seconds,
@@ -124,18 +124,18 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
     rates, identity = [recipe.rate] if recipe.rate else [], artifact.identity if artifact else None
     gradients = asked.trains or bool(GRADIENTS & needs)
 
-    def rehearse(run: stages.Run) -> None:
+    def rehearse(run: starting.Run) -> None:
         if loadable:
             refuse_unloadable(run.model, run.shapes, run.experts, recipe.form)
         for refinement in asked.refinements:
             refinement.try_out(run.model, run.shapes, run.data.training[0])
         narrowing.refuse_other(run, recipe.kept_neurons)
         if recipe.target_bytes is not None:
-            Target(recipe).budget(stages.in_metric(run, metric))
+            Target(recipe).budget(starting.in_metric(run, metric))
 
-    run = stages.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients, rehearse)
+    run = starting.start(asked.model, asked.calibration, asked.tokenizer, recipe, rates, folder, identity, gradients, rehearse)
     with stacked_on_failure(run.model, run.experts), narrowing.whole_on_failure(run.model):
-        run = stages.in_metric(run, metric)
+        run = starting.in_metric(run, metric)
         if artifact is not None:
             run.data = replace(run.data, conversations=artifact.conversations)
         matrices = dict(run.shapes)

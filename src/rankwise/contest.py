@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from rankwise import bundled, distributed, narrowing, stages
+from rankwise import bundled, distributed, narrowing, stages, starting
 from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named, spelled
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
@@ -32,7 +32,7 @@ from rankwise.options import ContestOptions
 from rankwise.plain import to_json
 from rankwise.recipe import ALL, FEWER, Recipe
 from rankwise.run_folder import RunFolder, write_whole
-from rankwise.stages import Run
+from rankwise.starting import Run
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
@@ -117,7 +117,7 @@ def hold_contest(
         _budgets(run, recipe, metrics, rates)
         return stages.judging_batches(run, documents, judge_samples, recipe.seed)
 
-    run = stages.start(model, recipe.calibration, None, recipe, rates, folder, gradients=gradients, rehearse=rehearse)
+    run = starting.start(model, recipe.calibration, None, recipe, rates, folder, gradients=gradients, rehearse=rehearse)
     with stacked_on_failure(run.model, run.experts), widened(run.model):
         return _judged(run, recipe, rates, methods, rehearse(run), output / RESULTS)
 
@@ -136,7 +136,7 @@ def _judged(
     budgets = _budgets(run, recipe, metrics, rates)  # without the matrices that the text does not reach
     results: list[dict[str, Any]] = []
     for metric in metrics:
-        here = stages.in_metric(run, metric)
+        here = starting.in_metric(run, metric)
         student = stages.student_of(here, stages.decompose_all(here, statistics, metric), metric)
         for method in (m for m in methods if m.metric == metric):
             for rate, budget in budgets[metric].items():
@@ -155,7 +155,9 @@ def _judged(
 
 def _budgets(run: Run, recipe: Recipe, metrics: Iterable[str], rates: Iterable[float]) -> dict[str, dict[float, Budget]]:
     """What each rate leaves to spend in each metric. Raises `RankwiseError` for one that cannot be reached."""
-    return {metric: {rate: stages.budget_of(stages.in_metric(run, metric), recipe, rate) for rate in rates} for metric in metrics}
+    return {
+        metric: {rate: starting.budget_of(starting.in_metric(run, metric), recipe, rate) for rate in rates} for metric in metrics
+    }
 
 
 def _row(

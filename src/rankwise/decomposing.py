@@ -9,7 +9,7 @@ from typing import Unpack
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, distributed, stages
+from rankwise import bundled, distributed, stages, starting
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
@@ -23,7 +23,7 @@ from rankwise.layers.precision import widened
 from rankwise.options import DecomposeOptions
 from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.run_folder import RunFolder, write_tensors
-from rankwise.stages import Calibration
+from rankwise.starting import Calibration
 
 
 @torch.inference_mode(False)
@@ -59,9 +59,9 @@ def decompose(
     short = shortage(model, calibration, recipe, [metric], trains=True)
     if short is not None:
         raise short.refusal("compress goes block by block")
-    run = stages.start(model, calibration, tokenizer, recipe, [], folder)
+    run = starting.start(model, calibration, tokenizer, recipe, [], folder)
     with stacked_on_failure(run.model, run.experts):
-        run = stages.in_metric(run, metric)
+        run = starting.in_metric(run, metric)
         windows = run.data.windows
         if windows is None:
             raise RankwiseError("decompose keeps its calibration text: give it text or windows of tokens, not batches")

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from rankwise import slicing
-from rankwise.allocation.llrc import LLRCQuick
 from rankwise.calibration.batches import first_tokens
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import divergence, frozen, signal_of
@@ -22,7 +21,7 @@ from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.costs import tokens_of_each
 from rankwise.progress import say
 from rankwise.refinement.refinement import Refinement
-from rankwise.stages import Run
+from rankwise.starting import Run
 
 logger = logging.getLogger(__name__)
 PROBE = 512  # tokens that the speed is measured on
@@ -57,7 +56,7 @@ class Estimate:
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
-        asks = hasattr(allocator, "reads") and not (narrows and isinstance(allocator, LLRCQuick))
+        asks = hasattr(allocator, "reads")
         read = allocator.reads(data.training, data.selection, matrices) if asks else (0.0, 0.0)
         refining = [sum(parts) for parts in zip((0.0, 0.0), *(r.reads(data.training) for r in refinements), strict=True)]
         second = _seconds_of_a_token(run)

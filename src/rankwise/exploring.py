@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import rankwise
-from rankwise import bundled, distributed, few_bits, stages
+from rankwise import bundled, distributed, few_bits, stages, starting
 from rankwise.allocation.llrc import LLRCQuick
 from rankwise.allocation.mixed import Mixed
 from rankwise.allocation.plan import Budget
@@ -43,7 +43,7 @@ from rankwise.recipe import ALL, FEWER, MIXED, Recipe
 from rankwise.reporting.command import command_of
 from rankwise.run_folder import RunFolder, write_whole
 from rankwise.runtime.latency import Latency, decodes
-from rankwise.stages import Run
+from rankwise.starting import Run
 from rankwise.targets import Target, bytes_in_bits, latency_of
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def explore(
         return stages.judging_batches(run, documents, samples, recipe.seed) or {HELD_OUT: run.data.measuring}
 
     folder = RunFolder(output / "run")
-    run = stages.start(model, recipe.calibration, None, recipe, rates, folder, rehearse=rehearse)
+    run = starting.start(model, recipe.calibration, None, recipe, rates, folder, rehearse=rehearse)
     with stacked_on_failure(run.model, run.experts):
         judges = rehearse(run)
         latency = latency_of(run) if decodes(run.model) else None
@@ -283,7 +283,7 @@ def _unchanged(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 def _found(ground: Ground, points: Sequence[Mapping[str, Any]], clock: Clock) -> dict[str, Any]:
     run, recipe = ground.run, Recipe.of(**ground.asked)
-    notes = stages.notes_of(sum(shape.dense for shape in run.shapes.values()), run.model.num_parameters())
+    notes = starting.notes_of(sum(shape.dense for shape in run.shapes.values()), run.model.num_parameters())
     if ground.latency is None:
         notes.append(f"no speed is predicted: {type(run.model).__name__} is no causal language model")
     return {

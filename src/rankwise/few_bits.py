@@ -26,7 +26,8 @@ from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Student
 from rankwise.progress import progress
 from rankwise.run_folder import digest
-from rankwise.stages import Run, allocate
+from rankwise.stages import allocate
+from rankwise.starting import Run
 
 BITS_OR_RANKS, BITS_ALONE, SAME_BITS = "bits or ranks", "bits alone", "the same bits everywhere"
 

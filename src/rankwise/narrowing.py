@@ -24,7 +24,8 @@ from rankwise.layers.precision import widened
 from rankwise.masks.student import Layers, Student
 from rankwise.run_folder import digest
 from rankwise.slicing import Setting, chosen_neurons, narrow_layer, sizes_on_offer
-from rankwise.stages import Run, decompose_all, kept_in
+from rankwise.stages import decompose_all, kept_in
+from rankwise.starting import Run
 
 
 class Place(Protocol):

@@ -34,7 +34,7 @@ from rankwise.reporting.page import page_of
 from rankwise.reporting.read import Result
 from rankwise.run_folder import RunFolder
 from rankwise.schema import Report
-from rankwise.stages import Calibration
+from rankwise.starting import Calibration
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, stages
+from rankwise import bundled, stages, starting
 from rankwise.allocation.plan import Ranks
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.data import listed
@@ -36,7 +36,7 @@ from rankwise.recipe import IN_MEMORY, Recipe
 from rankwise.refinement.refinement import Refinement, refinements_named
 from rankwise.run_folder import RunFolder
 from rankwise.schema import VERSION, Report
-from rankwise.stages import Calibration, Run
+from rankwise.starting import Calibration, Run
 
 JUDGED = 2**12  # tokens of another text that a refinement must not make worse
 
@@ -89,7 +89,7 @@ def refine(
             refinement.try_out(run.model, run.shapes, run.data.training[0])
         return [] if judging is None else _batches(run, judging)
 
-    run = stages.start(reference, calibration, tokenizer, recipe, [], run_folder, rehearse=rehearse)
+    run = starting.start(reference, calibration, tokenizer, recipe, [], run_folder, rehearse=rehearse)
     with stacked_on_failure(run.model, run.experts):
         found = _train(run, compressed, ranks, refinements, rehearse(run))
     stack_experts(run.model, run.experts)

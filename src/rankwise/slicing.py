@@ -35,7 +35,7 @@ from rankwise.layers.neurons import Mlp
 from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
 from rankwise.run_folder import as_notes, digest, notes_in
-from rankwise.stages import Run
+from rankwise.starting import Run
 
 POINT = 0.3  # of its parameters removed, where each family is measured
 MEASURED, LEAST_MEASURED = 2**13, 2**7  # tokens through all groups together, and through each

@@ -15,7 +15,7 @@ from rankwise.layers.quantised import WIDTHS
 from rankwise.layers.tables import table_bytes, tables_of
 from rankwise.recipe import MIXED, Recipe
 from rankwise.runtime.latency import Latency, TimedShape, time_layers
-from rankwise.stages import Run, budget_of, kept_ranks
+from rankwise.starting import Run, budget_of, kept_ranks
 
 
 @dataclass(frozen=True)

@@ -144,20 +144,11 @@ class LLRC:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LLRCQuick(LLRC):
-    """The best of the first three starts and nothing else, or the spectrum where its KL is measured already: where time is short,
-    it is better spent on more text."""
+    """The best of the first three starts and nothing else: where time is short, it is better spent on more text."""
 
     points: NonNegativeInt | None = 0
     rounds: NonNegativeInt = 0
     value_steps: NonNegativeInt | None = 0
-
-    def allocate(self, problem: Problem) -> Allocation:
-        """The selection with the least KL on the selection text, or the only one."""
-        return choose(problem, self.prices(problem)) if problem.levels else super().allocate(problem)
-
-    def prices(self, problem: Problem) -> Prices:
-        """What dropping each component costs, by the best start."""
-        return measured_in_nats(problem) if problem.levels else super().prices(problem)
 
 
 class _Plan(NamedTuple):

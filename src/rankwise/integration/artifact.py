@@ -48,7 +48,7 @@ def decomposition_key(identity: str, metric: str) -> str:
 class Artifact:
     """What `rankwise decompose` wrote to `folder`.
 
-    recipe: of the decomposition; its rate means nothing. identity: of the run (see `stages.Run`). shapes: of the decomposed
+    recipe: of the decomposition; its rate means nothing. identity: of the run (see `starting.Run`). shapes: of the decomposed
     matrices. parameters: of the whole original model. conversations: as of `Data`.
     """
 

@@ -22,7 +22,8 @@ from rankwise.layers.linear import weight_of
 from rankwise.layers.precision import exact_device
 from rankwise.progress import progress
 from rankwise.run_folder import RunFolder, read_tensors
-from rankwise.stages import Run, leave_unreached
+from rankwise.stages import leave_unreached
+from rankwise.starting import Run
 from rankwise.streaming.activations import Activations, finite
 from rankwise.streaming.backward import back, forward, gradients_of, pieces_of
 from rankwise.streaming.stream import Stream

@@ -14,7 +14,8 @@ from rankwise.decomposition.solver import Decomposition
 from rankwise.layers.linear import empty_like, weight_of
 from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
-from rankwise.stages import Run, kept_in
+from rankwise.stages import kept_in
+from rankwise.starting import Run
 from rankwise.streaming.blocks import Narrower
 from rankwise.streaming.decomposition import decompose_one, stored_in
 from rankwise.streaming.stream import Stream

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise import bundled, distributed, stages
+from rankwise import bundled, distributed, starting
 from rankwise.allocation.allocator import ALLOCATORS, DIFFERENTIATING, FORWARD_ONLY, Allocator
 from rankwise.calibration.moments import GRADIENTS
 from rankwise.calibration.signal import frozen
@@ -33,7 +33,7 @@ from rankwise.recipe import Recipe
 from rankwise.refinement.blocks import BlockByBlock
 from rankwise.refinement.refinement import refinements_named
 from rankwise.run_folder import RunFolder, digest
-from rankwise.stages import Calibration, Run
+from rankwise.starting import Calibration, Run
 from rankwise.streaming.activations import Activations, Room
 from rankwise.streaming.blocks import StoredBlocks
 from rankwise.streaming.memory import Share, no_room_for_fewer_neurons, share_out
@@ -95,7 +95,7 @@ def start(
     folder: RunFolder,
     neurons_said: bool,
 ) -> Stream:
-    """As `stages.start`, for a model on disk. Where there is no room for fewer neurons, all stay, unless `neurons_said`. Raises
+    """As `starting.start`, for a model on disk. Where there is no room for fewer neurons, all stay, unless `neurons_said`. Raises
     `InMemoryOnlyError` for what streaming cannot do, and `RankwiseError` also where the memory that was promised is not enough,
     with what would be."""
     assert recipe.memory is not None
@@ -118,10 +118,10 @@ def start(
     for name in [name for name in shapes if blocks.block_of(name) is None]:
         left_dense[name] = "it is outside of the blocks, which alone are compressed block by block"
         del shapes[name]
-    stages.refuse_out_of_reach(empty, shapes, recipe, [recipe.rate] if recipe.rate else [])
+    starting.refuse_out_of_reach(empty, shapes, recipe, [recipe.rate] if recipe.rate else [])
     refuse_whole_runs(recipe, allocator, empty, shapes)
     tokenizer = tokenizer or load_tokenizer(model)
-    data = stages.read_data(empty, calibration, tokenizer, recipe, folder, "")
+    data = starting.read_data(empty, calibration, tokenizer, recipe, folder, "")
     narrow = widen(empty, device)
     everything = (*data.training, *data.selection, *data.measuring)
     if any(sequences_in(batch) < len(written(batch)) for batch in everything):
