@@ -13,9 +13,9 @@ import rankwise
 from rankwise import RankwiseError
 
 WINDOWS = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(1))
-STAGES = ["read_data", "collect", "decompose_in"]
-CASES = [("compress", stage) for stage in [*STAGES, "allocate", "compare"]]
-CASES += [("decompose", stage) for stage in [*STAGES, "Student.fisher"]]
+STAGES = ["starting.read_data", "stages.collect", "stages.decompose_in"]
+CASES = [("compress", stage) for stage in [*STAGES, "stages.allocate", "stages.compare"]]
+CASES += [("decompose", stage) for stage in [*STAGES, "stages.Student.fisher"]]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, RankwiseError])
@@ -26,7 +26,7 @@ def test_a_model_in_memory_is_left_as_it_was(
     def fails(*_: Any, **__: Any) -> None:
         raise failure("no more")
 
-    monkeypatch.setattr(f"rankwise.stages.{where}", fails)
+    monkeypatch.setattr(f"rankwise.{where}", fails)
     model = build("mixtral")
     before = {name: (parameter.clone(), parameter.requires_grad) for name, parameter in model.named_parameters()}
     options = {"rate": 0.3, "allocation": "uniform"} if work == "compress" else {}
