@@ -166,7 +166,7 @@ def ranks_for_blocks(model: Model, names: Sequence[str], grid: int = 2) -> list[
     costs = np.minimum(ranks * (m + n - ranks), m * n)
     errors = np.array([[[tail(d.spectrum, rank) for rank in ranks] for d in row] for row in found])
     bought = {}
-    for exchange in np.geomspace(1e-3, 1e3, 3 * SIZES) * errors.max() / costs.max():
+    for exchange in np.geomspace(1e-2, 1e2, SIZES) * errors.max() / costs.max():
         best = (errors + exchange * costs).argmin(-1)
         bought[int(costs[best].sum())] = ranks[best]
 
