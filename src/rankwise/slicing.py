@@ -22,7 +22,7 @@ from rankwise.allocation.multiple_choice import Floats, solve
 from rankwise.allocation.offer import tail_of
 from rankwise.allocation.plan import Budget, Ranks, Shapes, options
 from rankwise.calibration.batches import first_tokens
-from rankwise.calibration.moments import Collected, Moments
+from rankwise.calibration.moments import Collected
 from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
@@ -150,7 +150,7 @@ def sizes_on_offer(setting: Setting, mlp: Mlp) -> Slices:
     def compute() -> dict[str, Tensor]:
         moments = setting.statistics.of(mlp.down)
         left = metric_named(metric).roots(moments)[0]
-        return vars(slices_of(setting.student.weight(mlp.down), left, _second(moments), multiple))
+        return vars(slices_of(setting.student.weight(mlp.down), left, input_root(moments).metric, multiple))
 
     return Slices(**run.folder.cached(f"neurons/{mlp.down}", digest(run.identity, metric, multiple), compute))
 
@@ -230,7 +230,7 @@ def _layer(setting: Setting, group: _Group, way: _Way, name: str) -> nn.Module:
     second, first = found.second[:, :rank], found.first[:rank]
     if mlp is not None and kept is not None:
         if name == mlp.down:
-            first = refit(first, _second(setting.statistics.of(name)), kept).to(first)
+            first = refit(first, input_root(setting.statistics.of(name)).metric, kept).to(first)
         else:
             rows = mlp.rows(kept).to(second.device)
             second, bias = second[rows], None if bias is None else bias[rows.to(bias.device)]
@@ -243,11 +243,4 @@ def narrow_layer(setting: Setting, mlp: Mlp, name: str, kept: Tensor) -> nn.Modu
     weight = weight_of(model.get_submodule(name))
     if name != mlp.down:
         return mlp.inner_layer(model, name, kept.to(weight.device))
-    return mlp.last_layer(model, refit(weight, _second(setting.statistics.of(name)), kept))
-
-
-def _second(moments: Moments) -> Tensor:
-    """The damped second moment [n, n] of a matrix's inputs."""
-    root = input_root(moments)
-    assert root.full is not None
-    return root.full / root.count + torch.diag(root.scale.square())
+    return mlp.last_layer(model, refit(weight, input_root(setting.statistics.of(name)).metric, kept))

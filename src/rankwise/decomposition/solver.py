@@ -49,6 +49,15 @@ class Root:
         level = torch.where(level > LEAST, level, 1.0)
         return cls((damping * level).sqrt().expand(len(total)), total, count)
 
+    @property
+    def metric(self) -> Tensor:
+        """F F^T [d, d] float64, a tensor of its own."""
+        if self.full is None:
+            return torch.diag(self.scale.square())
+        damped = self.full / self.count
+        damped.diagonal().add_(self.scale.square())
+        return damped
+
     def gram(self, X: Tensor) -> Tensor:
         """(X F) (X F)^T for X [c, d]; needs no root."""
         if self.full is None:
@@ -67,9 +76,7 @@ class Root:
     @functools.cached_property
     def _factor(self) -> Tensor:
         """F, lower triangular. Where rounding leaves the metric indefinite, no eigenvalue is taken below the least of scale^2."""
-        assert self.full is not None
-        damped = self.full / self.count
-        damped.diagonal().add_(self.scale.square())
+        damped = self.metric
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             values, basis = torch.linalg.eigh(damped)
