@@ -310,7 +310,8 @@ class _Reading:
 
     def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
         """Tokens forward and back."""
-        forward, back = LLRCQuick().reads(training, selection, matrices)
+        quick = LLRCQuick().reads(training, selection, matrices)
+        forward, back = ((1 + self.rates) * tokens for tokens in quick)  # the original's prices, and those at each rate
         forward += Mixed(**MIXED_OPTIONS).reads(training, selection, matrices)[0]
         forward += 3 * self.sizes * tokens_in(selection)
         return forward + (1 + self.rates + 3 * self.sizes) * self.judged, back
