@@ -6,8 +6,8 @@ package.
 Every family (`otherwise.py`) offers its sizes for the matrices of a part of SmolLM2; what it has none for is pivoted. One
 knapsack buys sizes at the errors in the Kronecker norm until so many of the part's numbers are gone, the rest of the model stays
 dense, and the KL is measured. The places of what is sparse are counted, in numbers of 16 bits. Attention or MLPs that are left
-out are bought at what each costs alone. Nothing is trained. Writes benchmarks/results/families.md; what was found is kept in
---work.
+out are bought at what each costs alone. Nothing is trained. Writes benchmarks/results/families.md, the whole model in dense int8
+and int4 beside; what was found is kept in --work, for each --gone, --samples and --judge-samples by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import otherwise
 import torch
 from main_job import HERE
 from otherwise import Model, Way, block, leaf
-from real_models import LENGTH, judges_of, machine, texts_of
+from real_models import LENGTH, judges_of, machine, quantized_of, texts_of
 
 from rankwise import stages, starting
 from rankwise.allocation.mixed import RELATIVE_GAP
@@ -103,29 +103,34 @@ def costs(model: Model, family: Family, names: Sequence[str], gone: Sequence[flo
     return found
 
 
-def opened(args: argparse.Namespace) -> tuple[Model, list[str], dict[str, Any]]:
+def opened(texts: dict[str, str], calibration: str, args: argparse.Namespace) -> tuple[Model, list[str], dict[str, Any]]:
     """The model with its statistics, its matrices, and the batches to judge on."""
-    folder, texts = args.real_models / MODEL, texts_of(args.real_models / MODEL, args.data, args.work)
-    calibration, _ = texts.pop("c4"), texts.pop("questions")
+    folder = args.real_models / MODEL
     recipe = Recipe.of(rate=0.5, length=LENGTH, samples=args.samples, dtype="float32", calibration=calibration)
     run = starting.start(folder, calibration, None, recipe, [], RunFolder(args.work / "run"))
     model = Model(stages.student_of(run, {}, "kronecker"), stages.collect_statistics(run, kronecker.NEEDS))
     return model, [*run.shapes], judges_of(run.model, run.tokenizer, texts, args.judge_samples)
 
 
-def table(part: str, rows: Mapping[str, Any], args: argparse.Namespace) -> str:
+def table(part: str, rows: Mapping[str, Any], quantized: Mapping[str, Any], args: argparse.Namespace) -> str:
     """KL of every family on every text."""
-    columns = [(gone, text) for gone, texts in rows["**pivoted**"].items() for text in texts]
+    columns = [(f"{gone:.0%}", text) for gone in args.gone for text in quantized["int8"]["texts"]]
+    beside = [f"{bits} {_figures(quantized[bits]['texts'])}" for bits in ("int8", "int4")]
     lines = [
         f"### {MODEL}, {part}: KL in nats per token, so much of its numbers gone\n",
-        f"{machine()}, calibrated on {args.samples} windows of {LENGTH} tokens, judged on {args.judge_samples}.\n",
-        "| | " + " | ".join(f"{gone}, {text}" for gone, text in columns) + " |",
+        f"{machine()}, calibrated on {args.samples} windows of {LENGTH} tokens, judged on {args.judge_samples}. "
+        f"The whole model dense in {', in '.join(beside)}.\n",
+        "| | " + " | ".join(", ".join(column) for column in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
     for family in [family for family in FAMILIES if family in rows]:
         cells = [f"{rows[family][gone][text]:.4f}" if gone in rows[family] else "none so small" for gone, text in columns]
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _figures(texts: Mapping[str, Any]) -> str:
+    return " and ".join(f"{found['kl']:.4f} on {text}" for text, found in texts.items())
 
 
 def main() -> None:
@@ -139,19 +144,20 @@ def main() -> None:
     parser.add_argument("--real-models", type=Path, default=Path.home() / ".cache" / "real-models")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rankwise-families")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    kept = args.work / "families.json"
+    texts = texts_of(args.real_models / MODEL, args.data, args.work)
+    calibration, _ = texts.pop("c4"), texts.pop("questions")
+    kept = args.work / f"families-{args.samples}-{args.judge_samples}-{'-'.join(map(str, args.gone))}.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    model, matrices, judges = opened(args)
+    quantized = results.pop("quantized", None) or quantized_of(args.real_models / MODEL, texts, args.judge_samples)
+    model, matrices, judges = opened(texts, calibration, args)
     for part in args.parts:
         names = [matrix for matrix in matrices if any(f".{inside}." in matrix for inside in PARTS[part])]
         for family in args.families:
             if part in FAMILIES[family].parts and family not in results.setdefault(part, {}):
                 results[part][family] = costs(model, FAMILIES[family], names, args.gone, judges)
-                kept.write_text(json.dumps(results))
-    (HERE / "results" / "families.md").write_text(
-        "\n".join(table(part, results[part], args) for part in PARTS if part in results)
-    )
+                kept.write_text(json.dumps(results | {"quantized": quantized}))
+    found = [table(part, results[part], quantized, args) for part in PARTS if part in results]
+    (HERE / "results" / "families.md").write_text("\n".join(found))
 
 
 if __name__ == "__main__":

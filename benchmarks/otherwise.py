@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankwise.allocation.offer import tail_of
 from rankwise.calibration.batches import first_tokens
 from rankwise.calibration.moments import Collected
 from rankwise.decomposition import kronecker
@@ -82,7 +83,7 @@ def pivoted(model: Model, names: Sequence[str]) -> list[Way]:
 
 def shared_basis(model: Model, names: Sequence[str]) -> list[Way]:
     """Basis Sharing (arXiv 2410.03765): matrices of several blocks share a basis of the inputs of all."""
-    moments = [square(model.right(name)) for name in names]
+    moments = [model.right(name).metric for name in names]
     return one_basis(model, names, root_of(torch.stack(moments).mean(0)))
 
 
@@ -96,11 +97,11 @@ def one_basis(model: Model, names: Sequence[str], right: Root, pivots: bool = Tr
         parts = (found.second[:, :rank].double() @ found.first[:rank].double()).split(rows)
         return {name: left.solve(part) for name, left, part in zip(names, lefts, parts, strict=True)}
 
-    ways = [model.dense(*names)]
+    ways, tail = [model.dense(*names)], tail_of(found.spectrum)
     for rank in ranks_of(len(found.spectrum)):
         cost, write = rank * (m + n - rank * pivots), functools.partial(weights, rank)
         if cost < m * n:
-            ways.append(model.way(cost, write) if len(names) > 1 else Way(cost, tail(found.spectrum, rank), write))
+            ways.append(model.way(cost, write) if len(names) > 1 else Way(cost, float(tail[rank]), write))
     return ways
 
 
@@ -109,7 +110,7 @@ def neurons(model: Model, names: Sequence[str]) -> list[Way]:
     if len(names) == 1:
         return pivoted(model, names)
     down = next(name for name in names if leaf(name) == "down_proj")
-    weight, second = model.weight(down), square(model.right(down))
+    weight, second = model.weight(down), model.right(down).metric
     slices = slices_of(weight, model.left(down), second)
 
     def weights(size: int) -> Weights:
@@ -130,7 +131,7 @@ def narrower_values(model: Model, names: Sequence[str]) -> list[Way]:
     v, o = sorted(names, key=lambda name: leaf(name) == "o_proj")
     config: Any = model.student.model.config
     groups = config.num_key_value_heads
-    weight, second, metric = model.weight(o), square(model.right(o)), square(model.left(o))
+    weight, second, metric = model.weight(o), model.right(o).metric, model.left(o).metric
     heads = torch.arange(weight.shape[1]).view(groups, config.num_attention_heads // groups, -1)  # [groups, heads, size]
     basis, price = torch.zeros_like(second), []
     for of_group in heads:
@@ -164,7 +165,7 @@ def ranks_for_blocks(model: Model, names: Sequence[str], grid: int = 2) -> list[
     ]
     ranks = np.array(ranks_of(min(m, n)))
     costs = np.minimum(ranks * (m + n - ranks), m * n)
-    errors = np.array([[[tail(d.spectrum, rank) for rank in ranks] for d in row] for row in found])
+    errors = np.array([[tail_of(d.spectrum)[ranks] for d in row] for row in found])
     bought = {}
     for exchange in np.geomspace(1e-2, 1e2, SIZES) * errors.max() / costs.max():
         best = (errors + exchange * costs).argmin(-1)
@@ -260,7 +261,7 @@ def two_of_four(model: Model, names: Sequence[str]) -> list[Way]:
 
 
 def saliency(model: Model, name: str) -> Tensor:
-    sides = square(model.left(name)).diagonal()[:, None] * square(model.right(name)).diagonal()
+    sides = model.left(name).metric.diagonal()[:, None] * model.right(name).metric.diagonal()
     return model.weight(name).square() * sides
 
 
@@ -270,12 +271,6 @@ def left_out(model: Model, names: Sequence[str]) -> list[Way]:
     nothing = {last: torch.zeros_like(model.weight(last))}
     text = first_tokens(model.student.selection, ALONE)
     return [model.dense(*names), Way(0, model.student.cost(model.linears(nothing), text), lambda: nothing)]
-
-
-def square(root: Root) -> Tensor:
-    """The metric [d, d] of a root."""
-    assert root.full is not None
-    return root.full / root.count + torch.diag(root.scale.square())
 
 
 def root_of(metric: Tensor) -> Root:
@@ -289,17 +284,13 @@ def factor(root: Root) -> Tensor:
 
 
 def on_the_diagonal(root: Root, grid: int) -> list[Root]:
-    metric = square(root)
+    metric = root.metric
     size = len(metric) // grid
     return [root_of(metric[at : at + size, at : at + size]) for at in range(0, grid * size, size)]
 
 
 def ranks_of(most: int) -> list[int]:
     return sorted({round(most * part / SIZES) for part in range(1, SIZES + 1)} - {0})
-
-
-def tail(spectrum: Tensor, rank: int) -> float:
-    return float(spectrum[rank:].square().sum())
 
 
 def solved(gram: Tensor, right: Tensor) -> Tensor:
