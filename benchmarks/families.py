@@ -24,7 +24,7 @@ import otherwise
 import torch
 from main_job import HERE
 from otherwise import Model, Way, block, leaf
-from real_models import LENGTH, judges_of, machine, quantized_of, texts_of
+from real_models import LENGTH, judges_of, quantized_of, texts_of
 
 from rankwise import stages, starting
 from rankwise.allocation.mixed import RELATIVE_GAP
@@ -118,7 +118,7 @@ def table(part: str, rows: Mapping[str, Any], quantized: Mapping[str, Any], args
     beside = [f"{bits} {_figures(quantized[bits]['texts'])}" for bits in ("int8", "int4")]
     lines = [
         f"### {MODEL}, {part}: KL in nats per token, so much of its numbers gone\n",
-        f"{machine()}, calibrated on {args.samples} windows of {LENGTH} tokens, judged on {args.judge_samples}. "
+        f"Calibrated on {args.samples} windows of {LENGTH} tokens, judged on {args.judge_samples}. "
         f"The whole model dense in {', in '.join(beside)}.\n",
         "| | " + " | ".join(", ".join(column) for column in columns) + " |",
         "|---|" + "---|" * len(columns),
