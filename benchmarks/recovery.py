@@ -4,7 +4,7 @@
                                   [--refine-samples 256] [--judge-samples 16]
                                   [--refine blocks "blocks, distil" distil]
 
-Every model is compressed on `--samples` windows of text, then refined on `--refine-samples` others of the same source:
+Every model is compressed as by default, on `--samples` windows of text, then refined on `--refine-samples` others of the same source:
 C4; for MGM, of which there is no text, what it writes itself; for the bundled model its own documentation. A chain of
 refinements comes after its beginning in the list. All are judged on texts of that source and of others (see
 real_models.py). The share is that of the KL which is won back. All that is found is kept in
@@ -45,8 +45,7 @@ def contest_of(name: str, rate: float, args: argparse.Namespace) -> list[dict[st
     asked: dict[str, Any] = {"calibration": text, "length": LENGTH, "dtype": "float32"}
     small = args.work / f"{name}-{rate:g}-{args.samples}"
     if not small.exists():
-        options = {"allocation": "mask-fisher", "effort": "quick", "samples": args.samples}
-        rankwise.compress(folder, rate, output=small, resume=True, **options, **asked)
+        rankwise.compress(folder, rate, output=small, resume=True, samples=args.samples, **asked)
     found = {"": (small, 0.0)}
     for refine in args.refine:
         before, _, last = refine.rpartition(", ")  # a chain goes on from what is there of it

@@ -1,11 +1,12 @@
 """Speed against the ideal: low-rank layers and whole decoders beside dense ones, random weights at the shapes of Llamas.
 
     python benchmarks/speed.py [--sizes 1B 7B 13B] [--rates 0.2 0.4 0.6] [--dtypes float32 bfloat16] [--threads 2]
-                               [--device cpu] [--prompt 512]
+                               [--device cpu] [--prompt 512] [--decoders 1B] [--compile]
 
 Ideal is dense over compressed bytes (decoding one token) or flops (prefill of a prompt). Dense and compressed run in turn in one
 process, medians of the paired ratios. Weights are cold, as in a whole model: decoding goes round copies that fill 256 MiB.
-Ranks are multiples of --multiple. Writes benchmarks/results/speed.md.
+Ranks are multiples of --multiple, and so are the neurons of decoders whose MLPs alone are smaller. On a GPU layers run one by
+one and as a CUDA graph. --compile: decoders through `torch.compile` as well. Writes benchmarks/results/speed.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import functools
 import itertools
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.layers.lowrank import FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape, find_matrices
-from rankwise.runtime.bench import Load, ideal_speedup, times
+from rankwise.runtime.bench import Compiled, Load, times
 from rankwise.runtime.latency import Weights
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.pack import pack
@@ -38,8 +40,10 @@ SIZES = {  # hidden, intermediate, attention heads, key-value heads: Llama 3.2 1
 }
 COLD = 2**28  # bytes
 PACKED = {"": (False, False), ", packed": (False, True), ", both packed": (True, True)}  # dense, low-rank
+GRAPH, NARROW = ", CUDA graph", "fewer neurons"
 WAYS = {
     "as loaded": ("dense", "as loaded"),
+    "compiled": ("compiled dense", "compiled"),
     "optimised": ("dense", "optimised"),
     "packed": ("dense", "packed"),
     "packed over packed": ("packed dense", "packed"),
@@ -65,8 +69,18 @@ def run(layers: list[nn.Module], x: torch.Tensor) -> None:
         layer(x)
 
 
+def graph_of(layers: list[nn.Module], x: torch.Tensor) -> Callable[[], None]:
+    """What `run` launches, as one CUDA graph."""
+    for _ in range(3):
+        run(layers, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(layers, x)
+    return graph.replay
+
+
 def layer_speedups(
-    weights: Weights, shape: Shape, rank: int, repeats: int, packed: tuple[bool, bool], prompt: int
+    weights: Weights, shape: Shape, rank: int, repeats: int, packed: tuple[bool, bool], prompt: int, graphs: bool
 ) -> tuple[float, float]:
     """Speed-up of decoding one token and of prefill. packed: the dense layers, the low-rank ones."""
     dtype, pools = weights.buffer.dtype, []
@@ -78,7 +92,8 @@ def layer_speedups(
     for tokens, turns in ((1, 3 * repeats), (prompt, repeats)):
         x = torch.randn(1, tokens, shape.in_features).to(weights.buffer)
         used = pools if tokens == 1 else [pool[:2] for pool in pools]
-        seconds = alternating([functools.partial(run, pool, x) for pool in used], turns)
+        tasks = [graph_of(pool, x) if graphs else functools.partial(run, pool, x) for pool in used]
+        seconds = alternating(tasks, turns)
         speedups.append(ratio(*([s / len(pool) for s in own] for own, pool in zip(seconds, used, strict=True))))
     return speedups[0], speedups[1]
 
@@ -108,28 +123,61 @@ def compress_at_random(model: Any, rate: float, multiple: int, form: str) -> Any
     return model
 
 
+def narrow(model: Any, rate: float, multiple: int) -> Any:
+    """The decoder without so many of its matrices' numbers, all of them its MLPs'."""
+    shapes = find_matrices(model)[0]
+    gone = rate * sum(shape.dense for shape in shapes.values()) / sum(s.dense for name, s in shapes.items() if "mlp" in name)
+    for layer in model.model.layers:
+        size = round((1 - gone) * layer.mlp.down_proj.in_features / multiple) * multiple
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight, linear.out_features = nn.Parameter(linear.weight[:size].clone(), requires_grad=False), size
+        down = layer.mlp.down_proj
+        down.weight, down.in_features = nn.Parameter(down.weight[:, :size].contiguous(), requires_grad=False), size
+    return model
+
+
 def decoder_speedups(
-    size: str, layers: int, rate: float, multiple: int, dtype: torch.dtype, repeats: int, form: str, device: str, prompt: int
+    size: str, rate: float, form: str, dtype: torch.dtype, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Phase -> the "ideal" speed-up, and those of `WAYS`."""
+    dense = functools.partial(decoder, size, args.layers, dtype, args.device)
 
     def small() -> Any:
-        return compress_at_random(decoder(size, layers, dtype, device), rate, multiple, form)
+        model = dense()
+        return narrow(model, rate, args.multiple) if form == NARROW else compress_at_random(model, rate, args.multiple, form)
 
-    models = {"dense": decoder(size, layers, dtype, device), "as loaded": small(), "optimised": optimize(small())}
-    if dtype == torch.bfloat16 and device == "cpu":
-        models |= {"packed": pack(small()), "packed dense": pack(decoder(size, layers, dtype, device))}
-    ideal, found = ideal_speedup(models["as loaded"]), {}
-    for phase, seconds in times(list(models.values()), Load(1, prompt, 16), repeats).items():
-        own = dict(zip(models, seconds, strict=True))
-        found[phase] = {way: ratio(own[over], own[under]) for way, (over, under) in WAYS.items() if under in own}
-        found[phase]["ideal"] = ideal[phase]
-    return found
+    load = Load(1, args.prompt, 16)
+    models = {"dense": dense(), "as loaded": small()}
+    if form != NARROW:
+        models["optimised"] = optimize(small())
+    if dtype == torch.bfloat16 and args.device == "cpu":
+        models |= {"packed": pack(small()), "packed dense": pack(dense())}
+    seconds = times(list(models.values()), load, args.repeats)
+    own = {phase: dict(zip(models, found, strict=True)) for phase, found in seconds.items()}
+    if args.compile:
+        pair = {f"compiled{name}": Compiled(models[way], load) for name, way in ((" dense", "dense"), ("", "as loaded"))}
+        for phase, found in times(list(pair.values()), load, args.repeats).items():
+            own[phase] |= dict(zip(pair, found, strict=True))
+    return {
+        phase: {way: ratio(found[over], found[under]) for way, (over, under) in WAYS.items() if under in found}
+        | {"ideal": ideal_of(models["dense"], models["as loaded"], phase)}
+        for phase, found in own.items()
+    }
+
+
+def ideal_of(dense: Any, small: Any, phase: str) -> float:
+    """Dense over compressed numbers that are multiplied with, the output head among them where one token is decoded."""
+    head = dense.lm_head.weight.numel() * (phase == "decode")
+
+    def numbers(model: Any) -> int:
+        return head + sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+
+    return numbers(dense) / numbers(small)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.4, 0.6])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--decoders", nargs="*", default=["1B"], choices=list(SIZES))
@@ -139,6 +187,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--compile", action="store_true", help="the decoders as well")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -151,13 +200,14 @@ def main() -> None:
         dtype = getattr(torch, name)
         weights = Weights(2 * COLD, dtype, args.device)
         kinds = PACKED if dtype == torch.bfloat16 and args.device == "cpu" else {"": (False, False)}
+        kinds |= {} if args.device == "cpu" else {GRAPH: (False, False)}
         for kind, size in itertools.product(kinds, args.sizes):
             for shape in shapes_of(size):
                 rows: dict[str, list[str]] = {}
                 for rate in args.rates:
                     for form, (of, rank) in options_of(shape, rate, args.multiple).items():
                         ideal = of.dense / of.parameters(rank)
-                        found = layer_speedups(weights, of, rank, args.repeats, kinds[kind], args.prompt)
+                        found = layer_speedups(weights, of, rank, args.repeats, kinds[kind], args.prompt, kind == GRAPH)
                         rows.setdefault(form, []).extend(f"{speedup:.2f} ({speedup / ideal:.0%})" for speedup in found)
                 for form, cells in rows.items():
                     layer = f"{name}{kind}, {size}, {shape.in_features} to {shape.out_features}"
@@ -169,11 +219,8 @@ def main() -> None:
     lines += [f"| decoder | form | phase | ideal | {' | '.join(WAYS)} |", "|---" * (4 + len(WAYS)) + "|"]
     for name in args.dtypes:
         for size in args.decoders:
-            for rate, form in itertools.product(args.rates, FORMS):
-                dtype = getattr(torch, name)
-                phases = decoder_speedups(
-                    size, args.layers, rate, args.multiple, dtype, args.repeats, form, args.device, args.prompt
-                )
+            for rate, form in itertools.product(args.rates, (*FORMS, NARROW)):
+                phases = decoder_speedups(size, rate, form, getattr(torch, name), args)
                 for phase, own in phases.items():
                     ideal = own["ideal"]
                     cells = [f"{ideal:.2f}", *(f"{own[w]:.2f} ({own[w] / ideal:.0%})" if w in own else "" for w in WAYS)]

@@ -1,11 +1,13 @@
-"""A random Llama of 7B's shape, compressed with 8 GB: the peak memory, and the seconds of a block.
+"""A random Llama of 7B's shape, compressed with 8 GB, or with all of the machine: the peak memory, and the seconds of a block.
 
     python benchmarks/streaming.py [--layers 3] [--memory 8GB] [--allocation energy] [--rate 0.2] [--windows 16] [--length 1024]
     python benchmarks/streaming.py --allocation llrc --decomposition kronecker --options rounds=1 value_steps=2 --output FILE
+    python benchmarks/streaming.py --memory all --effort quick --layers 32 --allocation llrc --decomposition kronecker ...
 
 The model (hidden 4096, ffn 11008, 32 heads, 32,000 tokens, bfloat16) is written shard by shard, with fewer layers than 32 and
 less calibration text than the default: what a block costs does not depend on how many there are, so 32 layers are extrapolated.
-The compression runs in a process of its own, whose peak is the kernel's (VmHWM). Writes results/streaming.md, or --output.
+The compression runs in a process of its own, whose peak is the kernel's (VmHWM). With --memory all rankwise chooses the way, and
+--effort says how much text is read. Writes results/streaming.md, or --output.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers import LlamaConfig
 
 HERE = Path(__file__).parent
 FULL = 32  # layers of the model whose shape this is
+ALL = "all"  # of the machine's memory
 
 
 def write_model(folder: Path, layers: int) -> None:
@@ -58,7 +61,8 @@ import json, torch, rankwise
 torch.set_num_threads({args.threads})
 windows = torch.randint(32000, ({args.windows}, {args.length}), generator=torch.Generator().manual_seed(0))
 result = rankwise.compress({str(folder / "model")!r}, {args.rate}, calibration=windows, output={str(folder / "small")!r},
-    allocation={args.allocation!r}, decomposition={args.decomposition!r}, memory={args.memory!r}, overwrite=True,
+    allocation={args.allocation!r}, decomposition={args.decomposition!r}, memory={None if args.memory == ALL else args.memory!r},
+    effort={args.effort!r}, overwrite=True,
     options={dict(option.split("=") for option in args.options)!r})
 print(json.dumps(result.report))
 """
@@ -68,20 +72,24 @@ print(json.dumps(result.report))
     return report
 
 
+def machine(threads: int) -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} threads"
+
+
 def text_of(report: dict[str, Any], args: argparse.Namespace) -> str:
     """The figures as Markdown."""
-    seconds, peak = report["seconds"], report["peak_memory_bytes"]["host"]
+    seconds, peaks = report["seconds"], report["peak_memory_bytes"]
     each = {stage: value / args.layers for stage, value in seconds.items() if stage != "allocation"}
-    method = " ".join((args.allocation, *args.options))
+    method = " ".join((args.allocation, *args.options)) + f", effort {args.effort},"
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     return f"""A Llama of hidden 4096, ffn 11008, 32 heads, bfloat16, {args.layers} of 7B's {FULL} layers; {method} on
-{args.decomposition} at rate {args.rate}, {args.windows} windows of {args.length} tokens, {args.threads} threads, torch
+{args.decomposition} at rate {args.rate}, {args.windows} windows of {args.length} tokens, {machine(args.threads)}, torch
 {torch.__version__}.
 
 | | |
 |---|---|
 | memory promised | {args.memory} |
-| peak resident memory of the process | {peak / 1e9:.2f} GB |
+| peak memory of the process | {", ".join(f"{kind} {peak / 1e9:.2f} GB" for kind, peak in peaks.items())} |
 | rate achieved | {report["achieved_rate"]["linear"]:.4f} |
 | seconds | {stages} |
 | seconds of a block | {", ".join(f"{stage} {value:.0f}" for stage, value in each.items())} |
@@ -94,7 +102,8 @@ Statistics and the passes of a block grow with the tokens, its decompositions do
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--memory", default="8GB")
+    parser.add_argument("--memory", default="8GB", help=f"to promise; {ALL} for no promise")
+    parser.add_argument("--effort", default="default")
     parser.add_argument("--allocation", default="energy")
     parser.add_argument("--decomposition", default="whitened")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of the allocation")

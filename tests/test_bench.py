@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rankwise.runtime.bench import Load, _peaks, ideal_speedup
+from rankwise.runtime.bench import Compiled, Load, _peaks, ideal_speedup, prefill, step
 from rankwise.runtime.timing import alternating, ratio
 
 FAST = ["--prompt", 8, "--new-tokens", 2, "--repeats", 1]
@@ -32,6 +32,24 @@ def test_the_report(rankwise: Callable[..., Any], small_llama: Path, llama: Path
     weights, peaks = report["weight_bytes"], report["peak_memory_bytes"]
     assert weights["compressed"] < weights["reference"]
     assert peaks == {role: {size: {"host": 10**9} for size in ("1", "2")} for role in weights}
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_compiled_models_are_timed_as_the_others(rankwise: Callable[..., Any], small_llama: Path, llama: Path) -> None:
+    ended = rankwise("bench", small_llama, "--reference", llama, "--batches", "1", *FAST, "--compile")
+    assert ended.code == 0, ended.err
+    assert "compiled" in ended.out
+
+
+def test_a_compiled_model_writes_what_the_model_writes(small_llama: Path) -> None:
+    model, load = AutoModelForCausalLM.from_pretrained(small_llama).eval(), Load(2, 8, 4)
+    ids, compiled = torch.randint(model.config.vocab_size, (2, 8)), Compiled(model, load)
+    for _ in range(2):  # the cache starts anew with every prompt
+        expected, found = prefill(model, ids), prefill(compiled, ids)
+        for _ in range(load.new_tokens):
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+            token = expected.logits[:, -1:].argmax(-1)
+            expected, found = step(model, expected, token), step(compiled, found, token)
 
 
 def test_peaks_are_those_of_a_process_of_its_own(small_llama: Path) -> None:

@@ -370,6 +370,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of each, in turn; medians count.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile; CUDA graphs on a GPU.")] = False,
     add_to_report: AddToReport = False,
     as_json: AsJson = False,
     **loading: Any,
@@ -384,7 +385,7 @@ def bench(
     sizes = _numbers("--batches", batches, int, "1,16")
     options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads, **loading}
     with _silent(as_json):
-        report = bench(folder, reference, batches=sizes, **options)
+        report = bench(folder, reference, batches=sizes, compiled=compiled, **options)
     if add_to_report:
         add_to_page(folder, SPEED, report)
     if as_json:

@@ -126,6 +126,6 @@ def print_speed(report: Mapping[str, Any]) -> None:
         if peaks:
             console.print(f"{name}: {', '.join(peaks)}")
     console.print(
-        f"{report['dtype']} on {report['device']}, {report['threads']} threads; prompt {report['prompt']}, then "
-        f"{report['new_tokens']} tokens one at a time; medians of {report['repeats']} runs in turn"
+        f"{report['dtype']} on {report['device']}, {report['threads']} threads{', compiled' * report['compiled']}; prompt "
+        f"{report['prompt']}, then {report['new_tokens']} tokens one at a time; medians of {report['repeats']} runs in turn"
     )

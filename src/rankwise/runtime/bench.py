@@ -8,6 +8,7 @@ position only, and is left out.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import statistics
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, StaticCache
 
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.memory import peak_memory
@@ -54,6 +55,7 @@ def bench(
     new_tokens: int = 32,
     repeats: int = 5,
     threads: int | None = None,
+    compiled: bool = False,
     dtype: str = "auto",
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -61,8 +63,9 @@ def bench(
 
     path: a folder that rankwise wrote, or any causal model; compressed ones run as `optimize` leaves them. prompt: tokens, by
     default 512 or as many as the models take beside the `new_tokens`. Both models run in turn in this process, `repeats` times;
-    speeds are medians, speed-ups medians of the pairs. Peak memory is that of a fresh process that runs the model alone.
-    Returns plain values for JSON. Raises `RankwiseError`.
+    speeds are medians, speed-ups medians of the pairs. compiled: both run through `torch.compile`, as loaded and not as
+    `optimize` leaves them, with a cache of fixed size, on a GPU as CUDA graphs. Peak memory is that of a fresh process that runs
+    the model alone, not compiled. Returns plain values for JSON. Raises `RankwiseError`.
     """
     asked = [] if prompt is None else [prompt]
     if not batches or min(*batches, *asked, new_tokens, repeats) < 1:
@@ -80,11 +83,14 @@ def bench(
     if prompt + new_tokens > context:
         raise RankwiseError(f"prompt and new tokens are {prompt + new_tokens} tokens, the model takes {context}: ask for fewer")
     models = {role: _open(p, configs[role], dtype, device) for role, p in paths.items()}
+    if not compiled:
+        models = {role: optimize(model) for role, model in models.items()}
     ideal = ideal_speedup(models["compressed"])
     rows = []
     loads = [Load(batch, prompt, new_tokens) for batch in sorted(set(batches))]
     for load in loads:
-        seconds = times(list(models.values()), load, repeats)
+        run = [Compiled(model, load) for model in models.values()] if compiled else list(models.values())
+        seconds = times(run, load, repeats)
         for phase, tokens in (("prefill", load.batch * prompt), ("decode", load.batch * new_tokens)):
             own = dict(zip(models, seconds[phase], strict=True))
             row: dict[str, Any] = {"phase": phase, "batch": load.batch}
@@ -101,6 +107,7 @@ def bench(
         "dtype": str(models["compressed"].dtype).removeprefix("torch."),
         "device": str(models["compressed"].device),
         "threads": torch.get_num_threads(),
+        "compiled": compiled,
         "prompt": prompt,
         "new_tokens": new_tokens,
         "repeats": repeats,
@@ -116,7 +123,7 @@ def _open(path: str | Path, config: PreTrainedConfig, dtype: str, device: str) -
     model = load_model(path, config, dtype, device)
     if not model.can_generate() or config.is_encoder_decoder:
         raise RankwiseError(f"{path} is a {type(model).__name__}: only causal language models are timed")
-    return optimize(model)
+    return model
 
 
 @torch.inference_mode()
@@ -128,9 +135,43 @@ def prefill(model: Any, ids: Tensor) -> Any:
 @torch.inference_mode()
 def decode(model: Any, output: Any, tokens: int) -> None:
     """Greedy steps from a prefill's output on."""
-    cache = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118  `in output` knows, and warns of, the old name
     for _ in range(tokens):
-        output = model(input_ids=output.logits[:, -1:].argmax(-1), use_cache=True, **{cache: output[cache]})
+        output = step(model, output, output.logits[:, -1:].argmax(-1))
+
+
+@torch.inference_mode()
+def step(model: Any, output: Any, token: Tensor) -> Any:
+    """The output for `token` [batch, 1], which goes on from the earlier `output`."""
+    cache = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118  `in output` knows, and warns of, the old name
+    return model(input_ids=token, use_cache=True, **{cache: output[cache]})
+
+
+class Compiled:
+    """A model that `torch.compile` runs, with a cache that has room for `load` and no more: nothing is allocated between
+    steps, so that a GPU replays each as one graph. It is called as the model is."""
+
+    def __init__(self, model: Any, load: Load) -> None:
+        torch.compiler.reset()  # of what was compiled for another load: it would be compiled once more, for any size
+        self.model, self.step = model, torch.compile(model, mode="reduce-overhead", dynamic=False)
+        self.cache = StaticCache(config=model.config, max_cache_len=load.prompt + load.new_tokens)
+        self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        ids = _prompts(model, load)
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=True, **{self.name: self.cache})  # lays out the cache, outside of any graph
+        for _ in range(3):  # compiles, records, replays
+            decode(self, prefill(self, ids), 1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, **options: Any) -> Any:
+        """The model's output: the prompt starts the cache anew, a step goes on with it."""
+        if self.name not in options:
+            self.cache.reset()
+        torch.compiler.cudagraph_mark_step_begin()
+        output = self.step(**options | {self.name: self.cache})
+        output.logits = output.logits.clone()  # a graph's own memory is overwritten by the next
+        return output
 
 
 def _prompts(model: Any, load: Load) -> Tensor:
