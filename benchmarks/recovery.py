@@ -4,9 +4,9 @@
                                   [--refine-samples 256] [--judge-samples 16]
                                   [--refine blocks "blocks, distil" distil]
 
-Every model is compressed as by default, on `--samples` windows of text, then refined on `--refine-samples` others of the same source:
-C4; for MGM, of which there is no text, what it writes itself; for the bundled model its own documentation. A chain of
-refinements comes after its beginning in the list. All are judged on texts of that source and of others (see
+Every model is compressed as by default, on `--samples` windows of text, then refined on `--refine-samples` others of the
+same source: C4; for MGM, of which there is no text, what it writes itself; for the bundled model its own documentation. A
+chain of refinements comes after its beginning in the list. All are judged on texts of that source and of others (see
 real_models.py). The share is that of the KL which is won back. All that is found is kept in
 benchmarks/results/recovery.json and printed to recovery.md; what was computed is kept in --work.
 """

@@ -146,6 +146,14 @@ def test_what_a_model_writes_is_drawn_by_the_seed_alone() -> None:
     assert not torch.equal(own_windows(model, LENGTH, 4, seed=4), first)
 
 
+@pytest.mark.parametrize("room", [1, 10_000])
+def test_what_a_model_writes_does_not_depend_on_how_much_of_it_has_room(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    whole = own_windows(model, LENGTH, 7, seed=3, opening=[1, 2, 3])
+    monkeypatch.setattr("rankwise.calibration.batches.WORKING_MEMORY", room)
+    assert torch.equal(own_windows(model, LENGTH, 7, seed=3, opening=[1, 2, 3]), whole)
+
+
 def test_what_a_model_writes_has_its_own_distribution() -> None:
     model, samples = tiny_model(), 8000
     written = own_windows(model, 3, samples, seed=0, opening=[1, 2, 3])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rankwise import memory
 from rankwise.calibration.batches import numbers_of_a_token, room_for_a_batch, sides
 from rankwise.calibration.moments import GRADIENTS, find_sites
-from rankwise.calibration.own_text import written_at_once
+from rankwise.calibration.own_text import kept_of_a_token, written_at_once
 from rankwise.calibration.signal import LOGITS_AT_ONCE, PROBE, device_of
 from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of, windows_asked, written
 from rankwise.decomposition.metric import metric_named
@@ -79,12 +79,12 @@ def shortage(
     stored = dtype.itemsize * sum(p.numel() for p in empty.parameters())
     held = stored if isinstance(model, PreTrainedModel) else 0
     needs = frozenset[str]().union(*(metric_named(metric).NEEDS for metric in metrics))
-    writes = isinstance(calibration, str) and calibration == "self"
+    own = written_at_once(empty, device) if isinstance(calibration, str) and calibration == "self" else 0
     trained = [set(refinement.trained(empty, shapes)) for refinement in refinements_named(recipe.refine or "")]
     text, there = _text(empty, calibration, recipe, device), memory.there(device)
     for sites in (shapes.keys(), None):  # as many as matrices at most; which of them share one, a run of the empty model tells
         totals = moments(empty, shapes, needs, sites)
-        phases = _phases(empty, shapes, needs, totals, e, *text, trains, writes, trained)
+        phases = _phases(empty, shapes, needs, totals, e, *text, trains, own, trained)
         if recipe.narrows:  # what is left of MLPs stands beside the original's
             widest, more = max(shape.in_features for shape in shapes.values()), e * sum(shape.dense for shape in shapes.values())
             phases = {name: taken + more * (name in ("ranks", "refinement")) for name, taken in phases.items()}
@@ -143,11 +143,11 @@ def _phases(
     batch: int,
     text: int,
     trains: bool,
-    writes: bool,
+    own: int,
     trained: Collection[Collection[str]],
 ) -> dict[str, int]:
     """The most bytes that each part of the work holds at once. totals: bytes of the moments; batch, text: tokens of one, and of
-    all; trained: the matrices that each refinement trains at once."""
+    all; own: of the text that the model writes at once; trained: the matrices that each refinement trains at once."""
     config = empty.config.get_text_config()
     d, layers = getattr(config, "hidden_size", 1), getattr(config, "num_hidden_layers", 1)
     weights = e * sum(p.numel() for p in empty.parameters())
@@ -161,7 +161,7 @@ def _phases(
     vocabulary = vocabulary_of(empty)
     logits = LOGITS * min(batch * vocabulary, max(LOGITS_AT_ONCE, vocabulary))
     return {
-        "text": weights + writes * 8 * d * layers * min(text, written_at_once(empty)),
+        "text": weights + int(kept_of_a_token(empty) * min(text, own)),
         "statistics": weights + totals + (backward if GRADIENTS & set(needs) else forward) + logits,
         "decomposition": weights + totals + factors + solved,
         "ranks": weights + factors + answers + (masked if trains else forward) + logits,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
+from rankwise.calibration.batches import room_for_a_batch
 from rankwise.calibration.signal import drawn
 from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of
 from rankwise.errors import RankwiseError
@@ -53,18 +54,25 @@ def _written(model: Any, prompts: Tensor, length: int, generator: torch.Generato
     """The prompts [samples, tokens] written on to `length` tokens: [samples, length]."""
     if prompts.shape[1] >= length:
         return prompts
-    times = math.ceil(len(prompts) * length / written_at_once(model))
-    parts = prompts.split(math.ceil(len(prompts) / times))  # as many each time
-    steps = iter(progress(range(len(parts) * (length - prompts.shape[1])), "writing text"))
+    times = math.ceil(len(prompts) * length / written_at_once(model, model.device))
+    at_once = math.ceil(len(prompts) / times)  # as many each time
+    draws = torch.rand(length - prompts.shape[1], len(prompts), generator=generator)  # the same however many are written at once
+    parts = list(zip(prompts.split(at_once), draws.split(at_once, 1), strict=True))
+    steps = iter(progress(range(len(parts) * len(draws)), "writing text"))
 
-    def draw(_: Tensor, scores: Tensor) -> Tensor:
-        """Leave one token of each row, drawn by one random number. `generate` takes one for each word of the vocabulary: a fifth
-        of the whole on a CPU."""
-        next(steps, None)
-        tokens = drawn(scores.float().log_softmax(-1), torch.rand(len(scores), generator=generator))
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
+    def write(prompts: Tensor, draws: Tensor) -> Tensor:
+        own = iter(draws)
 
-    windows = torch.cat([generated(model, part, logits_processor=[draw], max_length=length).cpu() for part in parts])
+        def draw(_: Tensor, scores: Tensor) -> Tensor:
+            """Leave one token of each row, drawn by one random number. `generate` takes one for each word of the vocabulary: a
+            fifth of the whole on a CPU."""
+            next(steps, None)
+            tokens = drawn(scores.float().log_softmax(-1), next(own))
+            return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
+
+        return generated(model, prompts, logits_processor=[draw], max_length=length).cpu()
+
+    windows = torch.cat([write(*part) for part in parts])
     next(steps, None)  # it says that it is done
     return windows
 
@@ -89,10 +97,16 @@ def generated(model: Any, prompts: Tensor, logits_processor: Sequence[Any] = (),
     return written
 
 
-def written_at_once(model: Any) -> int:
-    """Tokens of the sequences that a model writes at once: those whose keys and values take about 2 GB at most."""
+def written_at_once(model: Any, device: torch.device) -> int:
+    """Tokens of the sequences that a model writes at once: as many as have room for their keys and values. On a GPU a token of
+    many sequences takes as long as one's; on a CPU more than some number gain nothing."""
+    fit = int(room_for_a_batch(device) / kept_of_a_token(model))
+    return max(1, fit if device.type == "cuda" else min(4 * TOKENS_PER_BATCH, fit))
+
+
+def kept_of_a_token(model: Any) -> float:
+    """Bytes of its keys and values in float32."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
     shared = heads / (getattr(text, "num_key_value_heads", None) or heads)
-    kept = 8 * getattr(text, "hidden_size", 1) * getattr(text, "num_hidden_layers", 1) / shared  # float32
-    return int(min(4 * TOKENS_PER_BATCH, 2**31 / kept))
+    return 8 * getattr(text, "hidden_size", 1) * getattr(text, "num_hidden_layers", 1) / shared
