@@ -44,15 +44,15 @@ _locks: dict[Path, IO[str]] = {}  # run folders that this process holds; the sys
 
 def digest(*parts: Any) -> str:
     """A short digest of values with a stable text form, and of tensors by their dtype, shape and bytes."""
-    state = hashlib.blake2b(digest_size=10)
+    state = hashlib.sha256()  # three times as fast as others where the processor knows it
     for part in parts:
         if isinstance(part, Tensor):
             state.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            state.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            state.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         else:
             state.update(repr(part).encode())
         state.update(b"\0")
-    return state.hexdigest()
+    return state.hexdigest()[:20]
 
 
 def user_cache() -> Path:

@@ -18,7 +18,7 @@ from rankwise import distributed
 from rankwise.calibration.signal import device_of, frozen, sampled_loss, signal_of, token_mask, with_draws
 from rankwise.calibration.tokens import Batch, cut
 from rankwise.errors import RankwiseError
-from rankwise.layers.precision import exact, exact_device
+from rankwise.layers.precision import exact, exact_device, is_finite
 from rankwise.progress import progress
 
 GRADIENTS = frozenset({"output", "fisher"})  # the moments that take a backward pass
@@ -78,7 +78,7 @@ class Statistics:
     def refuse_not_finite(self) -> None:
         """Raises `RankwiseError` naming the first site or matrix with a moment that is not finite."""
         for path, moments in (*self.sites.items(), *self.matrices.items()):
-            if not all(torch.isfinite(value).all() for value in vars(moments).values() if isinstance(value, Tensor)):
+            if not all(is_finite(value) for value in vars(moments).values() if isinstance(value, Tensor)):
                 raise RankwiseError(
                     f"{path}: activations or gradients on the calibration text are not finite, or their squares are not"
                 )
@@ -157,7 +157,7 @@ def collect(
             for batch in progress(with_draws(batches, seed), "calibrating"):
                 watched.expect(batch)
                 signal = signal_of(model, batch)
-                if not torch.isfinite(signal.values).all():
+                if not is_finite(signal.values):
                     raise RankwiseError("the model's outputs on the calibration text are not finite")
                 if backward and signal.values.requires_grad:  # else the batch reaches none of the matrices
                     sampled_loss(signal, batch).backward()

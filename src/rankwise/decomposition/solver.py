@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import RankwiseError
-from rankwise.layers.precision import exact_device
+from rankwise.layers.precision import exact_device, is_finite
 
 LEAST = 1e-290  # a smaller mean is no metric, but what is left of one below the range of float64
 
@@ -117,7 +117,7 @@ def decompose(W: Tensor, left: Root | None, right: Root | None, mean: Tensor | N
     """
     dtype = torch.float64 if left is not None else torch.promote_types(W.dtype, torch.float32)
     W = W.detach().to(exact_device(W.device), dtype)
-    if not torch.isfinite(W).all():
+    if not is_finite(W):
         raise RankwiseError("the weight has values that are not finite")
     T = W if left is None else left.apply(W)
     Q = None

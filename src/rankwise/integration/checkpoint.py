@@ -42,6 +42,7 @@ from rankwise.integration.files import (
     refuse_odd_files,
 )
 from rankwise.integration.quantizer import METHOD, RankwiseConfig, RankwiseQuantizer
+from rankwise.layers.precision import is_finite
 from rankwise.run_folder import flush, set_rights
 
 logger = logging.getLogger(__name__)
@@ -287,7 +288,7 @@ def load_compressed(path: str | Path, dtype: str = "auto", device: str = "auto")
 def refuse_not_finite(model: nn.Module) -> None:
     """Raises `RankwiseError` naming the first parameter with NaN or infinite values."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter):
             raise RankwiseError(f"the model's weight {name} has values that are NaN or infinite")
 
 

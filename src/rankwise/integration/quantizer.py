@@ -205,7 +205,7 @@ class RankwiseQuantizer(HfQuantizer):
             raise ValueError("rate= is for a local folder that `rankwise decompose` wrote; compress other models first")
         attach(model, artifact.apply(model, rate, form))  # from here on it is a compressed model like any other
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """What transformers does with the names and tensors in the files: nothing, where they are the model's own."""
         return [] if self.quantization_config.own_names else weight_conversions
 

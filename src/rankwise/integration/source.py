@@ -28,8 +28,8 @@ from rankwise.integration.checkpoint import class_of, left_over_of
 from rankwise.integration.weights import Weights
 from rankwise.layers.experts import unstack
 from rankwise.layers.matrices import unstack_experts
+from rankwise.layers.precision import is_finite
 
-FINITE_AT_ONCE = 2**22  # numbers: asking takes more bytes than they do
 Read = Callable[[str], Tensor]
 
 
@@ -128,7 +128,7 @@ class Source:
             made = self.parts[group[0]].made(self.skeleton, self.weights.read)
             for name in group:
                 tensor = made[self.tied.get(name, name)].to(self.parameters[name].dtype)
-                if not all(torch.isfinite(some).all() for some in tensor.reshape(-1).split(FINITE_AT_ONCE)):
+                if not is_finite(tensor):
                     raise RankwiseError(f"the model's weight {name} has values that are NaN or infinite")
                 yield name, tensor
                 del tensor

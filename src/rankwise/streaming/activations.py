@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,8 +55,3 @@ class Activations:
             else:
                 kept.unlink(missing_ok=True)
         self._kept.clear()
-
-
-def finite(hidden: Tensor) -> bool:
-    """Whether every value is."""
-    return bool(torch.isfinite(hidden).all())

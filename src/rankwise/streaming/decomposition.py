@@ -19,12 +19,12 @@ from rankwise.decomposition.solver import decompose
 from rankwise.errors import RankwiseError
 from rankwise.integration.artifact import decomposition_key, decomposition_stage
 from rankwise.layers.linear import weight_of
-from rankwise.layers.precision import exact_device
+from rankwise.layers.precision import exact_device, is_finite
 from rankwise.progress import progress
 from rankwise.run_folder import RunFolder, read_tensors
 from rankwise.stages import leave_unreached
 from rankwise.starting import Run
-from rankwise.streaming.activations import Activations, finite
+from rankwise.streaming.activations import Activations
 from rankwise.streaming.backward import back, forward, gradients_of, pieces_of
 from rankwise.streaming.stream import Stream
 
@@ -144,7 +144,7 @@ def _backwards(stream: Stream, metric: str, missing: Collection[str], kept: Coll
     pieces = pieces_of(with_draws(run.data.training, run.seed))
 
     def loss(window: Batch, signal: Signal) -> Tensor:
-        if not finite(signal.values):
+        if not is_finite(signal.values):
             raise RankwiseError("the model's outputs on the calibration text are not finite")
         return sampled_loss(signal, window)
 
@@ -232,7 +232,7 @@ def _collect(
         for number, batch in enumerate(stream.training):
             watched.expect(batch)
             output = stream.blocks.run(index, hidden[number], stream.blocks.call_of(index, batch))
-            if not finite(output):
+            if not is_finite(output):
                 raise RankwiseError("the model's outputs on the calibration text are not finite")
             if forward:
                 hidden[number] = output
