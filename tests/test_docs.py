@@ -136,45 +136,36 @@ def test_the_pages_know_the_names_they_use(site: Path) -> None:
         assert used <= known, page
 
 
-IN_THE_TABLE = [  # form and method of each of its lines
-    ("pair", "uniform"),
-    ("pivoted", "uniform"),
-    ("pivoted", "zero-sum"),
-    ("pivoted", "kl-knapsack"),
-    ("pivoted", "kl-knapsack points=3"),
-    ("pivoted", "mask-fisher"),
-    ("pair", "llrc"),
-    ("pivoted", "llrc"),
+NARROWER = "pivoted, and MLPs with fewer neurons"
+IN_THE_TABLE = [  # what each of its lines is by: form and method, and way and allocation
+    *(("real_models", form, method) for form, method in (("pair", "uniform"), ("pivoted", "uniform"), ("pivoted", "zero-sum"))),
+    *(("real_models", "pivoted", method) for method in ("kl-knapsack", "kl-knapsack points=3", "mask-fisher")),
+    ("forms", "pairs of factors", "llrc"),
+    ("forms", "pivoted", "llrc"),
+    ("forms", NARROWER, "llrc:quick"),
+    ("forms", NARROWER, "llrc"),
 ]
 
 
 def test_the_first_pages_figures_are_those_that_were_measured() -> None:
-    found = json.loads((ROOT / "benchmarks" / "results" / "real_models.json").read_text())["SmolLM2-135M-Instruct"]
-    rows = found["calibrated on c4, 64 windows of 256"]
-    judged = {(row["form"], row["method"], row["rate"]): row["texts"]["WikiText-2"] for row in rows}
+    models, forms = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["SmolLM2-135M-Instruct"]
+        for name in ("real_models", "forms")
+    )
+    judged: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for row in models["calibrated on c4, 64 windows of 256"]:
+        costs = row["texts"]["WikiText-2"]
+        judged["real_models", row["form"], row["method"], row["rate"]] = costs["kl"], costs["perplexity"]
+    for row in forms["costs"]:
+        judged["forms", row["way"], row["allocation"], row["rate"]] = row["kl"]["WikiText-2"], row["perplexity"]["WikiText-2"]
     section = (ROOT / "README.md").read_text().partition("## What it costs")[2]
     lines = [line for line in section.partition("Dense int8")[0].splitlines() if line.startswith("| ") and "(" in line]
-    for (form, method), line in zip(IN_THE_TABLE, lines, strict=True):
+    for made_by, line in zip(IN_THE_TABLE, lines, strict=True):
         cells = re.findall(r"([\d.]+)\*{0,2} \(([\d.]+)\)", line)
         for rate, (kl, perplexity) in zip((0.1, 0.2, 0.3, 0.4), cells, strict=True):
-            measured = judged[form, method, rate]
-            assert float(kl) == pytest.approx(measured["kl"], abs=5.1e-4), (form, method, rate)
-            assert float(perplexity) == pytest.approx(measured["perplexity"], rel=5e-3), (form, method, rate)
-
-
-def test_the_figures_of_forms_are_those_that_were_measured() -> None:
-    found = json.loads((ROOT / "benchmarks" / "results" / "forms.json").read_text())["SmolLM2-135M-Instruct"]["costs"]
-    section = (ROOT / "README.md").read_text().partition("Dense int8")[2].partition("So a tenth")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ") and "(" in line]
-    fewer = "pivoted, and MLPs with fewer neurons"
-    for (way, allocation), line in zip((("pivoted", "llrc:quick"), (fewer, "llrc:quick"), (fewer, "llrc")), lines, strict=True):
-        cells = [re.findall(r"([\d.]+)\*{0,2} \(([\d.]+)\)|(not run)", cell)[0] for cell in line.split("|")[2:-1]]
-        for rate, (kl, perplexity, not_run) in zip((0.1, 0.2, 0.3, 0.4), cells, strict=True):
-            if not_run:
-                continue
-            row = next(r for r in found if (r["way"], r["allocation"], r["rate"]) == (way, allocation, rate))
-            assert float(kl) == pytest.approx(row["kl"]["WikiText-2"], abs=5.1e-4), (way, allocation, rate)
-            assert float(perplexity) == pytest.approx(row["perplexity"]["WikiText-2"], rel=5e-3), (way, allocation, rate)
+            measured = judged[*made_by, rate]
+            assert float(kl) == pytest.approx(measured[0], abs=5.1e-4), (made_by, rate)
+            assert float(perplexity) == pytest.approx(measured[1], rel=5e-3), (made_by, rate)
 
 
 def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
