@@ -25,6 +25,18 @@ def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_units_for", lambda dtype, device: dtype != torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    values = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert precision.is_finite(values)
+    for place in (0, 17, 1500, 2999):
+        spoiled = values.clone()
+        spoiled.view(-1)[place] = bad
+        assert not precision.is_finite(spoiled), place
+    assert precision.is_finite(values[:0])
+
+
 def bfloat16() -> Any:
     return build("llama").bfloat16().eval()
 

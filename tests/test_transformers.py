@@ -40,6 +40,12 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(ids).logits
 
 
+def test_names_are_asked_for_as_any_release_asks(model: PreTrainedModel) -> None:
+    """Up to 5.20 transformers gives the conversions alone, later the model too."""
+    quantizer, conversions = model.hf_quantizer, [object()]
+    assert quantizer.update_weight_conversions(conversions) == quantizer.update_weight_conversions(conversions, model)
+
+
 @pytest.mark.parametrize("memory", ["8MB", "1500KB"])
 def test_device_map_auto_and_disk_offload(
     small_bundled: Path, model: PreTrainedModel, ids: Tensor, memory: str, tmp_path: Path
