@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# what transformers' decorator gives to every experts module, all alike
-DECORATED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+# what transformers' decorator has given to every experts module, all alike, since its release 5.14
+DECORATED = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 class UnstackedExperts(nn.Module):
@@ -24,7 +24,7 @@ class UnstackedExperts(nn.Module):
     """
 
     flat = False  # whether the first two axes of a stack are one: [experts * rows, columns]
-    has_bias = False
+    has_bias = has_post_expert_norm = False
 
     def lists(self) -> dict[str, str]:
         """Stacked parameter -> the module list that replaces it; no loader's rename pattern matches it."""
@@ -59,7 +59,7 @@ class UnstackedExperts(nn.Module):
 class UnstackedLlama4(UnstackedExperts):
     """Llama 4's experts, each of which is handed every token times its weight: zeros where it is not chosen."""
 
-    has_gate, has_post_expert_norm = True, False
+    has_gate = True
 
     def turned(self, name: str) -> bool:
         return True
