@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import build
 from transformers import AutoModelForCausalLM
 
+from rankwise import RankwiseError
 from rankwise.runtime.bench import Compiled, Load, _peaks, ideal_speedup, prefill, step
 from rankwise.runtime.timing import alternating, ratio
 
@@ -50,6 +52,11 @@ def test_a_compiled_model_writes_what_the_model_writes(small_llama: Path) -> Non
             torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
             token = expected.logits[:, -1:].argmax(-1)
             expected, found = step(model, expected, token), step(compiled, found, token)
+
+
+def test_a_model_without_such_a_cache_is_refused() -> None:
+    with pytest.raises(RankwiseError, match="xLSTMForCausalLM does not run compiled, with a cache of fixed size"):
+        Compiled(build("xlstm").eval(), Load(1, 8, 2))
 
 
 def test_peaks_are_those_of_a_process_of_its_own(small_llama: Path) -> None:

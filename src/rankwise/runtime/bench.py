@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, reason
 from rankwise.evaluation.memory import peak_memory
 from rankwise.integration.checkpoint import load_config, load_model, quantization_of, refuse_compressed, skeleton
 from rankwise.layers.linear import holds_matrix, weight_of
@@ -148,7 +148,7 @@ def step(model: Any, output: Any, token: Tensor) -> Any:
 
 class Compiled:
     """A model that `torch.compile` runs, with a cache that has room for `load` and no more: nothing is allocated between
-    steps, so that a GPU replays each as one graph. It is called as the model is."""
+    steps, so that a GPU replays each as one graph. It is called as the model is. Raises `RankwiseError` for one that cannot."""
 
     def __init__(self, model: Any, load: Load) -> None:
         torch.compiler.reset()  # of what was compiled for another load: it would be compiled once more, for any size
@@ -156,10 +156,15 @@ class Compiled:
         self.cache = StaticCache(config=model.config, max_cache_len=load.prompt + load.new_tokens)
         self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         ids = _prompts(model, load)
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=True, **{self.name: self.cache})  # lays out the cache, outside of any graph
-        for _ in range(3):  # compiles, records, replays
-            decode(self, prefill(self, ids), 1)
+        try:
+            with torch.inference_mode():
+                model(input_ids=ids, use_cache=True, **{self.name: self.cache})  # lays out the cache, outside of any graph
+            for _ in range(3):  # compiles, records, replays
+                decode(self, prefill(self, ids), 1)
+        except Exception as error:  # as many ways as there are models
+            raise RankwiseError(
+                f"{type(model).__name__} does not run compiled, with a cache of fixed size: {reason(error)}"
+            ) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
