@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rankwise import RankwiseError, Recipe, bench, compress, densify, lora_targets, optimize
+from rankwise import Plan, RankwiseError, Recipe, bench, compress, densify, lora_targets, optimize, plan
 from rankwise.allocation.mixed import kl_of_errors
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker
@@ -161,6 +161,66 @@ def test_the_folder_loads_as_it_was(made: tuple[Path, Any, Path], tmp_path: Path
         assert loaded.generate(IDS, max_new_tokens=3, do_sample=False).shape == (1, IDS.shape[1] + 3)
 
 
+def test_a_plan_holds_bits_and_makes_the_same_folder(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    folder, result, dense = made
+    told = plan(dense, target_bytes=result.recipe.target_bytes, **QUICK)
+    assert told.ranks == result.ranks
+    assert told.bits == {name: bits for name, bits in result.report["bits"].items() if name in result.ranks}
+    assert told.kl == result.report["kl"]
+    told.save(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == told
+    assert Plan.read(folder).bits == told.bits
+    applied = compress(dense, plan=tmp_path / "plan.json", calibration=WINDOWS, output=tmp_path / "again")
+    assert applied.report["kl"] == told.kl
+    weights = [(place / "model.safetensors").read_bytes() for place in (folder, tmp_path / "again")]
+    assert weights[0] == weights[1]
+    assert Recipe.read(tmp_path / "again") == applied.recipe
+
+
+def test_an_edited_plan_of_bits_is_applied_as_it_is(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    folder, _, dense = made
+    before = Plan.read(folder)
+    one, other, third = [name for name, rank in before.ranks.items() if rank is None and name in before.bits][:3]
+    edited = before.edited({third: 5}, bits={one: 6 if before.bits[one] == 8 else 8, other: None})
+    changes = str(edited - before)
+    assert changes.startswith("3 matrices change")
+    assert f"{before.bits[other]} bits -> stored" in changes
+    assert "dense -> 5" in changes
+    assert f"5, {before.bits[third]} bits" in str(edited)
+    edited.save(tmp_path / "plan.json")
+    applied = compress(dense, plan=tmp_path / "plan.json", calibration=WINDOWS, output=tmp_path / "small")
+    assert {name: bits for name, bits in applied.report["bits"].items() if name in applied.ranks} == edited.bits
+    assert applied.ranks == edited.ranks
+    assert applied.model is not None
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+        assert torch.equal(loaded(IDS).logits, applied.model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "complaint"),
+    [
+        ({"model.layers.0.self_attn.q_proj": 7}, {}, "7 bits for 'model.layers.0.self_attn.q_proj'"),
+        ({"lm_tail": 4}, {}, "bits for lm_tail, and no rank"),
+        ([4], {}, "for bits"),
+        ({}, {"memory": "4GB"}, "holds the model in memory"),
+        ({}, {"refine": "distil"}, "which refine cannot train"),
+        ({}, {"decomposition": "svd"}, "second moment of the inputs"),
+    ],
+)
+def test_what_contradicts_a_plan_of_bits_is_refused(
+    bits: Any, options: dict[str, Any], complaint: str, made: tuple[Path, Any, Path], tmp_path: Path
+) -> None:
+    folder, _, dense = made
+    Plan.read(folder).save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["bits"] = content["bits"] | bits if isinstance(bits, dict) else bits
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(RankwiseError, match=re.escape(complaint)):
+        compress(dense, plan=tmp_path / "plan.json", calibration=WINDOWS, output=tmp_path / "small", **options)
+    assert not (tmp_path / "small").exists()
+
+
 def test_the_dense_copy_is_the_same_model(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
     folder, result, original = made
     densify(folder, tmp_path / "dense")
@@ -275,7 +335,6 @@ def test_a_mixture_of_experts_and_a_transposed_layer(tmp_path: Path) -> None:
         (["--target-bytes", "150kB", "--allocation", "llrc"], "no ranks are chosen"),
         (["--target-bytes", "150kB", "--memory", "4GB"], "holds the model in memory"),
         (["--target-bytes", "150kB", "--keep", "*.q_proj=0.5"], "leave out keep"),
-        (["--target-bytes", "150kB", "--dry-run"], "no bits yet"),
         (["--target-bytes", "150kB", "--decomposition", "svd"], "second moment of the inputs"),
         (["--target-bytes", "150kB", "--decomposition", "activation"], "second moment of the inputs"),
         (["--target-bytes", "1kB"], "cannot be reached"),

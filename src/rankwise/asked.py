@@ -85,7 +85,7 @@ def asked_for(
         if "allocation" in fields or "keep" in fields:
             raise RankwiseError("a plan names every rank itself: leave out allocation and keep")
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
-        fields |= {"ranks": dict(plan.ranks), "kept_neurons": dict(plan.kept_neurons)}
+        fields |= {"ranks": dict(plan.ranks), "kept_neurons": dict(plan.kept_neurons), "widths": dict(plan.bits)}
         recipe = plan.recipe if recipe is None else recipe
     if recipe is not None:
         fields = (recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)).under(fields)
@@ -135,10 +135,8 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
-    if recipe.bits != "stored" and "input" not in metric_named(metric).NEEDS:
-        raise RankwiseError(
-            f"bits={recipe.bits} rounds in the second moment of the inputs, which {metric} has not: leave out decomposition"
-        )
+    if (recipe.bits != "stored" or recipe.widths) and "input" not in metric_named(metric).NEEDS:
+        raise RankwiseError(f"bits round in the second moment of the inputs, which {metric} has not: leave out decomposition")
     if recipe.narrows:
         narrowing.refuse_metric(metric)
     return recipe.model_copy(update={"decomposition": metric}), allocation

@@ -106,11 +106,12 @@ class Chosen:
         return report
 
     def plan(self) -> Plan:
-        """One rank for every matrix, those that the text did not reach too."""
+        """A rank for every matrix, those that the text did not reach too, and the bits of those that are written in few."""
         ranks = {name: self.chosen.ranks.get(name) for name in self.matrices}
         narrowed = {name: self.run.shapes[name] for name in self.run.narrow}
         kept = {name: left for name, (left, _) in narrowing.neurons_left(self.run, self.matrices).items()}
-        return Plan(ranks, self.matrices, self.comparison.kl, self.run.base, self.recipe, kept, narrowed)
+        bits = {name: bits for name, bits in self.chosen.bits.items() if name in self.matrices}  # without the tables'
+        return Plan(ranks, self.matrices, self.comparison.kl, self.run.base, self.recipe, kept, narrowed, bits)
 
 
 @contextmanager
@@ -142,7 +143,8 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
-            alone, widths = len(run.shapes) * closer, len(WIDTHS) if recipe.bits == MIXED else int(recipe.width is not None)
+            in_any = recipe.bits == MIXED or recipe.widths
+            alone, widths = len(run.shapes) * closer, len(WIDTHS) if in_any else int(recipe.width is not None)
             clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths, recipe.narrows)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
@@ -160,9 +162,12 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
             clock.lap("narrowing")
         if recipe.bits == MIXED:
             chosen = few_bits.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
+        if recipe.widths:
+            given = stages.allocate(run, student, metric, allocator, budget, shapes)
+            chosen = few_bits.as_planned(run, student, statistics, metric, given, recipe.widths, recipe.form)
         del statistics  # float64: for a large model more than everything else
         with student.widened():
-            if recipe.bits == "stored":
+            if recipe.bits == "stored" and not recipe.widths:
                 chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
@@ -193,6 +198,8 @@ def choose_block_by_block(asked: Asked, folder: RunFolder, short: Shortage | Non
     recipe, metric, clock = asked.recipe, asked.metric, Clock()
     if recipe.rate is None and recipe.ranks is None:
         raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
+    if recipe.widths:
+        raise InMemoryOnlyError("few bits are written with the whole model in memory")
     refinements = [refinement for refinement in asked.refinements if isinstance(refinement, BlockByBlock)]
     if len(refinements) < len(asked.refinements):
         raise InMemoryOnlyError(f"refine={recipe.refine!r} trains the whole model at once (take blocks, or none)")

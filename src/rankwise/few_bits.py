@@ -81,6 +81,15 @@ def _all_in(run: Run, width: int) -> Allocation:
     return Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, width))
 
 
+def as_planned(
+    run: Run, student: Student, statistics: Statistics, metric: str, chosen: Allocation, widths: Mapping[str, int], form: str
+) -> Allocation:
+    """The chosen ranks in a plan's bits. The student has the layers from here on."""
+    chosen = replace(chosen, bits={name: widths[name] for name in run.shapes if name in widths})
+    student.shipped = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
+    return with_tables(chosen, student.shipped)
+
+
 def choose_in_bits(
     run: Run, student: Student, statistics: Statistics, metric: str, allocator: Allocator, budget: Budget, form: str
 ) -> Allocation:

@@ -109,9 +109,9 @@ def compress(
     allocation: a name, with preset and options where wanted ("llrc:paper", "kl-knapsack points=3"), or an allocator; by default
         "llrc", of an artifact "mask-fisher", whose prices are in it.
     recipe: what is not said here, from a recipe, its file or a result folder.
-    plan: instead of a rate, the ranks, as they are: a plan, its file, or the `ranks.json` of a result, edited or not. Matrices
-        keep their first components; values that a run has trained are no part of its plan. What is not said here comes from
-        the plan's recipe.
+    plan: instead of a rate, the ranks and bits, as they are: a plan, its file, or the `ranks.json` of a result, edited or not.
+        Matrices keep their first components; values that a run has trained are no part of its plan. What is not said here comes
+        from the plan's recipe.
     output: where to write the result; with `resume`, an interrupted run goes on from what it had computed.
     options: any other field of `Recipe`, with `target_bytes` and `target_speedup` instead of a rate. A run that does not fit in
         memory goes block by block, as one does where `memory` is promised.
@@ -162,14 +162,12 @@ def plan(
     resume: bool = False,
     **options: Unpack[CompressOptions],
 ) -> Plan:
-    """Choose the ranks as `compress` does, predict what they cost, and stop there; a model in memory stays as it is.
+    """Choose ranks and bits as `compress` does, predict what they cost, and stop there; a model in memory stays as it is.
 
     output: the file to write the plan to; a run block by block keeps its results beside it. plan: to predict what an edited
     one costs. All others as of `compress`, `RankwiseError` too.
     """
     asked = replace(asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
-    if asked.recipe.bits != "stored":
-        raise RankwiseError(f"a plan holds ranks and no bits yet: compress with bits={asked.recipe.bits} without a dry run")
     folder = RunFolder()
     if output is not None:
         output = Path(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.files import read_json
 from rankwise.integration.result import RANKS, REPORT
 from rankwise.layers.matrices import Shape
+from rankwise.layers.quantised import WIDTHS
 from rankwise.plain import to_json
 from rankwise.recipe import FILE as RECIPE
 from rankwise.recipe import Recipe
@@ -27,7 +28,8 @@ class Plan:
     shapes: the matrices', empty where ranks alone were read. kl: what the plan is predicted to cost, KL(original || compressed)
     in nats per token on calibration text that nothing was chosen on; None where nobody has measured these ranks.
     base_model: the name of the model it was made for. recipe: what was asked for. kept_neurons: of MLPs that have fewer, how
-    many, by their last matrix; narrowed: what is left of the shapes of all their matrices, as far as it is known.
+    many, by their last matrix; narrowed: what is left of the shapes of all their matrices, as far as it is known. bits: of the
+    matrices that are written in few.
     """
 
     ranks: Ranks
@@ -37,6 +39,7 @@ class Plan:
     recipe: Recipe | None = None
     kept_neurons: Mapping[str, int] = field(default_factory=dict)
     narrowed: Mapping[str, Shape] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -52,10 +55,12 @@ class Plan:
         if not isinstance(content.get("ranks"), dict):
             asked, report = file.with_name(RECIPE), file.with_name(REPORT)
             told = read_json(report) if report.is_file() else {}
+            told = told if isinstance(told, dict) else {"neurons": told}
             return cls(
                 _ranks(content, file),
                 recipe=Recipe.read(file.parent) if asked.is_file() else None,
-                kept_neurons=_kept_neurons(told.get("neurons", {}) if isinstance(told, dict) else told, report),
+                kept_neurons=_kept_neurons(told.get("neurons", {}), report),
+                bits={name: bits for name, bits in _bits(told.get("bits", {}), report).items() if name in content},
             )
         if content.get("format_version") != FORMAT_VERSION:
             version = content.get("format_version")
@@ -66,14 +71,15 @@ class Plan:
             shapes, narrowed = (
                 {name: Shape(*shape) for name, shape in content.get(kind, {}).items()} for kind in ("shapes", "narrowed")
             )
-            kl = content["kl"] if content["measured"] == digest(ranks) else None
-            kept = _kept_neurons(content.get("kept_neurons", {}), file)
-            return cls(ranks, shapes, kl, content["base_model"], recipe, kept, narrowed)
+            kept, bits = _kept_neurons(content.get("kept_neurons", {}), file), _bits(content.get("bits", {}), file)
+            kl = content["kl"] if content["measured"] == digest(ranks, bits) else None
+            return cls(ranks, shapes, kl, content["base_model"], recipe, kept, narrowed, bits)
         except (KeyError, TypeError, AttributeError) as error:
             raise RankwiseError(f"{file} cannot be read as a plan: {error!r}") from None
 
     def save(self, file: str | Path) -> None:
-        """Write the plan as JSON, one matrix a line: `ranks` is what to edit. Raises `RankwiseError` where that fails."""
+        """Write the plan as JSON, one matrix a line: `ranks` and `bits` are to be edited. Raises `RankwiseError` where that
+        fails."""
         write_whole(Path(file), lambda path: path.write_text(self.to_json() + "\n", encoding="utf-8"))
 
     def to_json(self) -> str:
@@ -82,7 +88,7 @@ class Plan:
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
             "kl": self.kl,
-            "measured": digest(dict(self.ranks)),
+            "measured": digest(dict(self.ranks), dict(self.bits)),
             "recipe": self.recipe and self.recipe.model_dump(mode="json"),
             "shapes": {name: astuple(shape) for name, shape in self.shapes.items()},
         }
@@ -90,11 +96,14 @@ class Plan:
             about["kept_neurons"] = dict(self.kept_neurons)
             about["narrowed"] = {name: astuple(shape) for name, shape in self.narrowed.items()}
         rest = "".join(f',\n "{name}": {to_json(value)}' for name, value in about.items())
-        return f'{{\n "ranks": {to_json(self.ranks, indent=1)}{rest}\n}}'
+        chosen = {"ranks": self.ranks} | ({"bits": self.bits} if self.bits else {})
+        first = ",\n".join(f' "{name}": {to_json(dict(value), indent=1)}' for name, value in chosen.items())
+        return f"{{\n{first}{rest}\n}}"
 
-    def edited(self, ranks: Ranks) -> Plan:
-        """The plan with other ranks for these matrices; what it costs is not known."""
-        return replace(self, ranks={**self.ranks, **ranks}, kl=None)
+    def edited(self, ranks: Ranks | None = None, bits: Mapping[str, int | None] | None = None) -> Plan:
+        """The plan with other ranks or bits, None for the model's own numbers, for these matrices; what it costs is not known."""
+        left = {name: number for name, number in {**self.bits, **(bits or {})}.items() if number is not None}
+        return replace(self, ranks={**self.ranks, **(ranks or {})}, bits=left, kl=None)
 
     @property
     def parameters(self) -> int | None:
@@ -107,7 +116,9 @@ class Plan:
         if alone:
             raise RankwiseError(f"these are plans of different matrices: only one of them has {min(alone)}")
         changed = {name: (other.ranks[name], rank) for name, rank in self.ranks.items() if rank != other.ranks[name]}
-        return Difference(changed, {**(self.shapes or other.shapes), **self.narrowed})
+        bits = {name: (other.bits.get(name), self.bits.get(name)) for name in self.ranks}
+        bits = {name: (before, after) for name, (before, after) in bits.items() if before != after}
+        return Difference(changed, {**(self.shapes or other.shapes), **self.narrowed}, bits)
 
     def __str__(self) -> str:
         head, kept = f"plan for {self.base_model or 'a model'}", self.parameters
@@ -116,7 +127,8 @@ class Plan:
             head += f": {kept:,} of {dense:,} parameters kept ({kept / dense:.1%})"
         head += ", nobody has measured its KL" if self.kl is None else f", predicted KL {self.kl:.5f} nats per token"
         head += f"; {len(self.kept_neurons)} MLPs with fewer neurons" if self.kept_neurons else ""
-        return "\n".join([head, *_table((name, _shown(rank), self._kept(name)) for name, rank in self.ranks.items())])
+        rows = ((name, _shown(rank, self.bits.get(name)), self._kept(name)) for name, rank in self.ranks.items())
+        return "\n".join([head, *_table(rows)])
 
     def _kept(self, name: str) -> str:
         shape = self.shapes.get(name)
@@ -128,10 +140,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changes from one plan to another. ranks: of each matrix that changes, before and after, None for dense."""
+    """What changes from one plan to another. ranks: of each matrix that changes, before and after, None for dense; bits: the
+    same, None for the model's own numbers."""
 
     ranks: dict[str, tuple[int | None, int | None]]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    bits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -140,15 +154,18 @@ class Difference:
         return {name: of[name](after) - of[name](before) for name, (before, after) in self.ranks.items() if name in of}
 
     def __str__(self) -> str:
-        gained = self.parameters
-        if not self.ranks:
-            return "the plans have the same ranks"
-        head = f"{len(self.ranks)} matrices change" + (f", {sum(gained.values()):+,} parameters" if gained else "")
-        rows = (
-            (name, f"{_shown(before)} -> {_shown(after)}", f"{gained[name]:+,}" if name in gained else "")
-            for name, (before, after) in self.ranks.items()
-        )
+        gained, changed = self.parameters, list(dict.fromkeys([*self.ranks, *self.bits]))
+        if not changed:
+            return "the plans have the same ranks and bits"
+        head = f"{len(changed)} matrices change" + (f", {sum(gained.values()):+,} parameters" if gained else "")
+        rows = ((name, ", ".join(self._changes(name)), f"{gained[name]:+,}" if name in gained else "") for name in changed)
         return "\n".join([head, *_table(rows)])
+
+    def _changes(self, name: str) -> Iterator[str]:
+        if name in self.ranks:
+            yield " -> ".join(_shown(rank) for rank in self.ranks[name])
+        if name in self.bits:
+            yield " -> ".join("stored" if bits is None else f"{bits} bits" for bits in self.bits[name])
 
 
 def _ranks(found: Mapping[str, Any], file: Path) -> Ranks:
@@ -169,8 +186,18 @@ def _kept_neurons(found: Any, file: Path) -> dict[str, int]:
     return each
 
 
-def _shown(rank: int | None) -> str:
-    return "dense" if rank is None else str(rank)
+def _bits(found: Any, file: Path) -> dict[str, int]:
+    """In how many bits matrices are written."""
+    if not isinstance(found, dict):
+        raise RankwiseError(f"{file} has {found!r} for bits: a number for every matrix that is written in few")
+    for name, bits in found.items():
+        if type(bits) is not int or bits not in WIDTHS:
+            raise RankwiseError(f"{file} has {bits!r} bits for {name!r}: one of {', '.join(map(str, WIDTHS))}")
+    return dict(found)
+
+
+def _shown(rank: int | None, bits: int | None = None) -> str:
+    return ("dense" if rank is None else str(rank)) + ("" if bits is None else f", {bits} bits")
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:

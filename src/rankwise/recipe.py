@@ -41,6 +41,9 @@ class Recipe(BaseModel):
     kept_neurons: dict[str, PositiveInt] = Field(
         {}, description="beside ranks: how many hidden neurons MLPs keep, by their last matrix, as a plan has them"
     )
+    widths: dict[str, Literal[2, 3, 4, 5, 6, 8]] = Field(
+        {}, description="beside ranks: in how many bits matrices are written, as a plan has them"
+    )
     scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over: the matrices, or all")
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {},
@@ -133,6 +136,8 @@ class Recipe(BaseModel):
             recipe._refuse_beside_bits()
         if recipe.narrows:
             recipe._refuse_beside_fewer_neurons()
+        if recipe.widths:
+            recipe._refuse_beside_widths()
         return recipe
 
     @property
@@ -173,6 +178,18 @@ class Recipe(BaseModel):
         if self.bits != "stored":
             raise RankwiseError(f"fewer neurons and bits={self.bits} do not go together yet: ask for one")
 
+    def _refuse_beside_widths(self) -> None:
+        """Raises `RankwiseError` for what cannot stand beside a plan's bits."""
+        ranks = {} if self.ranks is None else self.ranks
+        if others := [name for name in self.widths if name not in ranks]:
+            raise RankwiseError(f"the plan has bits for {others[0]}, and no rank: name one, or null for dense")
+        if self.memory is not None:
+            raise RankwiseError("a plan with bits holds the model in memory: ask for no memory")
+        if self.refine:
+            raise RankwiseError("a plan with bits writes whole numbers, which refine cannot train: leave one of them out")
+        if self.narrows:
+            raise RankwiseError("fewer neurons and bits do not go together yet: take one of them out of the plan")
+
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """The recipe in a YAML file, or in the result folder at `path`. Raises `RankwiseError` where there is none."""
@@ -200,9 +217,9 @@ class Recipe(BaseModel):
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
         taken |= set(READING) if "calibration" in asked else set()
         if "ranks" in asked:
-            taken |= {"keep", "bits", "neurons", "kept_neurons"}
+            taken |= {"keep", "bits", "neurons", "kept_neurons", "widths"}
         elif self.ranks is not None and taken & {"rate", "allocation"}:
-            taken |= {"ranks", "kept_neurons", "allocation"}
+            taken |= {"ranks", "kept_neurons", "widths", "allocation"}
         fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}
         if fields.get("calibration") == IN_MEMORY:
             raise RankwiseError("the recipe's calibration text was given in memory: give it again, or name one")
