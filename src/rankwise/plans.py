@@ -127,6 +127,7 @@ class Plan:
             head += f": {kept:,} of {dense:,} parameters kept ({kept / dense:.1%})"
         head += ", nobody has measured its KL" if self.kl is None else f", predicted KL {self.kl:.5f} nats per token"
         head += f"; {len(self.kept_neurons)} MLPs with fewer neurons" if self.kept_neurons else ""
+        head += f"; {len(self.bits)} matrices in few bits" if self.bits else ""
         rows = ((name, _shown(rank, self.bits.get(name)), self._kept(name)) for name, rank in self.ranks.items())
         return "\n".join([head, *_table(rows)])
 
