@@ -401,7 +401,6 @@ def test_rounding_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: 
         (["--allocation", "llrc"], "no ranks are chosen"),
         (["--refine", "distil"], "cannot train"),
         (["--memory", "4GB"], "holds the model in memory"),
-        (["--dry-run"], "no bits yet"),
         (["--decomposition", "svd"], "second moment of the inputs"),
     ],
 )

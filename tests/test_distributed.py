@@ -163,7 +163,7 @@ def test_a_dead_process_ends_the_run_which_resumes(
     assert fork.process.exitcode == 1
     assert out == ""
     assert not (folder / "dead").exists()
-    assert "Signal 9 (SIGKILL)" in err
+    assert "Signal 9 (SIGKILL)" in err or "lost the others" in err  # whichever torchrun hears of first
     monkeypatch.chdir(folder)
     resumed = rankwise(*COMPRESS, "-o", "dead", *OPTIONS, *more, "--resume")
     assert resumed.code == 0, resumed.err
