@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.layers.lowrank import FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape, find_matrices
-from rankwise.runtime.bench import Compiled, Load, times
+from rankwise.runtime.bench import Load, all_compiled, times
 from rankwise.runtime.latency import Weights
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.pack import pack
@@ -155,9 +155,9 @@ def decoder_speedups(
     seconds = times(list(models.values()), load, args.repeats)
     own = {phase: dict(zip(models, found, strict=True)) for phase, found in seconds.items()}
     if args.compile:
-        pair = {f"compiled{name}": Compiled(models[way], load) for name, way in ((" dense", "dense"), ("", "as loaded"))}
-        for phase, found in times(list(pair.values()), load, args.repeats).items():
-            own[phase] |= dict(zip(pair, found, strict=True))
+        pair = all_compiled([models["dense"], models["as loaded"]], load)
+        for phase, found in times(pair, load, args.repeats).items():
+            own[phase] |= dict(zip(("compiled dense", "compiled"), found, strict=True))
     return {
         phase: {way: ratio(found[over], found[under]) for way, (over, under) in WAYS.items() if under in found}
         | {"ideal": ideal_of(models["dense"], models["as loaded"], phase)}

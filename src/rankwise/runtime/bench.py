@@ -14,7 +14,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def bench(
     rows = []
     loads = [Load(batch, prompt, new_tokens) for batch in sorted(set(batches))]
     for load in loads:
-        run = [Compiled(model, load) for model in models.values()] if compiled else list(models.values())
+        run = all_compiled(models.values(), load) if compiled else list(models.values())
         seconds = times(run, load, repeats)
         for phase, tokens in (("prefill", load.batch * prompt), ("decode", load.batch * new_tokens)):
             own = dict(zip(models, seconds[phase], strict=True))
@@ -146,12 +146,17 @@ def step(model: Any, output: Any, token: Tensor) -> Any:
     return model(input_ids=token, use_cache=True, **{cache: output[cache]})
 
 
+def all_compiled(models: Iterable[Any], load: Load) -> list[Compiled]:
+    """The models as `torch.compile` runs them for this load. Raises `RankwiseError` for one that cannot be run so."""
+    torch.compiler.reset()  # of what was compiled for another load: it would be compiled once more, for any size
+    return [Compiled(model, load) for model in models]
+
+
 class Compiled:
     """A model that `torch.compile` runs, with a cache that has room for `load` and no more: nothing is allocated between
-    steps, so that a GPU replays each as one graph. It is called as the model is. Raises `RankwiseError` for one that cannot."""
+    steps, so that a GPU replays each as one graph. It is called as the model is."""
 
     def __init__(self, model: Any, load: Load) -> None:
-        torch.compiler.reset()  # of what was compiled for another load: it would be compiled once more, for any size
         self.model, self.step = model, torch.compile(model, mode="reduce-overhead", dynamic=False)
         self.cache = StaticCache(config=model.config, max_cache_len=load.prompt + load.new_tokens)
         self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
