@@ -30,6 +30,7 @@ from rankwise.layers.matrices import Shape, find_matrices, stack_experts, unstac
 from rankwise.layers.neurons import Mlp, find_mlps
 from rankwise.reporting.inspect import inspect
 from rankwise.runtime.bench import ideal_speedup
+from rankwise.runtime.latency import Latency
 
 WINDOWS = torch.randint(3, 90, (60, 16), generator=torch.Generator().manual_seed(0))
 FEWER: dict[str, Any] = {"calibration": WINDOWS, "allocation": "mask-fisher", "neurons": "fewer", "rate": 0.4}
@@ -367,6 +368,25 @@ def test_a_speed_is_reached_by_narrower_layers(monkeypatch: pytest.MonkeyPatch) 
         name: Shape(*report["narrowed"].get(name, (shape.out_features, shape.in_features))) for name, shape in shapes.items()
     }
     assert report["predicted_speedup"] == table(shapes, rest=20_000).speedup(report["ranks"], layers)
+
+
+def test_a_speed_that_no_ranks_reach_is_reached_by_neurons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(model: Any, shapes: dict[str, Shape]) -> Latency:
+        """Any rank takes as long as a dense matrix."""
+        found = table(shapes, rest=20_000)
+        timed = {name: replace(shape, times=tuple(time + 10**6 for time in shape.times)) for name, shape in found.shapes.items()}
+        return replace(found, shapes=timed)
+
+    monkeypatch.setattr(targets, "time_layers", slow)
+    model = lazy("llama", 0.0, hidden_size=144, intermediate_size=288, num_hidden_layers=1)
+    report = compress(model, **FEWER | {"rate": None, "target_speedup": 1.3}).report
+    assert set(report["ranks"].values()) == {None}
+    assert report["narrowed"]
+    assert 1.3 <= report["predicted_speedup"] < 1.4
+    with pytest.raises(RankwiseError, match="the fewest neurons, and rank 1 in every matrix, decodes"):
+        compress(lazy("llama", 0.0), **FEWER | {"rate": None, "target_speedup": 50.0})
+    with pytest.raises(RankwiseError, match="cannot be reached: rank 1 in every matrix decodes"):
+        compress(lazy("llama", 0.0), **FEWER | {"rate": None, "target_speedup": 1.3, "neurons": "all"})
 
 
 def test_what_is_explored_is_what_is_made(lazy_llama: Path, story: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rankwise.calibration.batches import first_tokens
 from rankwise.calibration.moments import Collected, Moments
 from rankwise.calibration.signal import frozen, signal_of
 from rankwise.decomposition.metric import metric_named, orders_neurons
+from rankwise.decomposition.slicing import sizes_of
 from rankwise.errors import RankwiseError
 from rankwise.layers.matrices import Shape
 from rankwise.layers.neurons import Mlp, find_mlps
@@ -175,6 +176,14 @@ def whole_on_failure(model: nn.Module) -> Iterator[None]:
 def mlps_of(run: Run, budget: Budget, place: Place) -> list[Mlp]:
     """Those whose matrices are all to be chosen."""
     return find_mlps(run.model, [name for name in run.shapes if name not in budget.settled], place.at)
+
+
+def narrowest(run: Run, costs: Shapes, multiple: int) -> Shapes:
+    """The matrices with as few neurons as their MLPs may have, in the currency of `costs`."""
+    with widened(run.model):
+        mlps = find_mlps(run.model, list(run.shapes), _InMemory(run).at)
+    least = {mlp: min(sizes_of(mlp.width, multiple), default=mlp.width) for mlp in mlps}
+    return {**costs, **{name: mlp.shape(name, costs[name], size) for mlp, size in least.items() for name in mlp.matrices}}
 
 
 @dataclass(frozen=True)

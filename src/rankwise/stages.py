@@ -146,7 +146,7 @@ def allocate(
                 student=asked,
             )
         before, since = dict(asked.effort), time.perf_counter() + asked.spared
-        chosen = allocator.allocate(problem)
+        chosen = allocator.allocate(problem) if problem.shapes else Allocation({}, {})
         effort = {"seconds": round(time.perf_counter() + asked.spared - since, 2)}
         effort |= {name: tokens - before[name] for name, tokens in asked.effort.items()}
         masks = chosen.masks | Allocation.of_prefixes(settled, spectra).masks

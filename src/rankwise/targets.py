@@ -13,6 +13,7 @@ from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.layers.quantised import WIDTHS
 from rankwise.layers.tables import table_bytes, tables_of
+from rankwise.narrowing import narrowest
 from rankwise.recipe import MIXED, Recipe
 from rankwise.runtime.latency import Latency, TimedShape, time_layers
 from rankwise.starting import Run, budget_of, kept_ranks
@@ -71,14 +72,21 @@ class Target:
         shapes = latency.costs(run.shapes)
         dense = sum(shape.dense for shape in shapes.values())
         allowed = int(latency.step / speedup) - (latency.step - dense)
-        least = sum(min(shape.parameters(multiple), shape.dense) for shape in shapes.values())
+        least, what = _least(shapes, multiple), f"rank {multiple} in every matrix"
+        if allowed < least and self.recipe.narrows:
+            least, what = _least(narrowest(run, shapes, multiple), multiple), f"the fewest neurons, and {what},"
         if allowed < least:
             fastest = latency.step / (latency.step - dense + least)
             raise RankwiseError(
-                f"target_speedup={speedup} cannot be reached: rank {multiple} in every matrix decodes {fastest:.2f} times as "
-                f"fast on this machine, where the rest of the model takes {1 - dense / latency.step:.0%} of the time"
+                f"target_speedup={speedup} cannot be reached: {what} decodes {fastest:.2f} times as fast on this machine, where "
+                f"the rest of the model takes {1 - dense / latency.step:.0%} of the time"
             )
         return shapes, Budget(allowed, multiple)
+
+
+def _least(shapes: Shapes, multiple: int) -> int:
+    """What the matrices cost at least."""
+    return sum(min(shape.parameters(multiple), shape.dense) for shape in shapes.values())
 
 
 def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budget:
