@@ -107,7 +107,7 @@ def asked_for(
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
     neurons_said = settled.neurons is not None or bool(settled.kept_neurons)
     if settled.neurons is None:
-        said = settled.ranks is not None or artifact is not None or settled.bits != "stored"
+        said = settled.ranks is not None or artifact is not None or settled.in_bits
         fewer = not said and narrowing.by_default(allocator, str(settled.decomposition))
         settled = settled.model_copy(update={"neurons": FEWER if fewer else ALL})
     refinements = refinements_named(settled.refine or "")
@@ -135,7 +135,7 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
-    if (recipe.bits != "stored" or recipe.widths) and "input" not in metric_named(metric).NEEDS:
+    if recipe.in_bits and "input" not in metric_named(metric).NEEDS:
         raise RankwiseError(f"bits round in the second moment of the inputs, which {metric} has not: leave out decomposition")
     if recipe.narrows:
         narrowing.refuse_metric(metric)

@@ -143,8 +143,7 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
-            in_any = recipe.bits == MIXED or recipe.widths
-            alone, widths = len(run.shapes) * closer, len(WIDTHS) if in_any else int(recipe.width is not None)
+            alone, widths = len(run.shapes) * closer, recipe.in_bits * (len(WIDTHS) if recipe.width is None else 1)
             clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths, recipe.narrows)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
@@ -163,11 +162,10 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
         if recipe.bits == MIXED:
             chosen = few_bits.choose_in_bits(run, student, statistics, metric, allocator, budget, recipe.form)
         if recipe.widths:
-            given = stages.allocate(run, student, metric, allocator, budget, shapes)
-            chosen = few_bits.as_planned(run, student, statistics, metric, given, recipe.widths, recipe.form)
+            chosen = few_bits.as_planned(run, student, statistics, metric, allocator, budget, recipe.widths, recipe.form)
         del statistics  # float64: for a large model more than everything else
         with student.widened():
-            if recipe.bits == "stored" and not recipe.widths:
+            if not recipe.in_bits:
                 chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)

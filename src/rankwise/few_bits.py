@@ -82,9 +82,17 @@ def _all_in(run: Run, width: int) -> Allocation:
 
 
 def as_planned(
-    run: Run, student: Student, statistics: Statistics, metric: str, chosen: Allocation, widths: Mapping[str, int], form: str
+    run: Run,
+    student: Student,
+    statistics: Statistics,
+    metric: str,
+    allocator: Allocator,
+    budget: Budget,
+    widths: Mapping[str, int],
+    form: str,
 ) -> Allocation:
-    """The chosen ranks in a plan's bits. The student has the layers from here on."""
+    """The ranks and bits of a plan. The student has the layers from here on."""
+    chosen = allocate(run, student, metric, allocator, budget)
     chosen = replace(chosen, bits={name: widths[name] for name in run.shapes if name in widths})
     student.shipped = written_in_bits(run, statistics, student.decompositions, metric, chosen, form)
     return with_tables(chosen, student.shipped)

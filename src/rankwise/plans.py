@@ -55,7 +55,8 @@ class Plan:
         if not isinstance(content.get("ranks"), dict):
             asked, report = file.with_name(RECIPE), file.with_name(REPORT)
             told = read_json(report) if report.is_file() else {}
-            told = told if isinstance(told, dict) else {"neurons": told}
+            if not isinstance(told, dict):
+                raise RankwiseError(f"{report} is no report: it is not an object of what was measured")
             return cls(
                 _ranks(content, file),
                 recipe=Recipe.read(file.parent) if asked.is_file() else None,

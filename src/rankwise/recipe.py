@@ -134,11 +134,16 @@ class Recipe(BaseModel):
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
         if recipe.bits != "stored" or recipe.allocation == MIXED:
             recipe._refuse_beside_bits()
+        if recipe.in_bits:
+            recipe._refuse_beside_whole_numbers()
         if recipe.narrows:
             recipe._refuse_beside_fewer_neurons()
-        if recipe.widths:
-            recipe._refuse_beside_widths()
         return recipe
+
+    @property
+    def in_bits(self) -> bool:
+        """Whether matrices are written in few bits: chosen, the same for all, or a plan's."""
+        return self.bits != "stored" or bool(self.widths)
 
     @property
     def width(self) -> int | None:
@@ -162,12 +167,20 @@ class Recipe(BaseModel):
             raise RankwiseError(f"{asked} spends bytes: ask for target_bytes")
         if self.width is not None and targets:
             raise RankwiseError(f"{asked} and {targets[0]} are two targets: ask for one, or for bits=mixed in target_bytes")
+        if self.keep:
+            raise RankwiseError(f"{asked} is for every matrix: leave out keep, or exclude what is to stay as it is")
+
+    def _refuse_beside_whole_numbers(self) -> None:
+        """Raises `RankwiseError` for what cannot stand beside matrices in few bits, and for a plan's that are no matrices."""
+        asked = "a plan with bits" if self.widths else f"bits={self.bits}"
+        if others := self.widths.keys() - (self.ranks or {}).keys():
+            raise RankwiseError(f"the plan has bits for {min(others)}, and no rank: name one, or null for dense")
         if self.memory is not None:
             raise RankwiseError(f"{asked} holds the model in memory: ask for no memory")
         if self.refine:
             raise RankwiseError(f"{asked} writes whole numbers, which refine cannot train: leave one of them out")
-        if self.keep:
-            raise RankwiseError(f"{asked} is for every matrix: leave out keep, or exclude what is to stay as it is")
+        if self.narrows:
+            raise RankwiseError(f"fewer neurons and {asked} do not go together yet: ask for one")
 
     def _refuse_beside_fewer_neurons(self) -> None:
         """Raises `RankwiseError` for what cannot stand beside fewer neurons yet."""
@@ -175,20 +188,6 @@ class Recipe(BaseModel):
             raise RankwiseError("kept_neurons are a plan's: give its ranks too")
         if self.neurons == FEWER and self.ranks is not None:
             raise RankwiseError("a plan says itself how many neurons stay: leave out neurons")
-        if self.bits != "stored":
-            raise RankwiseError(f"fewer neurons and bits={self.bits} do not go together yet: ask for one")
-
-    def _refuse_beside_widths(self) -> None:
-        """Raises `RankwiseError` for what cannot stand beside a plan's bits."""
-        ranks = {} if self.ranks is None else self.ranks
-        if others := [name for name in self.widths if name not in ranks]:
-            raise RankwiseError(f"the plan has bits for {others[0]}, and no rank: name one, or null for dense")
-        if self.memory is not None:
-            raise RankwiseError("a plan with bits holds the model in memory: ask for no memory")
-        if self.refine:
-            raise RankwiseError("a plan with bits writes whole numbers, which refine cannot train: leave one of them out")
-        if self.narrows:
-            raise RankwiseError("fewer neurons and bits do not go together yet: take one of them out of the plan")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
