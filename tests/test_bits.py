@@ -364,6 +364,8 @@ def test_the_same_bits_everywhere(name: str, bits: int, tmp_path: Path) -> None:
     card = (tmp_path / "small" / "README.md").read_text()
     assert "low" not in card
     assert f"{bits} bits for every matrix" in card
+    compress(tmp_path / "dense", plan=tmp_path / "small", calibration=WINDOWS, output=tmp_path / "planned")
+    assert (tmp_path / "planned" / "model.safetensors").read_bytes() == (tmp_path / "small" / "model.safetensors").read_bytes()
     assert Recipe.read(tmp_path / "small") == result.recipe
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert result.model is not None

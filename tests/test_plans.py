@@ -159,6 +159,10 @@ def test_what_contradicts_a_plan_is_refused(llama: Path, plan: Plan, tmp_path: P
     for more in asked:
         with pytest.raises(RankwiseError, match=r"two targets|leave out"):
             package.compress(llama, plan=plan, **more)
+    (tmp_path / "ranks.json").write_text(json.dumps(dict(plan.ranks)))
+    (tmp_path / "report.json").write_text("7")
+    with pytest.raises(RankwiseError, match="is no report"):
+        Plan.read(tmp_path / "ranks.json")
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(RankwiseError, match="is no plan"):
         Plan.read(tmp_path / "plan.json")
