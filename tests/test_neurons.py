@@ -378,13 +378,20 @@ def test_a_speed_that_no_ranks_reach_is_reached_by_neurons_alone(monkeypatch: py
         return replace(found, shapes=timed)
 
     monkeypatch.setattr(targets, "time_layers", slow)
-    model = lazy("llama", 0.0, hidden_size=144, intermediate_size=288, num_hidden_layers=1)
+    sides = {"hidden_size": 144, "intermediate_size": 288, "num_hidden_layers": 1}
+    model = lazy("llama", 0.0, **sides)
     report = compress(model, **FEWER | {"rate": None, "target_speedup": 1.3}).report
     assert set(report["ranks"].values()) == {None}
     assert report["narrowed"]
     assert 1.3 <= report["predicted_speedup"] < 1.4
-    with pytest.raises(RankwiseError, match="the fewest neurons, and rank 1 in every matrix, decodes"):
+    with pytest.raises(RankwiseError, match="rank 1 in every matrix, with the fewest neurons, decodes"):
         compress(lazy("llama", 0.0), **FEWER | {"rate": None, "target_speedup": 50.0})
+    keep = {"*.o_proj": 1.0}
+    report = compress(lazy("llama", 0.0, **sides), **FEWER | {"rate": None, "target_speedup": 1.3, "keep": keep}).report
+    assert 1.3 <= report["predicted_speedup"] < 1.4
+    keep = {"*.down_proj": 1.0}  # whose neurons all stay
+    with pytest.raises(RankwiseError, match="cannot be reached"):
+        compress(lazy("llama", 0.0, **sides), **FEWER | {"rate": None, "target_speedup": 1.3, "keep": keep})
     with pytest.raises(RankwiseError, match="cannot be reached: rank 1 in every matrix decodes"):
         compress(lazy("llama", 0.0), **FEWER | {"rate": None, "target_speedup": 1.3, "neurons": "all"})
 

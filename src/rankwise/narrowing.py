@@ -178,11 +178,11 @@ def mlps_of(run: Run, budget: Budget, place: Place) -> list[Mlp]:
     return find_mlps(run.model, [name for name in run.shapes if name not in budget.settled], place.at)
 
 
-def narrowest(run: Run, costs: Shapes, multiple: int) -> Shapes:
-    """The matrices with as few neurons as their MLPs may have, in the currency of `costs`."""
+def narrowest(run: Run, budget: Budget, costs: Shapes) -> Shapes:
+    """The matrices with as few neurons as their MLPs may have, in the budget's currency, as `costs` are."""
     with widened(run.model):
-        mlps = find_mlps(run.model, list(run.shapes), _InMemory(run).at)
-    least = {mlp: min(sizes_of(mlp.width, multiple), default=mlp.width) for mlp in mlps}
+        mlps = mlps_of(run, budget, _InMemory(run))
+    least = {mlp: min(sizes_of(mlp.width, budget.multiple), default=mlp.width) for mlp in mlps}
     return {**costs, **{name: mlp.shape(name, costs[name], size) for mlp, size in least.items() for name in mlp.matrices}}
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from rankwise.allocation.plan import Budget, Shapes, parameters
+from rankwise.allocation.plan import Budget, Ranks, Shapes, least, parameters
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.layers.quantised import WIDTHS
@@ -54,39 +54,32 @@ class Target:
             return run.shapes, Budget(parameters(ranks, run.shapes), multiple)
         if recipe.rate is not None:
             return run.shapes, budget_of(run, recipe, recipe.rate)
+        settled = kept_ranks(run.model, run.shapes, recipe)
         if self.latency is not None:
-            assert recipe.target_speedup is not None
-            shapes, budget = self._time_budget(run, self.latency, recipe.target_speedup)
-        else:
-            assert recipe.target_bytes is not None
-            budget_of_bytes = mixed_budget if recipe.bits == MIXED else bytes_budget
-            shapes, budget = run.shapes, budget_of_bytes(run.model, run.shapes, recipe.target_bytes, multiple)
-        return shapes, budget.settling(kept_ranks(run.model, run.shapes, recipe), shapes)
+            return self._time_budget(run, self.latency, settled)
+        assert recipe.target_bytes is not None
+        budget_of_bytes = mixed_budget if recipe.bits == MIXED else bytes_budget
+        return run.shapes, budget_of_bytes(run.model, run.shapes, recipe.target_bytes, multiple).settling(settled, run.shapes)
 
     def costs(self, run: Run) -> Shapes:
         """The matrices with their costs."""
         return run.shapes if self.latency is None else self.latency.costs(run.shapes)
 
-    def _time_budget(self, run: Run, latency: Latency, speedup: float) -> tuple[Shapes, Budget]:
-        multiple = self.recipe.rank_multiple
+    def _time_budget(self, run: Run, latency: Latency, settled: Ranks) -> tuple[Shapes, Budget]:
+        multiple, speedup = self.recipe.rank_multiple, self.recipe.target_speedup
+        assert speedup is not None
         shapes = latency.costs(run.shapes)
         dense = sum(shape.dense for shape in shapes.values())
-        allowed = int(latency.step / speedup) - (latency.step - dense)
-        least, what = _least(shapes, multiple), f"rank {multiple} in every matrix"
-        if allowed < least and self.recipe.narrows:
-            least, what = _least(narrowest(run, shapes, multiple), multiple), f"the fewest neurons, and {what},"
-        if allowed < least:
-            fastest = latency.step / (latency.step - dense + least)
+        budget = Budget(int(latency.step / speedup) - (latency.step - dense), multiple)
+        smallest = narrowest(run, replace(budget, settled=settled), shapes) if self.recipe.narrows else shapes
+        fewest = least(smallest, multiple)
+        if budget.parameters < fewest:
+            fastest, narrow = latency.step / (latency.step - dense + fewest), ", with the fewest neurons," * self.recipe.narrows
             raise RankwiseError(
-                f"target_speedup={speedup} cannot be reached: {what} decodes {fastest:.2f} times as fast on this machine, where "
-                f"the rest of the model takes {1 - dense / latency.step:.0%} of the time"
+                f"target_speedup={speedup} cannot be reached: rank {multiple} in every matrix{narrow} decodes {fastest:.2f} "
+                f"times as fast on this machine, where the rest of the model takes {1 - dense / latency.step:.0%} of the time"
             )
-        return shapes, Budget(allowed, multiple)
-
-
-def _least(shapes: Shapes, multiple: int) -> int:
-    """What the matrices cost at least."""
-    return sum(min(shape.parameters(multiple), shape.dense) for shape in shapes.values())
+        return shapes, budget.settling(settled, shapes, smallest)
 
 
 def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budget:
@@ -95,13 +88,13 @@ def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
     whole, others, header = _other_bytes(model, shapes, None)
     element = max(weight_of(model.get_submodule(name)).element_size() for name in shapes)
     others += sum(shape.index_bytes for shape in shapes.values())
-    dense, least = (sum(shape.parameters(rank) for shape in shapes.values()) for rank in (None, multiple))
+    dense, fewest = sum(shape.dense for shape in shapes.values()), least(shapes, multiple)
     allowed = (target - others) // element
     if allowed >= dense:
         raise RankwiseError(f"target_bytes={target:,}: the model has no more than {whole + header:,} as it is")
-    if allowed < least:
+    if allowed < fewest:
         raise RankwiseError(
-            f"target_bytes={target:,} cannot be reached: rank {multiple} in every matrix leaves {others + least * element:,}"
+            f"target_bytes={target:,} cannot be reached: rank {multiple} in every matrix leaves {others + fewest * element:,}"
         )
     return Budget(allowed, multiple)
 
@@ -110,15 +103,15 @@ def mixed_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
     """The budget of bytes for the tensors of the matrices, whose checkpoint takes at most `target`. Raises `RankwiseError`."""
     others, most = _beside_bits(model, shapes)
     weights = {name: weight_of(model.get_submodule(name)) for name in shapes}
-    least = sum(
+    fewest = sum(
         min(shape.stored_bytes(rank, bits, weights[name].dtype) for rank, bits in ((None, min(WIDTHS)), (multiple, max(WIDTHS))))
         for name, shape in shapes.items()
     )
     if target >= most:
         raise RankwiseError(f"target_bytes={target:,}: the model has no more than {most:,} as it is")
-    if target - others < least:
+    if target - others < fewest:
         raise RankwiseError(
-            f"target_bytes={target:,} cannot be reached: the least that every matrix can be written in leaves {others + least:,}"
+            f"target_bytes={target:,} cannot be reached: the least that every matrix can be written in leaves {others + fewest:,}"
         )
     return Budget(target - others, multiple)
 

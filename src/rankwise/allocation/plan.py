@@ -41,27 +41,29 @@ class Budget:
         total = {"linear": dense, "model": model_parameters}[scope]
         wanted = Fraction(str(rate)) * total
         removed = 0 if wanted < 1 else math.ceil(wanted)
-        least = sum(shape.parameters(multiple) for shape in shapes.values())
-        if dense - removed < least:
-            reachable = (dense - least) * 10_000 // total / 10_000
+        fewest = least(shapes, multiple)
+        if dense - removed < fewest:
+            reachable = (dense - fewest) * 10_000 // total / 10_000
             raise RankwiseError(
                 f"rate={rate} cannot be reached: rank {multiple} in every matrix removes {reachable:.2%} of the "
                 f"parameters in scope {scope!r}; ask for at most {reachable}"
             )
         return cls(dense - removed, multiple)
 
-    def settling(self, ranks: Ranks, costs: Shapes) -> Budget:
-        """This budget with the ranks of some matrices settled. Raises `RankwiseError` where the others cannot make up for it."""
+    def settling(self, ranks: Ranks, costs: Shapes, smallest: Shapes | None = None) -> Budget:
+        """This budget with the ranks of some matrices settled. smallest: what the others cost where they may be narrower. Raises
+        `RankwiseError` where they cannot make up for it."""
         if not ranks:
             return self
         left = self.parameters - parameters(ranks, costs)
-        others = [shape for name, shape in costs.items() if name not in ranks]
-        least, dense = (sum(shape.parameters(rank) for shape in others) for rank in (self.multiple, None))
+        others = costs.keys() - ranks.keys()
+        fewest = least({name: (smallest or costs)[name] for name in others}, self.multiple)
+        dense = sum(costs[name].dense for name in others)
         if not others:
             raise RankwiseError("keep settles every matrix: leave some to the target, or apply a plan")
-        if left < least:
+        if left < fewest:
             raise RankwiseError(
-                f"keep leaves {max(left, 0):,} to the {len(others)} other matrices, which take {least:,} at least: keep less, "
+                f"keep leaves {max(left, 0):,} to the {len(others)} other matrices, which take {fewest:,} at least: keep less, "
                 "or remove less"
             )
         if left > dense:
@@ -79,6 +81,11 @@ class Budget:
 def parameters(ranks: Mapping[str, int | None], shapes: Shapes) -> int:
     """Parameters of all matrices at their ranks."""
     return sum(shapes[name].parameters(rank) for name, rank in ranks.items())
+
+
+def least(shapes: Shapes, multiple: int) -> int:
+    """What the matrices cost at least: of the smallest rank, or dense where that is less."""
+    return sum(min(shape.parameters(multiple), shape.dense) for shape in shapes.values())
 
 
 def options(shape: Shape, multiple: int) -> list[int | None]:
