@@ -98,12 +98,12 @@ def layer_speedups(
     return speedups[0], speedups[1]
 
 
-def decoder(size: str, layers: int, dtype: torch.dtype, device: str) -> Any:
+def decoder(size: str, layers: int, dtype: torch.dtype, device: str, neurons: int | None = None) -> Any:
     hidden, inner, heads, kv_heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=hidden,
-        intermediate_size=inner,
+        intermediate_size=neurons or inner,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         num_hidden_layers=layers,
@@ -123,17 +123,11 @@ def compress_at_random(model: Any, rate: float, multiple: int, form: str) -> Any
     return model
 
 
-def narrow(model: Any, rate: float, multiple: int) -> Any:
-    """The decoder without so many of its matrices' numbers, all of them its MLPs'."""
-    shapes = find_matrices(model)[0]
-    gone = rate * sum(shape.dense for shape in shapes.values()) / sum(s.dense for name, s in shapes.items() if "mlp" in name)
-    for layer in model.model.layers:
-        size = round((1 - gone) * layer.mlp.down_proj.in_features / multiple) * multiple
-        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            linear.weight, linear.out_features = nn.Parameter(linear.weight[:size].clone(), requires_grad=False), size
-        down = layer.mlp.down_proj
-        down.weight, down.in_features = nn.Parameter(down.weight[:, :size].contiguous(), requires_grad=False), size
-    return model
+def inner_left(size: str, rate: float, multiple: int) -> int:
+    """The neurons of MLPs that alone make up for the rate."""
+    hidden, inner, heads, kv_heads = SIZES[size]
+    attention = 2 * hidden**2 * (1 + kv_heads / heads)
+    return round((inner - rate * (attention / (3 * hidden) + inner)) / multiple) * multiple
 
 
 def decoder_speedups(
@@ -143,8 +137,9 @@ def decoder_speedups(
     dense = functools.partial(decoder, size, args.layers, dtype, args.device)
 
     def small() -> Any:
-        model = dense()
-        return narrow(model, rate, args.multiple) if form == NARROW else compress_at_random(model, rate, args.multiple, form)
+        if form == NARROW:
+            return dense(inner_left(size, rate, args.multiple))
+        return compress_at_random(dense(), rate, args.multiple, form)
 
     load = Load(1, args.prompt, 16)
     models = {"dense": dense(), "as loaded": small()}

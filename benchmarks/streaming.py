@@ -2,12 +2,13 @@
 
     python benchmarks/streaming.py [--layers 3] [--memory 8GB] [--allocation energy] [--rate 0.2] [--windows 16] [--length 1024]
     python benchmarks/streaming.py --allocation llrc --decomposition kronecker --options rounds=1 value_steps=2 --output FILE
-    python benchmarks/streaming.py --memory all --effort quick --layers 32 --allocation llrc --decomposition kronecker ...
+    python benchmarks/streaming.py --memory all --effort quick --layers 32 --windows 64 --length 512
+                                   --allocation llrc:quick --decomposition kronecker --output FILE
 
 The model (hidden 4096, ffn 11008, 32 heads, 32,000 tokens, bfloat16) is written shard by shard, with fewer layers than 32 and
 less calibration text than the default: what a block costs does not depend on how many there are, so 32 layers are extrapolated.
-The compression runs in a process of its own, whose peak is the kernel's (VmHWM). With --memory all rankwise chooses the way, and
---effort says how much text is read. Writes results/streaming.md, or --output.
+The compression runs in a process of its own, whose peak is the kernel's (VmHWM). With --memory all rankwise chooses the way; a
+quick --effort measures no matrix by itself afterwards. Writes results/streaming.md, or --output.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import machine
 from transformers import LlamaConfig
 
 HERE = Path(__file__).parent
@@ -72,10 +74,6 @@ print(json.dumps(result.report))
     return report
 
 
-def machine(threads: int) -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} threads"
-
-
 def text_of(report: dict[str, Any], args: argparse.Namespace) -> str:
     """The figures as Markdown."""
     seconds, peaks = report["seconds"], report["peak_memory_bytes"]
@@ -83,7 +81,7 @@ def text_of(report: dict[str, Any], args: argparse.Namespace) -> str:
     method = " ".join((args.allocation, *args.options)) + f", effort {args.effort},"
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     return f"""A Llama of hidden 4096, ffn 11008, 32 heads, bfloat16, {args.layers} of 7B's {FULL} layers; {method} on
-{args.decomposition} at rate {args.rate}, {args.windows} windows of {args.length} tokens, {machine(args.threads)}, torch
+{args.decomposition} at rate {args.rate}, {args.windows} windows of {args.length} tokens, {machine()}, torch
 {torch.__version__}.
 
 | | |
@@ -113,6 +111,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "streaming.md")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
         write_model(Path(folder) / "model", args.layers)

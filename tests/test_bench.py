@@ -38,9 +38,10 @@ def test_the_report(rankwise: Callable[..., Any], small_llama: Path, llama: Path
 
 @pytest.mark.usefixtures("no_peaks")
 def test_compiled_models_are_timed_as_the_others(rankwise: Callable[..., Any], small_llama: Path, llama: Path) -> None:
-    ended = rankwise("bench", small_llama, "--reference", llama, "--batches", "1", *FAST, "--compile")
+    ended = rankwise("bench", small_llama, "--reference", llama, "--batches", "2,1", *FAST, "--compile")
     assert ended.code == 0, ended.err
-    assert "compiled" in ended.out
+    assert "threads, compiled" in ended.out
+    assert "decode, batch 2" in ended.out
 
 
 def test_a_compiled_model_writes_what_the_model_writes(small_llama: Path) -> None:

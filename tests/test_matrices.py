@@ -101,7 +101,7 @@ def test_unstacked_experts_do_as_before_and_are_stacked_again(name: str, said: s
         expected = model(input_ids=ids).logits
         for module in model.modules():
             if said != "as now" and not vars(module).get("has_post_expert_norm", True):
-                del module.has_post_expert_norm  # which releases up to 5.14 do not know
+                del module.has_post_expert_norm  # which 5.14 does not know
         paths = unstack_experts(model)
         assert len(paths) == 2
         torch.testing.assert_close(model(input_ids=ids).logits, expected)

@@ -219,7 +219,7 @@ def test_evaluation_and_speed_are_added(folder: Path, llama: Path, story: Path, 
     evaluated = rankwise(*evaluate, "--cache", tmp_path / "cache", "--add-to-report", "--json")
     assert evaluated.code == 0, evaluated.err
     timing = ["--prompt", "8", "--new-tokens", "2", "--repeats", "1", "--batches", "1"]
-    timed = rankwise("bench", small, "--reference", llama, *timing, "--add-to-report", "--json")
+    timed = rankwise("bench", small, "--reference", llama, *timing, "--compile", "--add-to-report", "--json")
     assert timed.code == 0, timed.err
     page = Page(small / "report.html")
     assert page.data["evaluations"] == [json.loads(evaluated.out)]
@@ -235,6 +235,7 @@ def test_evaluation_and_speed_are_added(folder: Path, llama: Path, story: Path, 
         "/speeds/0/speed/1/speedup",
     }
     assert "Faster, measured" in page.text
+    assert ", compiled)" in page.text
 
 
 def test_nothing_is_added_to_what_has_no_report(llama: Path, contest: Path, rankwise: Run) -> None:

@@ -8,7 +8,6 @@ position only, and is left out.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import math
 import statistics
@@ -142,8 +141,13 @@ def decode(model: Any, output: Any, tokens: int) -> None:
 @torch.inference_mode()
 def step(model: Any, output: Any, token: Tensor) -> Any:
     """The output for `token` [batch, 1], which goes on from the earlier `output`."""
-    cache = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118  `in output` knows, and warns of, the old name
-    return model(input_ids=token, use_cache=True, **{cache: output[cache]})
+    name = cache_in(output)
+    return model(input_ids=token, use_cache=True, **{name: output[name]})
+
+
+def cache_in(output: Any) -> str:
+    """What a model's output calls its cache, and so do its inputs."""
+    return "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118  `in output` knows, and warns of, the old name
 
 
 def all_compiled(models: Iterable[Any], load: Load) -> list[Compiled]:
@@ -159,9 +163,9 @@ class Compiled:
     def __init__(self, model: Any, load: Load) -> None:
         self.model, self.step = model, torch.compile(model, mode="reduce-overhead", dynamic=False)
         self.cache = StaticCache(config=model.config, max_cache_len=load.prompt + load.new_tokens)
-        self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         ids = _prompts(model, load)
         try:
+            self.name = cache_in(prefill(model, ids))
             with torch.inference_mode():
                 model(input_ids=ids, use_cache=True, **{self.name: self.cache})  # lays out the cache, outside of any graph
             for _ in range(3):  # compiles, records, replays
