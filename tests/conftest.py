@@ -104,6 +104,14 @@ def no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankwise.runtime.bench._peaks", lambda path, loads, *_: [{"host": 10**9}] * len(loads))
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """`torch.compile` forgets what earlier tests of this process compiled: after eight models of a kind it refuses one more."""
+    import torch
+
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file."""

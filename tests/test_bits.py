@@ -244,7 +244,7 @@ def test_every_matrix_of_few_bits_is_guarded(made: tuple[Path, Any, Path]) -> No
         assert stored[f"{name}.weight"].numel() == 0
 
 
-@pytest.mark.usefixtures("no_peaks")
+@pytest.mark.usefixtures("no_peaks", "fresh_compiler")
 def test_what_a_loaded_model_goes_through(made: tuple[Path, Any, Path], tmp_path: Path) -> None:
     folder, result, original = made
     with torch.no_grad():

@@ -87,13 +87,13 @@ def test_a_trained_factor_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("optimised", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_one_graph(optimised: bool) -> None:
     model = compressed("llama", num_hidden_layers=1)
     expected = model(input_ids=WINDOWS).logits
     if optimised:
         rankwise.optimize(model)
-    torch._dynamo.reset()
     graph = torch.compile(model, fullgraph=True, backend="aot_eager")  # raises at a graph break
     torch.testing.assert_close(graph(input_ids=WINDOWS, use_cache=False).logits, expected)
     cache = StaticCache(model.config, max_cache_len=16)

@@ -97,6 +97,7 @@ def test_generates_with_either_cache(model: PreTrainedModel, ids: Tensor, cache:
     assert torch.equal(model.generate(ids, **GREEDY, cache_implementation=cache), expected)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_compiles_without_graph_breaks(tmp_path: Path) -> None:
     """The whole model in one graph, for a prompt and for one token on a static cache; fullgraph makes a break an error."""
