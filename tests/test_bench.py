@@ -37,11 +37,16 @@ def test_the_report(rankwise: Callable[..., Any], small_llama: Path, llama: Path
 
 
 @pytest.mark.usefixtures("no_peaks")
-def test_compiled_models_are_timed_as_the_others(rankwise: Callable[..., Any], small_llama: Path, llama: Path) -> None:
+def test_compiled_models_are_timed_as_the_others(
+    rankwise: Callable[..., Any], small_llama: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr("torch.compile", lambda model, **_: compiled.append(type(model)) or model)  # the next test compiles
     ended = rankwise("bench", small_llama, "--reference", llama, "--batches", "2,1", *FAST, "--compile")
     assert ended.code == 0, ended.err
     assert "threads, compiled" in ended.out
     assert "decode, batch 2" in ended.out
+    assert len(compiled) == 4  # both models, for each load
 
 
 def test_a_compiled_model_writes_what_the_model_writes(small_llama: Path) -> None:

@@ -94,8 +94,9 @@ def test_centred_is_the_principal_components_of_the_outputs_about_their_mean(sha
 def test_kronecker_error_is_that_of_both_sides_and_the_least_there_is(shape: tuple[int, int], tokens: int) -> None:
     seen = Seen.of(shape, tokens)
     H, G = seen.X.T @ seen.X, seen.Gr.T @ seen.Gr / tokens
-    H += (kronecker.INPUT_DAMPING + kronecker.SAMPLING * len(H) / tokens) * np.trace(H) / len(H) * np.eye(len(H))
-    G += (kronecker.OUTPUT_DAMPING + kronecker.SAMPLING * len(G) / tokens) * np.trace(G) / len(G) * np.eye(len(G))
+    for moment, damping in ((H, kronecker.INPUT_DAMPING), (G, kronecker.OUTPUT_DAMPING)):
+        sampled = kronecker.SAMPLING * len(moment) / tokens * np.diag(moment)
+        moment += np.diag(damping * np.trace(moment) / len(moment) + sampled)
     d, best = seen.decomposed("kronecker"), best_errors(np.linalg.cholesky(G).T @ seen.W @ np.linalg.cholesky(H))
     for r in range(min(shape) + 1):
         D = seen.W - kept(d, slice(r))

@@ -50,11 +50,11 @@ assert theirs.is_progress_bar_enabled()
 """
 ORDERS = [
     f"import transformers; import rankwise; {REGISTERED}",
-    f"import transformers.quantizers.auto; import rankwise; {REGISTERED}",
-    f"import rankwise, importlib; importlib.reload(rankwise); {REGISTERED}; importlib.reload(rankwise)",
     f"import rankwise.cli; from importlib.util import find_spec; find_spec('transformers.quantizers.auto'); {REGISTERED}",
 ]
 MORE_ORDERS = [
+    f"import transformers.quantizers.auto; import rankwise; {REGISTERED}",
+    f"import rankwise, importlib; importlib.reload(rankwise); {REGISTERED}; importlib.reload(rankwise)",
     f"import rankwise; {REGISTERED}",
     f"import rankwise, sys; del sys.modules['rankwise']; import rankwise; {REGISTERED}",
     f"import rankwise.cli; {REGISTERED}; import rankwise.integration.quantizer",

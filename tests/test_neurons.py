@@ -348,12 +348,12 @@ def test_of_a_real_model_it_leaves_more(shared: Path) -> None:
 
 @pytest.mark.parametrize("allocation", ["llrc:quick", "mask-fisher", "uniform"])
 def test_what_is_too_narrow_for_a_rank_stays_dense(allocation: str) -> None:
-    report = compress(lazy("llama", heed=0.0), **FEWER | {"allocation": allocation, "rank_multiple": 16}).report
+    report = compress(lazy("llama", heed=0.0), **FEWER | {"rate": 0.45, "allocation": allocation, "rank_multiple": 16}).report
     narrow = report["narrowed"]
     assert any(min(shape) == 16 for shape in narrow.values())
     assert all(report["ranks"][name] is None for name, shape in narrow.items() if min(shape) == 16)
     size = report["parameters"]["linear"]
-    assert size["compressed"] <= 0.6 * size["reference"]
+    assert size["compressed"] <= 0.55 * size["reference"]
 
 
 def test_a_speed_is_reached_by_narrower_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import forked
 from safetensors.torch import load_file, save_file
 
 from rankwise import progress
@@ -55,32 +56,16 @@ def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def command(llama: Path, story: Path, output: Path, *more: str) -> dict[str, Any]:
-    line = [
-        sys.executable,
-        "-m",
-        "rankwise",
-        "compress",
-        str(llama),
-        "-o",
-        str(output),
-        "--calibration",
-        str(story),
-        *FAST,
-        *more,
-    ]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
-    }
-    return {"args": line, "env": environment}
+def compressing(llama: Path, story: Path, output: Path) -> list[str]:
+    return ["compress", str(llama), "--output", str(output), "--calibration", str(story), *FAST]
 
 
+@pytest.mark.usefixtures("loud")
 def test_a_pipe_gets_plain_lines(llama: Path, story: Path, tmp_path: Path) -> None:
-    line = command(llama, story, tmp_path / "small", "-v", "--json")
-    finished = subprocess.run(**line, capture_output=True, text=True, check=True)
-    assert json.loads(finished.stdout)["kl"] > 0
-    assert "\r" not in finished.stderr
-    lines = finished.stderr.splitlines()
+    out, err = forked(tmp_path, *compressing(llama, story, tmp_path / "small"), "-v", "--json").communicate()
+    assert json.loads(out)["kl"] > 0
+    assert "\r" not in err
+    lines = err.splitlines()
     stages = [line for line in lines if LINE.fullmatch(line)]
     told = [line for line in lines if line not in stages]
     for doing in ("loading", "calibrating", "decomposing", "pricing components", "training mask values", "measuring", "writing"):
@@ -107,15 +92,6 @@ def on_a_terminal(**command: Any) -> bytes:
     return seen
 
 
-def test_a_terminal_gets_bars(llama: Path, story: Path, tmp_path: Path) -> None:
-    seen = on_a_terminal(**command(llama, story, tmp_path / "small"))
-    assert b"decomposing: 100%" in seen
-    assert b"decomposing ..." not in seen
-    ours = b"about|loading|writing|calibrating|decomposing|ordering|measuring|pricing|training|choosing|gradients"
-    lines = [line.strip() for line in re.split(rb"[\r\n]", seen) if line.strip()]
-    assert [line for line in lines if not re.match(rb"(\x1b\[A)?(" + ours + rb")", line.removeprefix(b"\x1b[A"))] == []
-
-
 ONE_AFTER_ANOTHER = """
 import json, sys
 from rankwise.cli import main
@@ -131,20 +107,24 @@ for code, *line in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("terminal", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_nothing_of_libraries_is_on_the_screen(
+@pytest.mark.parametrize("terminal", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_bars_on_a_terminal_and_nothing_of_libraries(
     terminal: bool, small_llama: Path, llama: Path, story: Path, tmp_path: Path
 ) -> None:
     judging = ["--reference", llama, "--text", story, "--samples", 2, "--length", 32, "--cache", tmp_path / "cache", "--json"]
     timing = ["--prompt", 4, "--new-tokens", 2, "--repeats", 1, "--batches", 1]
     commands = [
+        [0, *compressing(llama, story, tmp_path / "small"), "--json"],
         [0, "evaluate", small_llama, *judging],
         [0, "bench", small_llama, *timing],
         [0, "densify", small_llama, "-o", tmp_path / "dense"],
-        [2, "compress", without_a_weight(llama, tmp_path / "lacking"), "-o", tmp_path / "small"],
+        [2, "compress", without_a_weight(llama, tmp_path / "lacking"), "-o", tmp_path / "none"],
     ]
-    line = command(llama, story, tmp_path)
-    line["args"] = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands, default=str)]
+    silenced = "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"
+    line: dict[str, Any] = {
+        "args": [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands, default=str)],
+        "env": {name: value for name, value in os.environ.items() if name not in silenced},
+    }
     if terminal:
         seen = on_a_terminal(**line)
     else:
@@ -152,8 +132,11 @@ def test_nothing_of_libraries_is_on_the_screen(
         seen = finished.stderr
         report, _ = json.JSONDecoder().raw_decode(finished.stdout.decode())  # nothing is before it
         assert report["kl"] > 0
+    assert (b"decomposing: 100%" in seen) == terminal
+    assert (b"decomposing ..." in seen) != terminal
     lines = [line.strip() for line in re.split(rb"[\r\n]", seen) if line.strip(b" \x1b[A")]
-    ours = rb"^(loading|measuring|error: .*missing keys|.*(hidden|generat|continu|timing|writing|reading))"
+    ours = rb"^(\x1b\[A)?(about|loading|calibrating|decomposing|ordering|pricing|training|choosing|gradients|measuring"
+    ours += rb"|error: .*missing keys|.*(hidden|generat|continu|timing|writing|reading))"
     assert [line for line in lines if not re.search(ours, line)] == []
     assert sum(b"missing" in line.lower() for line in lines) == 1  # transformers would report them too
 

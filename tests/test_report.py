@@ -213,7 +213,10 @@ def test_folders_and_a_contest_side_by_side(folder: Path, old_folder: Path, cont
 
 
 @pytest.mark.usefixtures("no_peaks")
-def test_evaluation_and_speed_are_added(folder: Path, llama: Path, story: Path, rankwise: Run, tmp_path: Path) -> None:
+def test_evaluation_and_speed_are_added(
+    folder: Path, llama: Path, story: Path, rankwise: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.compile", lambda model, **_: model)  # that it is said, not that it is so
     small = shutil.copytree(folder, tmp_path / "small")
     evaluate = ["evaluate", small, "--reference", llama, "--text", story, "--length", "32", "--samples", "4"]
     evaluated = rankwise(*evaluate, "--cache", tmp_path / "cache", "--add-to-report", "--json")

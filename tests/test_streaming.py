@@ -317,7 +317,7 @@ from rankwise.layers.matrices import Shape
 from rankwise.footprint import workspace
 torch.linalg.eigh(torch.eye(300).double())  # the library is loaded
 for metric in map(metric_named, ("whitened", "kronecker")):
-    for m, n in ((300, 2400), (750, 1500), (1100, 1100), (1500, 750), (2400, 300)):
+    for m, n in ((300, 2400), (1100, 1100), (1500, 750)):
         W, moment = torch.randn(m, n).bfloat16(), [torch.eye(n).double(), torch.eye(m)]
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
         before = peak_memory()["host"]

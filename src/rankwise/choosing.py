@@ -28,6 +28,7 @@ from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
 from rankwise.masks.layers import folded
 from rankwise.masks.student import Student
+from rankwise.memory import give_back
 from rankwise.plans import Plan
 from rankwise.progress import say
 from rankwise.recipe import ALL, MIXED, Recipe
@@ -164,6 +165,7 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
         if recipe.widths:
             chosen = few_bits.as_planned(run, student, statistics, metric, allocator, budget, recipe.widths, recipe.form)
         del statistics  # float64: for a large model more than everything else
+        give_back()
         with student.widened():
             if not recipe.in_bits:
                 chosen = stages.allocate(run, student, metric, allocator, budget, shapes)

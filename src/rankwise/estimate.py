@@ -19,12 +19,13 @@ from rankwise.calibration.signal import divergence, frozen, signal_of
 from rankwise.calibration.tokens import tokens_in
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.costs import tokens_of_each
+from rankwise.memory import give_back
 from rankwise.progress import say
 from rankwise.refinement.refinement import Refinement
 from rankwise.starting import Run
 
 logger = logging.getLogger(__name__)
-PROBE = 512  # tokens that the speed is measured on
+PROBE = 256  # tokens that the speed is measured on
 BACK = 1.5  # what a pass back costs, of a pass forward
 MOMENTS = 1.6  # what adding them up makes of a pass
 SOLVED = 1.5e10  # operations of a decomposition a second
@@ -101,7 +102,8 @@ class Clock:
     estimate: Estimate | None = None
 
     def lap(self, name: str) -> None:
-        """The stage `name` is over."""
+        """The stage `name` is over, and what it has freed is given back."""
+        give_back()
         now = time.perf_counter()
         self.seconds[name], self.since = round(now - self.since, 2), now
         logger.info("%s took %.1f s", name, self.seconds[name])

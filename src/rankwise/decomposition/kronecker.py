@@ -16,24 +16,24 @@ SAMPLING = 3.0  # times features over tokens: how far a moment of few tokens is 
 
 
 def roots(moments: Moments) -> tuple[Root | None, Root | None]:
-    """The roots of the mean of g g^T over tokens [m, m] and of H [n, n], damped relative to their mean diagonals: the less text,
-    the more."""
+    """The roots of the mean of g g^T over tokens [m, m] and of H [n, n], damped relative to their diagonals: the less text, the
+    more."""
     return output_root(moments), input_root(moments)
 
 
 def input_root(moments: Moments) -> Root:
     """The root of H [n, n]."""
     assert moments.input is not None
-    return Root.of(moments.input, damping(INPUT_DAMPING, moments.input, moments.count))
+    return damped_root(moments.input, INPUT_DAMPING, moments.count)
 
 
 def output_root(moments: Moments) -> Root:
     """The root of the mean of g g^T over tokens [m, m]."""
     assert moments.output is not None
-    G = exact(moments.output)
-    return Root.of(G, damping(OUTPUT_DAMPING, G, moments.count), moments.count)
+    return damped_root(exact(moments.output), OUTPUT_DAMPING, moments.count, moments.count)
 
 
-def damping(least: float, moment: Tensor, tokens: int) -> float:
-    """What is added to the diagonal of a moment [d, d] of so many tokens, relative to its mean."""
-    return least + SAMPLING * len(moment) / tokens
+def damped_root(total: Tensor, damping: float, tokens: int, count: int = 1) -> Root:
+    """The root of `total` [d, d] / `count`, a moment of so many tokens: `damping` of its mean is added to its diagonal, and what
+    sampling leaves uncertain of each feature to its own place there, as features differ in scale by orders."""
+    return Root.of(total, damping, count, SAMPLING * len(total) / tokens)

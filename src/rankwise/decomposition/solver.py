@@ -42,12 +42,13 @@ class Root:
     count: int = 1
 
     @classmethod
-    def of(cls, total: Tensor, damping: float, count: int = 1) -> Root:
+    def of(cls, total: Tensor, damping: float, count: int = 1, shrinkage: float = 0.0) -> Root:
         """The root of a positive semidefinite [d, d] float64 metric, `total` / `count`, plus `damping` times the mean of its
-        diagonal; of a zero metric the root of `damping` times the identity."""
-        level = (total.diagonal() / count).mean()
+        diagonal, plus `shrinkage` times the diagonal itself; of a zero metric the root of `damping` times the identity."""
+        diagonal = total.diagonal().clamp_min(0) / count
+        level = diagonal.mean()
         level = torch.where(level > LEAST, level, 1.0)
-        return cls((damping * level).sqrt().expand(len(total)), total, count)
+        return cls((damping * level + shrinkage * diagonal).sqrt(), total, count)
 
     @property
     def metric(self) -> Tensor:
