@@ -19,6 +19,7 @@ from rankwise.estimate import Estimate
     ("effort", "parameters", "device", "tokens"),
     [
         ("default", 1_000_000, "cpu", 2**18),
+        ("default", 9_000_000, "cpu", 61_083),
         ("default", 135_000_000, "cpu", 28_672),
         ("default", 7_000_000_000, "cuda", 2**18),
         ("quick", 1_000_000, "cpu", 2**15),

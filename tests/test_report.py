@@ -319,6 +319,12 @@ def test_first_tokens(sizes: list[tuple[int, int]], wanted: int) -> None:
         assert part["more"].shape == part["input_ids"].shape
 
 
+@pytest.mark.parametrize(("wanted", "rows"), [(17, [1]), (23, [1]), (24, [1, 0.5]), (33, [2])])
+def test_first_tokens_end_with_half_a_sequence_or_more(wanted: int, rows: list[float]) -> None:
+    batches = [{"input_ids": torch.zeros(wanted // 16, 16)}, {"input_ids": torch.zeros(4, 16)}]
+    assert [batch["input_ids"].numel() / 16 for batch in first_tokens(batches, wanted)] == rows
+
+
 def test_first_tokens_keeps_inputs_of_different_shapes_whole() -> None:
     batch = {"input_ids": torch.zeros(3, 8), "labels": torch.zeros(3)}
     (part,) = first_tokens([batch], 4)

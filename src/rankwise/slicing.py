@@ -1,12 +1,13 @@
 """How many hidden neurons each MLP keeps, beside low rank everywhere else.
 
 What a way of writing some matrices costs is predicted from its squared error in the metric's norm: KL = c error, where c hardly
-depends on the error, but on the block and on the family, ranks or neurons, so that it is measured once for each
-(`benchmarks/forms.py`). So an MLP's sizes and the ranks of its matrices are weighed on one scale.
+depends on the error (`benchmarks/forms.py`), and little on the block, but on the family, ranks or neurons: it is measured once
+for each in every third block. So an MLP's sizes and the ranks of its matrices are weighed on one scale.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,12 +34,14 @@ from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape
 from rankwise.layers.neurons import Mlp
 from rankwise.masks.student import Layers, Student
+from rankwise.memory import give_back
 from rankwise.progress import progress
 from rankwise.run_folder import as_notes, digest, notes_in
 from rankwise.starting import Run
 
 POINT = 0.3  # of its parameters removed, where each family is measured
-MEASURED, LEAST_MEASURED = 2**13, 2**7  # tokens through all groups together, and through each
+EVERY = 3  # group of a kind is measured, and its first and last two: c hardly changes from block to block, but there
+MEASURED, LEAST_MEASURED = 2**12, 2**7  # tokens through all groups together, and through each that is measured
 COMPARED = 2**10  # through the model with fewer neurons, and through the one without
 EXCHANGES = np.geomspace(1e-3, 1e3, 48)  # of error for parameters, relative to all of a group's
 
@@ -96,6 +99,7 @@ def chosen_neurons(setting: Setting, mlps: Collection[Mlp]) -> tuple[dict[str, T
             within,
         )
         few = first_tokens(setting.student.selection, COMPARED)
+        give_back()  # beside the statistics two whole plans are written next
         kl = [setting.student.cost(_written(setting, groups, ways), few) for ways in (every, alone)]
         if kl[0] >= kl[1] and sum(way.cost for way in alone) <= within:
             return found
@@ -106,6 +110,7 @@ def chosen_neurons(setting: Setting, mlps: Collection[Mlp]) -> tuple[dict[str, T
         }
 
     saved = run.folder.together("neurons/chosen", digest(run.identity, setting.metric, budget, *costs.items()), choose)
+    give_back()
     levels: dict[str, float] = notes_in(saved)["levels"]
     return {down: kept for down, kept in saved.items() if down in run.shapes}, levels
 
@@ -174,17 +179,40 @@ def _low_rank(shapes: Mapping[str, Shape], tails: Mapping[str, Floats], multiple
 
 
 def _measured(setting: Setting, groups: Sequence[_Group]) -> list[list[float]]:
-    """`_factors` of every group, the same for every budget with the same matrices settled."""
+    """`_factors` of every group, the same for every budget with the same matrices settled: measured, or between those of the
+    nearest of its kind."""
     run, budget = setting.run, setting.budget
-    few = first_tokens(setting.student.selection, max(LEAST_MEASURED, MEASURED // len(groups)))
+    kinds: dict[Any, list[_Group]] = {}
+    for group in groups:
+        kinds.setdefault(tuple(re.sub(r"\d+", "", name) for name in group.names), []).append(group)
+    asked = [alike[at] for alike in kinds.values() for at in _places(len(alike))]
+    few = first_tokens(setting.student.selection, max(LEAST_MEASURED, MEASURED // len(asked)))
 
     def measure() -> dict[str, Tensor]:
-        measured = progress(groups, "measuring MLPs and the rest")
+        measured = progress(asked, "measuring MLPs and the rest")
         return {group.names[0]: torch.tensor(_factors(setting, group, few)) for group in measured}
 
     key = digest(run.identity, setting.metric, budget.multiple, budget.settled, *setting.costs.items())
-    found = run.folder.together("neurons/measured", key, measure)
-    return [found[group.names[0]].tolist() for group in groups]
+    measured = run.folder.together("neurons/measured", key, measure)
+    found: dict[str, list[float]] = {}
+    for alike in kinds.values():
+        of_some = np.stack([measured[alike[at].names[0]].numpy() for at in _places(len(alike))])
+        of_all = np.stack([_between(_places(len(alike)), column, len(alike)) for column in of_some.T], 1)
+        found |= {group.names[0]: factors for group, factors in zip(alike, of_all.tolist(), strict=True)}
+    return [found[group.names[0]] for group in groups]
+
+
+def _places(count: int) -> list[int]:
+    """Which of so many groups of a kind are measured."""
+    return [at for at in range(count) if at % EVERY == 0 or at < 2 or at >= count - 2]
+
+
+def _between(places: Sequence[int], factors: Floats, count: int) -> Floats:
+    """The factors [count] of all places, from those of some: geometrically between the nearest that are not 0."""
+    known = np.flatnonzero(factors)
+    if not len(known):
+        return np.zeros(count)
+    return np.exp(np.interp(np.arange(count), np.array(places)[known], np.log(factors[known])))
 
 
 def _costs(group: _Group, of_ranks: float, of_neurons: float) -> Floats:

@@ -33,13 +33,14 @@ def sides(model: Any) -> list[str]:
 
 
 def first_tokens(batches: Iterable[Batch], tokens: int) -> list[Batch]:
-    """The first sequences, about so many tokens in all; a longer one is cut where all its inputs are of one shape."""
+    """The first sequences, about so many tokens in all: a last one of which less than half is wanted is left out, a longer one
+    cut where all its inputs are of one shape."""
     few: list[Batch] = []
     for batch in batches:
-        if tokens <= 0:
-            break
         first = written(batch)
         length = first.shape[1] if first.ndim > 1 else 1
+        if few and 2 * tokens < length:
+            break
         part = cut(batch, slice(max(1, tokens // length)))
         if length > tokens and all(tensor.shape == first.shape for tensor in batch.values()):
             part = {name: tensor[:, :tokens] for name, tensor in part.items()}

@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 
 MOST_TEXT = 2**18  # tokens of a calibration: 128 windows of 2048, the field's habit
 LEAST_TEXT, LEAST_QUICK = 7 * 2**12, 3 * 2**12  # by default, and in a hurry
-SMALL_MODEL = 2**23  # parameters: what a CPU runs all of the text through in minutes
+SMALL_MODEL = 2**21  # parameters: what a CPU runs all of the text through in minutes
 PLACE = 8, 2**11  # characters of a piece: for each token of a window, and at least
 LEAST_SAMPLES = 16  # however long they are
 LEAST_WINDOWS = 128  # rather shorter ones than fewer
