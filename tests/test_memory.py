@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -145,6 +146,25 @@ def test_a_model_in_memory_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch)
     model = build("bert", vocab_size=2_000_000)  # 384 MB, of which a copy is never made
     monkeypatch.setenv("RANKWISE_MEMORY", gigabytes(resident() + 800 * 10**6))
     assert compress(model, 0.2, calibration=WINDOWS, allocation="uniform").report["kl"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="others give back what they like")
+def test_what_is_freed_is_given_back() -> None:
+    code = """
+import torch
+from rankwise.memory import give_back, resident
+del (large := [torch.ones(2**22)])[:]  # from now on glibc keeps what is smaller
+before = resident()
+kept = [torch.ones(2**19) for _ in range(200)]  # 2 MiB each
+del kept[:-1]  # the last one lies above all others
+held = resident()
+give_back()
+print(held - before, resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    held, left = map(int, done.stdout.split())
+    assert held > 3 * 10**8
+    assert left < 10**8
 
 
 def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from rankwise.run_folder import as_notes, digest, notes_in
 from rankwise.starting import Run
 
 POINT = 0.3  # of its parameters removed, where each family is measured
-EVERY = 3  # group of a kind is measured, and its first and last two: c hardly changes from block to block, but there
+EVERY = 3  # every third group of a kind is measured, and the first and last two, the only ones where c differs much
 MEASURED, LEAST_MEASURED = 2**12, 2**7  # tokens through all groups together, and through each that is measured
 COMPARED = 2**10  # through the model with fewer neurons, and through the one without
 EXCHANGES = np.geomspace(1e-3, 1e3, 48)  # of error for parameters, relative to all of a group's
