@@ -204,7 +204,6 @@ def test_an_edited_plan_of_bits_is_applied_as_it_is(made: tuple[Path, Any, Path]
         ({"lm_tail": 4}, {}, "bits for lm_tail, and no rank"),
         ([4], {}, "for bits"),
         ({}, {"memory": "4GB"}, "holds the model in memory"),
-        ({}, {"refine": "distil"}, "which refine cannot train"),
         ({}, {"decomposition": "svd"}, "second moment of the inputs"),
     ],
 )
@@ -401,7 +400,6 @@ def test_rounding_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: 
         (["--rate", "0.5"], "bits=4 and rate are two targets"),
         (["--target-bytes", "150kB"], "bits=4 and target_bytes are two targets.*bits=mixed"),
         (["--allocation", "llrc"], "no ranks are chosen"),
-        (["--refine", "distil"], "cannot train"),
         (["--memory", "4GB"], "holds the model in memory"),
         (["--decomposition", "svd"], "second moment of the inputs"),
     ],

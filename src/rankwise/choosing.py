@@ -61,10 +61,10 @@ class Chosen:
     def refined(self, refinements: Sequence[Refinement]) -> Chosen:
         """The same with other values in the layers, measured again."""
         run, student, chosen = self.run, self.student, self.chosen
-        layers = {
+        layers = dict(student.shipped) | {
             name: folded(run.model.get_submodule(name), student.decompositions[name], mask, self.recipe.form)
             for name, mask in chosen.masks.items()
-            if mask is not None
+            if mask is not None and name not in student.shipped
         }
         layers |= {name: run.model.get_submodule(name) for name in run.narrow if name not in layers}
         student.shipped, history = stages.refine(run, student, layers, refinements)

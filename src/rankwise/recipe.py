@@ -177,8 +177,6 @@ class Recipe(BaseModel):
             raise RankwiseError(f"the plan has bits for {min(others)}, and no rank: name one, or null for dense")
         if self.memory is not None:
             raise RankwiseError(f"{asked} holds the model in memory: ask for no memory")
-        if self.refine:
-            raise RankwiseError(f"{asked} writes whole numbers, which refine cannot train: leave one of them out")
         if self.narrows:
             raise RankwiseError(f"fewer neurons and {asked} do not go together yet: ask for one")
 

@@ -23,12 +23,13 @@ from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.protocols import JudgingText, own_source, read_judging_text
 from rankwise.evaluation.samples import sample_texts
 from rankwise.footprint import shortage
-from rankwise.integration.checkpoint import load_compressed, load_config, quantization_of
+from rankwise.integration.checkpoint import load_compressed
 from rankwise.integration.files import read_json
 from rankwise.integration.result import REPORT, SPECTRA, read_ranks, read_recipe
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import stack_experts, stacked_on_failure, unstack_experts
 from rankwise.layers.precision import widened
+from rankwise.layers.quantised import QuantisedEmbedding, QuantisedLinear
 from rankwise.masks.student import Student
 from rankwise.options import RefineOptions
 from rankwise.pipeline import Compressed, folder_of
@@ -38,6 +39,7 @@ from rankwise.run_folder import RunFolder
 from rankwise.schema import VERSION, Report
 from rankwise.starting import Calibration, Run
 
+CHANGED = LowRankLinear, QuantisedLinear, QuantisedEmbedding  # layers that no original has
 JUDGED = 2**12  # tokens of another text that a refinement must not make worse
 
 
@@ -67,8 +69,6 @@ def refine(
     refinements, ranks = refinements_named(refine), read_ranks(folder)
     if not refinements:
         raise RankwiseError("name a refinement, as refine='distil'")
-    if quantization_of(load_config(folder)).get("bits"):
-        raise RankwiseError(f"{folder} holds whole numbers of few bits, which cannot be trained")
     (report, spectra), before = _read(folder), read_recipe(folder) or Recipe.of()
     if calibration is None and before.calibration == IN_MEMORY:
         calibration = "self"
@@ -138,7 +138,7 @@ def _train(
         after = stages.measure(student, chosen, run.data.measuring)
         samples = sample_texts(student, chosen.masks, run.data.measuring, run.tokenizer)
     for name, layer in student.shipped.items():
-        compressed.set_submodule(name, layer.to(next(compressed.get_submodule(name).parameters()).dtype))
+        compressed.get_submodule(name).load_state_dict(layer.state_dict())
     stack_experts(compressed, stacked)
     return {
         **after.to_dict(),
@@ -154,7 +154,7 @@ def changed_modules(compressed: nn.Module, original: nn.Module) -> dict[str, nn.
     """The modules of the compressed model that hold other values than the original's at the same path, or have another class."""
     theirs = dict(original.named_modules())
     pairs = [(path, module) for path, module in compressed.named_modules() if path in theirs]
-    return {path: module for path, module in pairs if isinstance(module, LowRankLinear) or _differs(module, theirs[path])}
+    return {path: module for path, module in pairs if isinstance(module, CHANGED) or _differs(module, theirs[path])}
 
 
 def _differs(module: nn.Module, other: nn.Module) -> bool:

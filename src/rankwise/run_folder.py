@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -62,10 +63,10 @@ def user_cache() -> Path:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The digest of a model: its config and every parameter's name, shape and bytes."""
+    """The digest of a model: its config and the name, shape and bytes of every parameter and buffer: whole numbers are these."""
     parts: list[Any] = [str(getattr(model, "config", ""))]
-    for name, parameter in model.named_parameters():
-        parts += [name, tuple(parameter.shape), parameter]
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        parts += [name, tuple(tensor.shape), tensor]
     return digest(*parts)
 
 

@@ -20,11 +20,20 @@ from rankwise.evaluation.pair import Pair
 from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.evaluation.size import Size
 from rankwise.evaluation.tasks import load_tasks
-from rankwise.integration.checkpoint import load_compressed, load_config, load_model, load_tokenizer, refuse_compressed, skeleton
+from rankwise.integration.checkpoint import (
+    load_compressed,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quantization_of,
+    refuse_compressed,
+    skeleton,
+)
 from rankwise.integration.files import weight_files
 from rankwise.integration.result import narrowed, ranks_in, read_ranks, read_recipe, read_shapes, shapes_in
 from rankwise.layers.matrices import stack_experts, unstack_experts
 from rankwise.layers.precision import widened
+from rankwise.layers.quantised import QuantisedEmbedding
 from rankwise.run_folder import RunFolder
 
 
@@ -104,7 +113,7 @@ def evaluate(
         if asked:
             extra["tasks"] = pair.tasks(asked)
     experts = unstack_experts(dense)
-    size = Size.of(dense, shapes, ranks)
+    size = Size.of(dense, shapes, ranks, quantization_of(compressed.config).get("bits"))
     stack_experts(dense, experts)
     return {
         "reference": name,
@@ -130,8 +139,10 @@ def refuse_unrelated(compressed: Any, dense: Any, path: str, name: str) -> None:
     ours, theirs = ({n: p.shape for n, p in skeleton(model.config).named_parameters()} for model in (compressed, dense))
     alike = type(compressed) is type(dense) and ours == theirs
     if alike:
-        one, other = (model.get_input_embeddings().weight.float().cpu() for model in (compressed, dense))
-        alike = torch.allclose(one, other, rtol=2**-7, atol=1e-6)
+        tables = compressed.get_input_embeddings(), dense.get_input_embeddings()
+        one, other = (table.weight.float().cpu() for table in tables)
+        step = tables[0].scales.float().cpu().abs() if isinstance(tables[0], QuantisedEmbedding) else torch.zeros(())
+        alike = bool(((one - other).abs() <= 2**-7 * other.abs() + step / 2 + 1e-6).all())
     if not alike:
         raise RankwiseError(f"{name} is not the model that {path} was made from")
 

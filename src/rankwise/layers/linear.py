@@ -74,8 +74,10 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
 
 
 def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Every tensor of the modules, under the module's name and its own."""
-    return {f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()}
+    """Every tensor of the modules, under the module's name and its own; one that several share under the first's."""
+    every = {f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(every.items())}
+    return {name: tensor for name, tensor in every.items() if not tensor.numel() or first[tensor.data_ptr()] == name}
 
 
 def with_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:

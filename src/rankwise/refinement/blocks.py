@@ -28,7 +28,7 @@ from rankwise.layers.linear import swapped, tensors_in, with_tensors
 from rankwise.masks.descent import Descent, descend, own_parts
 from rankwise.masks.student import Layers, Student
 from rankwise.progress import progress
-from rankwise.refinement.factors import in_training, scales_of, written
+from rankwise.refinement.trained import in_training, scales_of, written
 from rankwise.run_folder import Checkpoint, as_notes, notes_in
 
 TINY = 1e-30

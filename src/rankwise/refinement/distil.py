@@ -14,7 +14,7 @@ from torch import nn
 from rankwise.calibration.tokens import Batch, tokens_in
 from rankwise.masks.descent import Descent, descend, own_parts
 from rankwise.masks.student import Layers, Student
-from rankwise.refinement.factors import in_training, scales_of, written
+from rankwise.refinement.trained import in_training, scales_of, written
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
