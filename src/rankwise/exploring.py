@@ -18,7 +18,7 @@ from rankwise.allocation.llrc import LLRCQuick
 from rankwise.allocation.mixed import Mixed
 from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation, Problem
-from rankwise.calibration.moments import Statistics
+from rankwise.calibration.moments import Collected
 from rankwise.calibration.text import refuse_unused
 from rankwise.calibration.tokens import Batch, tokens_in
 from rankwise.decomposition.metric import metric_named
@@ -65,7 +65,7 @@ class Ground:
 
     run: Run
     student: Student
-    statistics: Statistics
+    statistics: Collected
     judges: Mapping[str, Sequence[Batch]]
     asked: Mapping[str, Any]
     latency: Latency | None

@@ -12,7 +12,7 @@ from rankwise.allocation.allocator import Allocator
 from rankwise.allocation.offer import Offer
 from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation
-from rankwise.calibration.moments import Statistics
+from rankwise.calibration.moments import Collected
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.rounding import Rounding, low_rank_in_bits, roundings, tables_in_bits
 from rankwise.decomposition.solver import Decomposition
@@ -33,7 +33,7 @@ BITS_OR_RANKS, BITS_ALONE, SAME_BITS = "bits or ranks", "bits alone", "the same 
 
 
 def offers_of(
-    run: Run, statistics: Statistics, decompositions: Mapping[str, Decomposition], metric: str, multiple: int
+    run: Run, statistics: Collected, decompositions: Mapping[str, Decomposition], metric: str, multiple: int
 ) -> dict[str, Offer]:
     """What every matrix may be written as in bytes, in the dtypes that the model is stored in."""
 
@@ -45,7 +45,7 @@ def offers_of(
     return {name: offer(name) for name in progress(run.shapes, "rounding")}
 
 
-def _roundings(run: Run, statistics: Statistics, metric: str, name: str, widths: Sequence[int] = WIDTHS) -> dict[str, Tensor]:
+def _roundings(run: Run, statistics: Collected, metric: str, name: str, widths: Sequence[int] = WIDTHS) -> dict[str, Tensor]:
     """The squared errors [widths] of a matrix in so many bits, and whole numbers and scales of each, packed."""
 
     def compute() -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def _roundings(run: Run, statistics: Statistics, metric: str, name: str, widths:
     return run.folder.cached(f"rounded/{metric}/{name}", key, compute)
 
 
-def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: int, among: Sequence[int]) -> Rounding:
+def _rounding(run: Run, statistics: Collected, metric: str, name: str, bits: int, among: Sequence[int]) -> Rounding:
     """The matrix in so many bits; where it is kept, as it was found `among` others."""
     weight = weight_of(run.model.get_submodule(name))
     if run.folder.path is None:
@@ -69,7 +69,7 @@ def _rounding(run: Run, statistics: Statistics, metric: str, name: str, bits: in
     return Rounding(unpack(saved[f"codes.{bits}"], bits, weight.shape[1]), saved[f"scales.{bits}"], bits)
 
 
-def alike(run: Run, student: Student, statistics: Statistics, metric: str, width: int) -> Allocation:
+def alike(run: Run, student: Student, statistics: Collected, metric: str, width: int) -> Allocation:
     """Every matrix in so many bits. The student has the layers from here on."""
     chosen = _all_in(run, width)
     student.shipped = written_in_bits(run, statistics, {}, metric, chosen, PairLinear.form, among=(width,))
@@ -84,7 +84,7 @@ def _all_in(run: Run, width: int) -> Allocation:
 def as_planned(
     run: Run,
     student: Student,
-    statistics: Statistics,
+    statistics: Collected,
     metric: str,
     allocator: Allocator,
     budget: Budget,
@@ -99,7 +99,7 @@ def as_planned(
 
 
 def choose_in_bits(
-    run: Run, student: Student, statistics: Statistics, metric: str, allocator: Allocator, budget: Budget, form: str
+    run: Run, student: Student, statistics: Collected, metric: str, allocator: Allocator, budget: Budget, form: str
 ) -> Allocation:
     """The best one of a few plans by their KL on the selection text, as what each matrix costs alone does not tell
     which. The student has the layers in bits from here on."""
@@ -117,7 +117,7 @@ def kl_of_plan(chosen: Allocation) -> float:
 def plans_in_bits(
     run: Run,
     student: Student,
-    statistics: Statistics,
+    statistics: Collected,
     metric: str,
     allocator: Allocator,
     budget: Budget,
@@ -152,7 +152,7 @@ def plans_in_bits(
 
 def written_in_bits(
     run: Run,
-    statistics: Statistics,
+    statistics: Collected,
     decompositions: Mapping[str, Decomposition],
     metric: str,
     chosen: Allocation,

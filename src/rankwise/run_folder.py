@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +33,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from rankwise import distributed
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, reason
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 60.0  # seconds
@@ -315,6 +315,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if tensors is None:
         raise RankwiseError(f"{file} is missing or damaged: decompose again")
     return tensors
+
+
+def tensors_named(file: Path, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Copies of those of a file's tensors, as far as it has them; it was whole when it was opened first. Raises `RankwiseError`
+    where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name).clone() for name in opened.keys() if name in wanted}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RankwiseError(f"{file} cannot be read: {reason(error)}") from None
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

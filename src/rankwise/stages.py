@@ -16,7 +16,7 @@ from rankwise.allocation.offer import Offer
 from rankwise.allocation.plan import Budget, Ranks, Shapes
 from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.batches import batches_of
-from rankwise.calibration.moments import Collected, Moments, Statistics, collect
+from rankwise.calibration.moments import Collected, KeptStatistics, Moments, Statistics, collect
 from rankwise.calibration.signal import Signal, device_of, frozen, signal_of
 from rankwise.calibration.tokens import Batch, windows_of
 from rankwise.decomposition.metric import decompose_in, metric_named
@@ -37,18 +37,18 @@ from rankwise.starting import Run
 S = TypeVar("S", bound=Student)
 
 
-def collect_statistics(run: Run, needs: frozenset[str]) -> Statistics:
-    """The moments that `needs` names. Matrices that the text does not reach are left dense from here on."""
+def collect_statistics(run: Run, needs: frozenset[str]) -> Collected:
+    """The moments that `needs` names, in the run folder if there is one. Matrices that the text does not reach are left dense
+    from here on."""
     if not needs:
         return Statistics({name: name for name in run.shapes}, {name: Moments() for name in run.shapes})
+    stage, key, device = "statistics", digest(run.identity, *run.shapes, *sorted(needs)), device_of(run.model)
     saved = run.folder.together(
-        "statistics",
-        digest(run.identity, *run.shapes, *sorted(needs)),
-        lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors(),
+        stage, key, lambda: collect(run.model, run.shapes, run.data.training, needs, run.seed).to_tensors()
     )
-    statistics = Statistics.from_tensors(saved, device_of(run.model))
+    statistics = Statistics.from_tensors(saved, device)
     leave_unreached(run, statistics, needs)
-    return statistics
+    return statistics if run.folder.path is None else KeptStatistics(run.folder.file(stage, key), statistics.site_of, device)
 
 
 def leave_unreached(run: Run, statistics: Statistics, needs: frozenset[str]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from rankwise.calibration.tokens import Batch, cut
 from rankwise.errors import RankwiseError
 from rankwise.layers.precision import exact, exact_device, is_finite
 from rankwise.progress import progress
+from rankwise.run_folder import tensors_named
 
 GRADIENTS = frozenset({"output", "fisher"})  # the moments that take a backward pass
 GRAM_BLOCK = 256  # columns of a product's block: the larger, the more of its upper half is computed for nothing
@@ -108,6 +110,28 @@ class Statistics:
                 moments = groups[kind].setdefault(path, Moments())
                 setattr(moments, name, int(tensor) if name == "count" else tensor.to(exact_device(device)))
         return cls(site_of, groups["site"], groups["matrix"])
+
+    @staticmethod
+    def names_of(site: str, matrix: str) -> set[str]:
+        """The names that `to_tensors` gives to the moments of a matrix."""
+        every = [field.name for field in fields(Moments)]
+        return {f"{kind}/{path}/{name}" for kind, path in (("site", site), ("matrix", matrix)) for name in every}
+
+
+@dataclass(frozen=True)
+class KeptStatistics:
+    """What calibration leaves behind, in a file: each matrix's is read when it is asked for. All together are more than the
+    model."""
+
+    file: Path
+    site_of: dict[str, str]
+    device: torch.device
+
+    def of(self, matrix: str) -> Moments:
+        """As of `Statistics`."""
+        site = self.site_of[matrix]
+        found = Statistics.from_tensors(tensors_named(self.file, Statistics.names_of(site, matrix)), self.device)
+        return replace(found, site_of={matrix: site}).of(matrix)
 
 
 def find_sites(model: nn.Module, matrices: Collection[str], call: Callable[[], object]) -> dict[str, str]:
