@@ -20,11 +20,13 @@ from rankwise.refinement.trained import in_training, scales_of, written
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Distil:
     """passes: how often the training text is read; tokens: of each step; learning_rate: of Adam, for a factor of one input whose
-    root mean square is 1."""
+    root mean square is 1; in_bits: what it is multiplied by for matrices in few bits, where a small step that crosses the middle
+    between two whole numbers is a large one."""
 
     passes: PositiveFloat = 1
     tokens: PositiveInt = 256
     learning_rate: PositiveFloat = 0.01
+    in_bits: PositiveFloat = 0.2
 
     def try_out(self, model: Any, matrices: Collection[str], batch: Batch) -> None:
         """Every model that masks are trained on can be refined so."""
@@ -41,7 +43,7 @@ class Distil:
         steps = math.ceil(self.passes * tokens_in(student.training) / self.tokens)
         parts, add_gradients = own_parts(student, self.tokens), functools.partial(student.add_gradients, {**layers, **trained})
         options = Descent(steps, self.learning_rate, self.tokens, warm_up=0.1)
-        descend(student, parts, add_gradients, scales_of(trained), options, "distilling", losses)
+        descend(student, parts, add_gradients, scales_of(trained, self.in_bits), options, "distilling", losses)
         return written(trained, layers)
 
     def reads(self, training: Sequence[Batch]) -> tuple[float, float]:

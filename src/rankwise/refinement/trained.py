@@ -37,9 +37,10 @@ class Trained(nn.Module):
         """[..., n] -> [..., m]."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
-    def inputs(self) -> Iterator[tuple[Tensor, int]]:
-        """Each parameter, and how many inputs add up to what a number of it changes."""
-        return ((parameter, parameter.shape[-1]) for parameter in self.parameters())
+    def steps(self) -> Iterator[tuple[Tensor, float]]:
+        """Each parameter, and how large a step it may take: in proportion to its numbers, and the smaller the more inputs add up,
+        as all of them move at once (Yang et al. 2022, arXiv 2203.03466)."""
+        return ((p, _size_of(p) / math.sqrt(p.shape[-1])) for p in self.parameters())
 
     @abstractmethod
     def written_as(self, layer: nn.Module) -> nn.Module:
@@ -116,8 +117,10 @@ class TrainedCodes(Trained):
     def weight(self) -> Tensor:
         return dequantised(self.places + (self.codes - self.places).detach(), self.scales, self.bits)
 
-    def inputs(self) -> Iterator[tuple[Tensor, int]]:
-        return ((parameter, self.places.shape[-1]) for parameter in self.parameters())
+    def steps(self) -> Iterator[tuple[Tensor, float]]:
+        """Places step in proportion to 1, which is from one whole number to the next."""
+        sizes = ((p, 1.0 if p is self.places else _size_of(p)) for p in self.parameters())
+        return ((p, size / math.sqrt(self.places.shape[-1])) for p, size in sizes)
 
     def written_as(self, layer: nn.Module) -> QuantisedLinear:
         assert isinstance(layer, QuantisedLinear)
@@ -127,6 +130,10 @@ class TrainedCodes(Trained):
 
 def _trained(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().float().clone())
+
+
+def _size_of(values: Tensor) -> float:
+    return values.detach().square().mean().sqrt().item()
 
 
 def _found(values: Tensor | None) -> Tensor | None:
@@ -148,11 +155,10 @@ def in_training(student: Student, layers: Layers) -> dict[str, Trained]:
     return {name: found for name, layer in layers.items() if (found := made(name, layer)) is not None}
 
 
-def scales_of(trained: Mapping[str, Trained]) -> dict[Tensor, float]:
-    """How large a step each parameter may take: in proportion to its numbers, and the smaller the more inputs add up, as all of
-    them move at once (Yang et al. 2022, arXiv 2203.03466)."""
-    every = [found for layer in trained.values() for found in layer.inputs()]
-    return {p: p.detach().square().mean().sqrt().item() / math.sqrt(inputs) for p, inputs in every}
+def scales_of(trained: Mapping[str, Trained], in_bits: float = 1.0) -> dict[Tensor, float]:
+    """The `steps` of all of them; in_bits: what those of matrices in few bits are multiplied by."""
+    paces = [(in_bits if isinstance(layer, TrainedCodes) else 1.0, layer.steps()) for layer in trained.values()]
+    return {parameter: pace * step for pace, steps in paces for parameter, step in steps}
 
 
 def written(trained: Mapping[str, Trained], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
