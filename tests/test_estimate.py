@@ -70,6 +70,21 @@ def test_said_before_the_work_and_after_each_stage(
     assert len(said) == 6
 
 
+def test_the_same_bits_everywhere_are_estimated_without_what_is_left_out(
+    rankwise: Callable[..., object], llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr("rankwise.estimate.SOLVED", 1.0)  # operations a second: what is to be solved takes hours
+    text = ["--calibration", story, "--samples", 12, "--length", 32]
+    said = {}
+    for number, asked in enumerate([["--rate", "0.2", "--allocation", "uniform"], ["--bits", 4]]):
+        done = rankwise("compress", llama, *asked, *text, "-o", tmp_path / str(number))
+        said[number] = next(line for line in done.err.splitlines() if line.startswith("about "))  # type: ignore[attr-defined]
+    assert "decomposition" in said[0]
+    assert "decomposition" not in said[1]
+    assert "allocation" in said[1]  # GPTQ
+
+
 @pytest.mark.page
 def test_a_quick_run_leaves_out_what_each_matrix_costs_alone(llama: Path, story: Path, tmp_path: Path) -> None:
     options = {"calibration": story, "samples": 12, "length": 32, "allocation": "uniform", "output": tmp_path / "out"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise import RankwiseError
-from rankwise.calibration.moments import Statistics, collect
+from rankwise.calibration.moments import KeptStatistics, Statistics, collect
 from rankwise.calibration.signal import frozen
 from rankwise.calibration.tokens import Batch
 from rankwise.layers.matrices import find_matrices, unstack_experts
+from rankwise.run_folder import write_tensors
 
 ALL = ("input", "absolute", "output", "fisher")
 SEED = 5
@@ -152,6 +154,23 @@ def test_statistics_survive_the_run_folder() -> None:
         old, new = vars(before.of(name)), vars(after.of(name))
         assert old.pop("count") == new.pop("count")
         assert all(torch.equal(old[key], new[key]) for key in ALL)
+
+
+def test_kept_statistics_are_those_that_were_collected(tmp_path: Path) -> None:
+    model = build("mixtral", num_local_experts=8)
+    unstack_experts(model)
+    names = list(find_matrices(model)[0])
+    collected = collect(model, names, [{"input_ids": WINDOWS[:1, :3]}], ALL)  # too little to reach every expert
+    write_tensors(tmp_path / "statistics.safetensors", collected.to_tensors())
+    kept = KeptStatistics(tmp_path / "statistics.safetensors", collected.site_of, torch.device("cpu"))
+    for name in names:
+        old, new = vars(collected.of(name)), vars(kept.of(name))
+        assert old.keys() == new.keys()
+        assert all(old[key] is new[key] or bool((old[key] == new[key]).all()) for key in old if key != "count")
+        assert old["count"] == new["count"]
+    (tmp_path / "statistics.safetensors").unlink()
+    with pytest.raises(RankwiseError, match=r"statistics.safetensors cannot be read"):
+        kept.of(names[0])
 
 
 @pytest.mark.parametrize("fails", [False, True])

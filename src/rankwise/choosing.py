@@ -145,7 +145,8 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
         clock.lap("loading")
         with widened(run.model):
             alone, widths = len(run.shapes) * closer, recipe.in_bits * (len(WIDTHS) if recipe.width is None else 1)
-            clock.estimate = Estimate.of(run, metric, allocator, alone, asked.refinements, widths, recipe.narrows)
+            choosing = None if recipe.width else allocator
+            clock.estimate = Estimate.of(run, metric, choosing, alone, asked.refinements, widths, recipe.narrows)
             say(str(clock.estimate))
             statistics = stages.collect_statistics(run, needs)
             clock.lap("calibration")

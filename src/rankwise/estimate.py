@@ -52,8 +52,11 @@ class Estimate:
         narrows: bool = False,
     ) -> Estimate:
         """The stages of `compress`, which measures `alone` matrices by themselves in the end; 0 for an allocation that does not
-        tell what it `reads`: tokens forward and back. widths: of numbers, in which each matrix is rounded before it; narrows:
-        whether MLPs may lose neurons before it."""
+        tell what it `reads`: tokens forward and back.
+
+        allocator: None where nothing is chosen, and no matrix decomposed. widths: of numbers, in which each matrix is rounded
+        before it; narrows: whether MLPs may lose neurons before it.
+        """
         needs, data = metric_named(metric).NEEDS, run.data
         back = BACK if GRADIENTS & needs else 0.0
         matrices = len(run.shapes)
@@ -67,7 +70,7 @@ class Estimate:
         return cls(
             {
                 "calibration": second * tokens_in(data.training) * (1 + back) * MOMENTS * bool(needs),
-                "decomposition": solving / SOLVED,
+                "decomposition": solving / SOLVED * (allocator is not None),
                 **narrowing,
                 "allocation": second * (read[0] + BACK * read[1]) + _rounding(run, widths) / SOLVED,
                 "measuring": second * 2 * tokens_in(data.measuring),
