@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rankwise import Plan, RankwiseError, Recipe, bench, compress, densify, lora_targets, optimize, plan
+from rankwise import Plan, RankwiseError, Recipe, bench, compress, decompose, densify, lora_targets, optimize, plan
 from rankwise.allocation.mixed import kl_of_errors
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker
@@ -289,6 +289,17 @@ def test_ranks_and_bits_are_both_chosen_where_both_pay(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, result.model(IDS).logits)  # type: ignore[misc]
+
+
+def test_bits_are_chosen_from_the_moments_of_what_was_decomposed(tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path / "dense")
+    decompose(tmp_path / "dense", calibration=WINDOWS, output=tmp_path / "decomposed")
+    asked = {name: value for name, value in QUICK.items() if name != "calibration"} | {"target_bytes": 2 * model.num_parameters()}
+    in_memory = compress(tmp_path / "decomposed", **asked)
+    saved = compress(tmp_path / "decomposed", output=tmp_path / "out", **asked)
+    assert saved.report["bits"] == in_memory.report["bits"]
+    assert saved.report["kl"] == in_memory.report["kl"]
 
 
 def test_ranks_stand_beside_bits_only_where_that_is_measured_to_be_better() -> None:

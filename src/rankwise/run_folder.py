@@ -223,6 +223,13 @@ class RunFolder:
         assert self.path is not None
         return self.path / f"{stage}-{key}.safetensors"
 
+    def kept_at(self, stage: str, key: str) -> Path | None:
+        """The file that `cached` has written, or read in the known run folder; None where a run keeps nothing."""
+        if self.path is None:
+            return None
+        file = self.file(stage, key)
+        return file if file.exists() or self.known is None else self.known / file.relative_to(self.path)
+
     def _found(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of a file of the known run folder, None where it is not there or not whole."""
         return None if self.known is None else _read(self.known / name)

@@ -48,7 +48,8 @@ def collect_statistics(run: Run, needs: frozenset[str]) -> Collected:
     )
     statistics = Statistics.from_tensors(saved, device)
     leave_unreached(run, statistics, needs)
-    return statistics if run.folder.path is None else KeptStatistics(run.folder.file(stage, key), statistics.site_of, device)
+    file = run.folder.kept_at(stage, key)
+    return statistics if file is None else KeptStatistics(file, statistics.site_of, device)
 
 
 def leave_unreached(run: Run, statistics: Statistics, needs: frozenset[str]) -> None:

@@ -114,7 +114,7 @@ class Statistics:
     @staticmethod
     def names_of(site: str, matrix: str) -> set[str]:
         """The names that `to_tensors` gives to the moments of a matrix."""
-        every = [field.name for field in fields(Moments)]
+        every = [moment.name for moment in fields(Moments)]
         return {f"{kind}/{path}/{name}" for kind, path in (("site", site), ("matrix", matrix)) for name in every}
 
 
