@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -344,3 +345,17 @@ def test_masks_hold_only_inside() -> None:
         assert len([*student.model.modules()]) > len(before)
         raise KeyError
     assert [*map(id, student.model.modules())] == [*map(id, before)]
+
+
+def test_what_one_matrix_costs_is_no_rounding_of_half_precision() -> None:
+    half, single = tiny_student("kronecker", 2, torch.bfloat16), tiny_student("kronecker", 2, torch.bfloat16)
+    single.model = copy.deepcopy(single.model).float()
+    single.decompositions = {name: d.to(dtype=torch.float32) for name, d in single.decompositions.items()}
+    name = "model.layers.0.mlp.up_proj"
+    full = len(half.decompositions[name].spectrum)
+    nearly = [hard_mask(rank, full) for rank in (full - 1, full - 2)]
+    wanted = [single.divergence_alone(name, mask, single.selection) for mask in nearly]
+    assert [half.divergence_alone(name, mask, half.selection) for mask in nearly] == pytest.approx(wanted, rel=0.05)
+    rough = half.divergence({name: nearly[0]}, half.selection)
+    assert rough != pytest.approx(wanted[0], rel=0.1)  # else nothing would be shown
+    assert half.model.dtype == torch.bfloat16

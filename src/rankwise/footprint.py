@@ -88,7 +88,8 @@ def shortage(
         if recipe.narrows:  # what is left of MLPs stands beside the original's
             widest, more = max(shape.in_features for shape in shapes.values()), e * sum(shape.dense for shape in shapes.values())
             phases = {name: taken + more * (name in ("ranks", "refinement")) for name, taken in phases.items()}
-            phases["narrowing"] = phases["decomposition"] + more + ORDERING * 8 * widest**2
+            wide = max(0, 4 - e) * stored // dtype.itemsize
+            phases["narrowing"] = phases["decomposition"] + wide + more + ORDERING * 8 * widest**2
         computed, fixed = int(SLACK * (max(phases.values()) - held)), memory.resident() + LIBRARIES
         needed = {"host": fixed + computed}
         if device.type == "cuda":
@@ -160,11 +161,12 @@ def _phases(
     solved = max(workspace(shape, "output" in needs) for shape in shapes.values())
     vocabulary = vocabulary_of(empty)
     logits = LOGITS * min(batch * vocabulary, max(LOGITS_AT_ONCE, vocabulary))
+    wide = max(0, 4 - e) * weights // e  # matrices are measured one by one in float32
     return {
         "text": weights + int(kept_of_a_token(empty) * min(text, own)),
         "statistics": weights + totals + (backward if GRADIENTS & set(needs) else forward) + logits,
         "decomposition": weights + totals + factors + solved,
-        "ranks": weights + factors + answers + (masked if trains else forward) + logits,
+        "ranks": weights + factors + answers + logits + max(masked if trains else forward, wide + 4 * forward // e),
         "refinement": bool(trained) * (weights + factors + TRAINED * learned + answers + masked + logits),
     }
 

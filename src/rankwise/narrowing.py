@@ -87,7 +87,7 @@ def narrowed(
     told. The student's teacher has the original's."""
     place = place or _InMemory(run)
     setting = Setting(run, student, statistics, metric, budget, costs)
-    with widened(run.model):
+    with student.exactly():
         mlps = {mlp.down: mlp for mlp in mlps_of(run, budget, place)}
         if sizes:
             kept = {down: sizes_on_offer(setting, mlps[down]).kept(sizes[down]) for down in sizes if down in mlps}

@@ -254,7 +254,8 @@ def _layer(setting: Setting, group: _Group, way: _Way, name: str) -> nn.Module:
         kept = group.slices.kept(way.size)
         if rank is None:
             return narrow_layer(setting, mlp, name, kept)
-    found, bias = setting.student.decompositions[name], bias_of(setting.run.model.get_submodule(name))
+    linear = setting.run.model.get_submodule(name)
+    found, bias = setting.student.decompositions[name].to(dtype=weight_of(linear).dtype), bias_of(linear)
     second, first = found.second[:, :rank], found.first[:rank]
     if mlp is not None and kept is not None:
         if name == mlp.down:

@@ -65,7 +65,8 @@ class KLKnapsack:
     def priced(self, problem: Problem) -> tuple[Allocation, dict[str, Tensor]]:
         """The plan, and the prices [k] in nats per token that it was bought at, the bias of the best trial in them."""
         few = first_tokens(problem.student.selection, self._tokens(len(problem.shapes)))
-        unbiased = {name: self._prices(problem, name, few) for name in progress(problem.shapes, "measuring matrices")}
+        with problem.student.exactly():
+            unbiased = {name: self._prices(problem, name, few) for name in progress(problem.shapes, "measuring matrices")}
         best, best_prices, best_kl, history = None, unbiased, float("inf"), []
         for alpha, gamma in self._trials(problem.student.seed):
             bias = depth_bias(problem.shapes, alpha, gamma)

@@ -46,8 +46,9 @@ class Mixed:
         few = first_tokens(problem.student.selection, self._tokens(len(problem.shapes)))
         offers = [problem.offers[name] for name in problem.shapes]
         losses = []
-        for name, offer in zip(progress(problem.shapes, "measuring matrices"), offers, strict=True):
-            losses.append(kl_of_errors(offer.errors, *self._measured(problem, name, few)))
+        with problem.student.exactly():
+            for name, offer in zip(progress(problem.shapes, "measuring matrices"), offers, strict=True):
+                losses.append(kl_of_errors(offer.errors, *self._measured(problem, name, few)))
         positions = solve([offer.bytes for offer in offers], losses, problem.budget.parameters, RELATIVE_GAP).tolist()
         chosen = {name: offer.ways[at] for name, offer, at in zip(problem.shapes, offers, positions, strict=True)}
         predicted = sum(float(loss[at]) for loss, at in zip(losses, positions, strict=True))

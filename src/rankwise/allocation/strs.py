@@ -41,7 +41,9 @@ class STRS:
         seen = accumulate((len(next(iter(batch.values()))) for batch in training), initial=0)
         text = [batch for batch, before in zip(training, seen, strict=False) if before < self.sequences]
         names = progress(problem.shapes, "truncating")
-        return by_threshold(problem, {name: self._losses(problem, name, text) for name in names})
+        with problem.student.exactly():
+            losses = {name: self._losses(problem, name, text) for name in names}
+        return by_threshold(problem, losses)
 
     def _losses(self, problem: Problem, name: str, text: list[Batch]) -> Tensor:
         """[k]: the least loss at a measured rank that drops component i, infinite where none does."""

@@ -25,7 +25,7 @@ def costs_of_each(student: Student, masks: Masks, batches: Sequence[Batch]) -> t
         name for name, mask in masks.items() if name not in student.originals and (not is_whole(mask) or name in student.shipped)
     ]
     few = first_tokens(batches, tokens_of_each(len(names)))
-    with student.as_original():
+    with student.exactly(), student.as_original():
         alone = replace(student, originals={})
         with student.frozen():
             tokens = sum(len(alone.teacher(batch)) for batch in few)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+
+HALF = torch.bfloat16, torch.float16
 
 
 def exact_device(device: torch.device) -> torch.device:
@@ -25,37 +27,46 @@ def is_finite(values: Tensor) -> bool:
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the first of its parameters."""
+    return next(model.parameters()).dtype
+
+
 def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies `dtype` itself. A CPU without such units takes ten to thirty times as long as in float32."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cpu" or dtype not in HALF:
         return True
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if dtype == torch.bfloat16 else ("_is_amx_fp16_supported",)
     return any(getattr(torch.cpu, name, bool)() for name in units)
 
 
-def widen(model: nn.Module, device: torch.device | None = None) -> Callable[[], None]:
-    """Have the model compute in float32 where `device` (the model's own) has no units for what its tensors are stored in.
+def to_float32(model: nn.Module, which: Callable[[Tensor], bool] = lambda _: True) -> Callable[[], None]:
+    """Have the model compute in float32 with those of its tensors `which` are stored in half precision.
 
     The function that is returned puts them back: exactly, what was not changed in between.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    narrow = [(t, t.dtype) for t in tensors if not has_units_for(t.dtype, device or t.device)]
-    for tensor, _ in narrow:
+    half = [(t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF and which(t)]
+    for tensor, _ in half:
         tensor.data = tensor.data.float()
 
     def put_back() -> None:
-        for tensor, dtype in narrow:
+        for tensor, dtype in half:
             tensor.data = tensor.data.to(dtype)
 
     return put_back
 
 
 @contextmanager
-def widened(*models: nn.Module) -> Iterator[None]:
-    """The models as `widen` leaves them while inside."""
-    put_back = [widen(model) for model in models]
+def in_float32(*models: nn.Module, which: Callable[[Tensor], bool] = lambda _: True) -> Iterator[None]:
+    """The models as `to_float32` leaves them while inside."""
+    put_back = [to_float32(model, which) for model in models]
     try:
         yield
     finally:
         for undo in put_back:
             undo()
+
+
+def widened(*models: nn.Module) -> AbstractContextManager[None]:
+    """The models in float32 while inside, where their device has no units for what they are stored in."""
+    return in_float32(*models, which=lambda tensor: not has_units_for(tensor.dtype, tensor.device))

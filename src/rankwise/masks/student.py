@@ -28,7 +28,7 @@ from rankwise.calibration.tokens import Batch
 from rankwise.decomposition.solver import Decomposition
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import bias_of, swapped, weight_of
-from rankwise.layers.precision import exact, widened
+from rankwise.layers.precision import dtype_of, exact, in_float32, widened
 from rankwise.masks.layers import MaskedLinear, Masks, folded
 from rankwise.masks.trunk import Trunk
 from rankwise.progress import progress
@@ -85,7 +85,7 @@ class Student:
     spared: float = 0.0
     shipped: Layers = field(default_factory=dict)
     originals: Layers = field(default_factory=dict)
-    _signals: dict[int, tuple[Batch, Signal]] = field(default_factory=dict)
+    _signals: dict[tuple[int, torch.dtype], tuple[Batch, Signal]] = field(default_factory=dict)
     kept: Kept = not_kept
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
@@ -109,6 +109,11 @@ class Student:
     def widened(self) -> AbstractContextManager[None]:
         """The model and what is the original's in the dtypes that they compute in, while inside."""
         return widened(self.model, *self.originals.values())
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """All of that in float32 while inside: what half precision rounds away is a KL of a thousandth of a nat by itself, as
+        much as a matrix costs."""
+        return in_float32(self.model, *self.originals.values())
 
     @property
     def device(self) -> torch.device:
@@ -149,13 +154,14 @@ class Student:
 
     def teacher(self, batch: Batch) -> Signal:
         """The signal of the original model, kept while there is room. Call it with no student's layers in place."""
-        if id(batch) in self._signals:
-            return self._signals[id(batch)][1]
+        key = id(batch), dtype_of(self.model)
+        if key in self._signals:
+            return self._signals[key][1]
         with torch.no_grad(), self.as_original():
             signal = signal_of(self.model, batch).outright()
         self.count(signal)
         if sum(kept.values.nbytes for _, kept in self._signals.values()) + signal.values.nbytes <= TEACHER_BYTES:
-            self._signals[id(batch)] = (batch, signal)  # the batch too, lest another one get its id
+            self._signals[key] = (batch, signal)  # the batch too, lest another one get its id
         return signal
 
     @functools.cached_property
@@ -205,7 +211,8 @@ class Student:
 
     def divergence_alone(self, name: str, mask: Tensor, batches: Sequence[Batch]) -> float:
         """KL in nats per token from the model as it is now, narrowed or not, to the same with this matrix masked."""
-        return self._as_it_is.divergence({name: mask}, batches)
+        with self.exactly():
+            return self._as_it_is.divergence({name: mask}, batches)
 
     @functools.cached_property
     def _as_it_is(self) -> Self:

@@ -18,6 +18,7 @@ from rankwise.calibration.signal import Signal, signal_of
 from rankwise.calibration.tokens import Batch
 from rankwise.errors import is_out_of_memory
 from rankwise.layers.blocks import block_lists, block_of
+from rankwise.layers.precision import dtype_of
 
 KEPT_BYTES = 2**30  # the blocks' answers are kept below this size
 
@@ -33,7 +34,7 @@ class Trunk:
     path: str
     blocks: nn.ModuleList
     sound: bool | None = None
-    _answers: dict[int, tuple[Batch, list[Any]]] = field(default_factory=dict)
+    _answers: dict[tuple[int, torch.dtype], tuple[Batch, list[Any]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, matrices: Collection[str]) -> Trunk | None:
@@ -50,18 +51,21 @@ class Trunk:
         first = min((block_of(name, self.path) or 0 for name in changed), default=0)
         if not first or not self._knows(batch):
             return nullcontext()
-        return self._from(first, self._answers[id(batch)][1])
+        return self._from(first, self._answers[self._key(batch)][1])
 
     def _knows(self, batch: Batch) -> bool:
-        if self.sound is not False and id(batch) not in self._answers:
+        if self.sound is not False and self._key(batch) not in self._answers:
             answers, signal = self._observed(batch)
             if self.sound is None:
                 starts = len(self.blocks) // 2, len(self.blocks) - 1
                 self.sound = all(self._gives(signal, batch, first, answers) for first in starts)
             taken = sum(_bytes(kept) for _, kept in self._answers.values())
             if self.sound and taken + _bytes(answers) <= KEPT_BYTES:
-                self._answers[id(batch)] = (batch, answers)  # the batch too, lest another one get its id
-        return id(batch) in self._answers
+                self._answers[self._key(batch)] = (batch, answers)  # the batch too, lest another one get its id
+        return self._key(batch) in self._answers
+
+    def _key(self, batch: Batch) -> tuple[int, torch.dtype]:
+        return id(batch), dtype_of(self.model)
 
     def _gives(self, signal: Signal, batch: Batch, first: int, answers: list[Any]) -> bool:
         """Whether the model gives this signal without its blocks before the `first`."""
