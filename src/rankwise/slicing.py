@@ -255,8 +255,8 @@ def _layer(setting: Setting, group: _Group, way: _Way, name: str) -> nn.Module:
         if rank is None:
             return narrow_layer(setting, mlp, name, kept)
     linear = setting.run.model.get_submodule(name)
-    found, bias = setting.student.decompositions[name].to(dtype=weight_of(linear).dtype), bias_of(linear)
-    second, first = found.second[:, :rank], found.first[:rank]
+    found, bias = setting.student.decompositions[name], bias_of(linear)
+    second, first = (factor.to(weight_of(linear).dtype) for factor in (found.second[:, :rank], found.first[:rank]))
     if mlp is not None and kept is not None:
         if name == mlp.down:
             first = refit(first, input_root(setting.statistics.of(name)).metric, kept).to(first)
