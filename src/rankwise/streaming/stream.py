@@ -122,7 +122,7 @@ def start(
     refuse_whole_runs(recipe, allocator, empty, shapes)
     tokenizer = tokenizer or load_tokenizer(model)
     data = starting.read_data(empty, calibration, tokenizer, recipe, folder, "")
-    narrow = to_float32(empty) if device.type == "cpu" else lambda: None  # with units for half precision too: see `exactly`
+    narrow = to_float32(empty) if device.type == "cpu" else lambda: None
     everything = (*data.training, *data.selection, *data.measuring)
     if any(sequences_in(batch) < len(written(batch)) for batch in everything):
         raise InMemoryOnlyError("batches whose tensors have not all a row for each sequence are not cut (give one sequence each)")
