@@ -12,8 +12,6 @@ import transformers as t
 from torch import Tensor, nn
 
 from rankwise.calibration import signal as signals
-from rankwise.calibration.head import last_states
-from rankwise.calibration.own_text import generated
 from rankwise.calibration.signal import cross_entropy, divergence, frozen, sampled_loss, signal_of, values_of, with_draws
 from rankwise.layers.linear import swapped
 
@@ -145,15 +143,3 @@ def test_a_head_that_is_replaced_or_watched_is_run_as_it_is() -> None:
     handle.remove()
     assert seen[0].shape == (3, 11, 32)
     assert signal_of(model, BATCH).head is not None
-
-
-def test_the_head_reads_states_that_a_cpu_multiplies_in_place() -> None:
-    """Of states cut out of longer ones it would copy the head's weight for every sequence, in half precision."""
-    model, seen = built("plain").bfloat16(), list[bool]()
-    signal_of(model, BATCH)  # its probe watches nothing
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].is_contiguous()))
-    written = generated(model, BATCH["input_ids"], max_length=14)
-    assert torch.equal(written[:, :11], BATCH["input_ids"])
-    last_states(model, lambda model: model(**BATCH))
-    assert len(seen) == 4  # three tokens, and one for the states
-    assert all(seen)

@@ -1,4 +1,4 @@
-"""Half-precision models on devices without units for them: computed in float32, stored as they were."""
+"""Half-precision models: computed in float32 on a CPU and where it matters on a GPU, stored as they were."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ from rankwise.layers import precision
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(60, (12, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_units_for", lambda dtype, device: dtype != torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -47,13 +42,33 @@ def test_float64_is_computed_where_there_is_any() -> None:
     assert precision.exact(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64
 
 
-def test_units() -> None:
-    assert precision.has_units_for(torch.float32, CPU)
-    assert precision.has_units_for(torch.float64, CPU)
-    assert precision.has_units_for(torch.bfloat16, torch.device("cuda"))
+def test_what_a_model_computes_in() -> None:
+    assert precision.computes_in(torch.float32, CPU)
+    assert precision.computes_in(torch.float64, CPU)
+    assert not precision.computes_in(torch.bfloat16, CPU)
+    assert precision.computes_in(torch.bfloat16, torch.device("cuda"))
 
 
-@pytest.mark.usefixtures("without_units")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.3, "refine": "blocks", "neurons": "fewer"},
+        {"rate": 0.3, "allocation": "kl-knapsack", "neurons": "all"},
+        {"target_bytes": "30KB", "bits": "mixed"},
+    ],
+    ids=["neurons", "ranks", "bits"],
+)
+def test_a_device_that_computes_in_half_precision_measures_matrices_in_float32(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does. No layer of the one dtype reads numbers of the other, and what is written is of one."""
+    monkeypatch.setattr(precision, "computes_in", lambda dtype, device: True)
+    result = package.compress(bfloat16(), calibration=WINDOWS, **options)
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    assert result.report["costs"]["kl"]
+    assert torch.isfinite(call(result.model, {"input_ids": WINDOWS}).logits).all()
+
+
 def test_a_model_computes_in_float32_inside_and_is_the_same_afterwards() -> None:
     model = bfloat16()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -67,7 +82,6 @@ def test_a_model_computes_in_float32_inside_and_is_the_same_afterwards() -> None
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("without_units")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_sounds_are_read_in_the_dtype_that_the_model_computes_in(stored: torch.dtype) -> None:
     model = whisper().to(stored).eval()
@@ -78,7 +92,6 @@ def test_sounds_are_read_in_the_dtype_that_the_model_computes_in(stored: torch.d
     assert {p.dtype for p in result.model.parameters()} == {stored}
 
 
-@pytest.mark.usefixtures("without_units")
 def test_as_many_neurons_stay_as_of_the_same_weights_in_float32(tmp_path: Path) -> None:
     """Ranks may differ, as they are chosen for the refitted matrices as they are stored."""
     bfloat16().save_pretrained(tmp_path)
@@ -88,7 +101,6 @@ def test_as_many_neurons_stay_as_of_the_same_weights_in_float32(tmp_path: Path) 
     assert stored
 
 
-@pytest.mark.usefixtures("without_units")
 @pytest.mark.parametrize("allocation", ["uniform", "llrc"])
 def test_the_result_is_stored_as_the_original_was(tmp_path: Path, allocation: str) -> None:
     """What stays dense is the very same, and the ranks are those of the same weights in float32."""

@@ -60,7 +60,7 @@ def test_int8(folder: Path, config: Any, dtype: torch.dtype) -> None:
     layers = nn.ParameterList(factors(quantized))
     assert held_bytes(layers) == elements + 5 * rows
     assert held_bytes(quantized.model.layers) < 0.65 * held_bytes(model.model.layers)
-    assert kl(model, quantized) < 0.03  # in bfloat16 a CPU with units for it rounds in other places than one without
+    assert kl(model, quantized) < 0.02
     generated = quantized.generate(WINDOWS[:1, :8], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert generated.shape == (1, 12)
 

@@ -112,7 +112,7 @@ def test_compress_refines_before_it_writes(method: str, original: PreTrainedMode
     made = model.state_dict()
     assert all(torch.equal(tensor, made[name]) for name, tensor in again.state_dict().items())
     with torch.no_grad():  # where a tensor lies in memory decides in which order products add up
-        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
 @one

@@ -26,7 +26,7 @@ from rankwise.errors import RankwiseError
 from rankwise.integration.checkpoint import load_config, resolve_device, skeleton
 from rankwise.layers.experts import UnstackedExperts
 from rankwise.layers.matrices import Shape, find_matrices, unstack_experts
-from rankwise.layers.precision import has_units_for
+from rankwise.layers.precision import computes_in
 from rankwise.masks.student import TEACHER_BYTES
 from rankwise.masks.trunk import KEPT_BYTES
 from rankwise.recipe import Recipe
@@ -75,7 +75,7 @@ def shortage(
         dtype = _dtype_of(empty.config, recipe.dtype)
     unstack_experts(empty)
     shapes, _ = find_matrices(empty, recipe.include, recipe.exclude, recipe.rank_multiple, recipe.form)
-    e = dtype.itemsize if has_units_for(dtype, device) else 4
+    e = dtype.itemsize if computes_in(dtype, device) else 4
     stored = dtype.itemsize * sum(p.numel() for p in empty.parameters())
     held = stored if isinstance(model, PreTrainedModel) else 0
     needs = frozenset[str]().union(*(metric_named(metric).NEEDS for metric in metrics))
@@ -88,8 +88,7 @@ def shortage(
         if recipe.narrows:  # what is left of MLPs stands beside the original's
             widest, more = max(shape.in_features for shape in shapes.values()), e * sum(shape.dense for shape in shapes.values())
             phases = {name: taken + more * (name in ("ranks", "refinement")) for name, taken in phases.items()}
-            wide = max(0, 4 - e) * stored // dtype.itemsize
-            phases["narrowing"] = phases["decomposition"] + wide + more + ORDERING * 8 * widest**2
+            phases["narrowing"] = phases["decomposition"] + _wider(empty, e) + more + ORDERING * 8 * widest**2
         computed, fixed = int(SLACK * (max(phases.values()) - held)), memory.resident() + LIBRARIES
         needed = {"host": fixed + computed}
         if device.type == "cuda":
@@ -161,14 +160,18 @@ def _phases(
     solved = max(workspace(shape, "output" in needs) for shape in shapes.values())
     vocabulary = vocabulary_of(empty)
     logits = LOGITS * min(batch * vocabulary, max(LOGITS_AT_ONCE, vocabulary))
-    wide = max(0, 4 - e) * weights // e  # matrices are measured one by one in float32
     return {
         "text": weights + int(kept_of_a_token(empty) * min(text, own)),
         "statistics": weights + totals + (backward if GRADIENTS & set(needs) else forward) + logits,
         "decomposition": weights + totals + factors + solved,
-        "ranks": weights + factors + answers + logits + max(masked if trains else forward, wide + 4 * forward // e),
+        "ranks": weights + factors + answers + logits + max(masked if trains else forward, _wider(empty, e) + 4 * forward // e),
         "refinement": bool(trained) * (weights + factors + TRAINED * learned + answers + masked + logits),
     }
+
+
+def _wider(empty: nn.Module, e: int) -> int:
+    """Bytes that the model takes beyond its own while matrices are measured one by one, in float32."""
+    return max(0, 4 - e) * sum(p.numel() for p in empty.parameters())
 
 
 def components(shapes: Mapping[str, Shape]) -> int:

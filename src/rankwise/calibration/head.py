@@ -48,23 +48,9 @@ class Head:
 
 def last_states(model: nn.Module, call: Call) -> Tensor:
     """The hidden states [sequences, length, hidden] that its base hands on in `call`; its end is run on one token only."""
-    with reading_contiguous(model):
-        answer, _ = _observed(model, call, lambda answer: type(answer)(last_hidden_state=answer.last_hidden_state[:, :1]))
+    answer, _ = _observed(model, call, lambda answer: type(answer)(last_hidden_state=answer.last_hidden_state[:, :1]))
     states: Tensor = answer.last_hidden_state
     return states
-
-
-@contextmanager
-def reading_contiguous(model: Any) -> Iterator[None]:
-    """While inside, the output head is given contiguous states. Of states [sequences, 1, hidden] cut out of longer ones a CPU
-    makes, in half precision, a copy of the head's weight for each sequence: seconds, and gigabytes."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 def head_of(model: nn.Module, inputs: tuple[str, ...], call: Call) -> Head | None:

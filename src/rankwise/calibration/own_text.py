@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from rankwise.calibration.batches import room_for_a_batch
-from rankwise.calibration.head import reading_contiguous
 from rankwise.calibration.signal import drawn
 from rankwise.calibration.tokens import TOKENS_PER_BATCH, vocabulary_of
 from rankwise.errors import RankwiseError
@@ -87,13 +86,12 @@ def generated(model: Any, prompts: Tensor, logits_processor: Sequence[Any] = (),
     prompts = prompts.to(model.device)
     model.generation_config = config  # `generate` takes what the given one leaves open from here
     try:
-        with reading_contiguous(model):
-            written: Tensor = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                generation_config=config,
-                logits_processor=LogitsProcessorList(logits_processor),
-            )
+        written: Tensor = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            generation_config=config,
+            logits_processor=LogitsProcessorList(logits_processor),
+        )
     finally:
         model.generation_config = own
     return written

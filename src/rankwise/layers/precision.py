@@ -32,14 +32,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a model computes in `dtype` there. On a CPU none does in half precision: without units for it that takes ten to
     thirty times as long as float32, with them half as long, to other ranks than on the machine beside it."""
     return device.type != "cpu" or dtype not in HALF
 
 
 def to_float32(model: nn.Module, which: Callable[[Tensor], bool] = lambda _: True) -> Callable[[], None]:
-    """Have the model compute in float32 with those of its tensors `which` are stored in half precision.
+    """Have the model compute in float32 with its tensors in half precision, or those of them that `which` names.
 
     The function that is returned puts them back: exactly, what was not changed in between.
     """
@@ -66,5 +66,5 @@ def in_float32(*models: nn.Module, which: Callable[[Tensor], bool] = lambda _: T
 
 
 def widened(*models: nn.Module) -> AbstractContextManager[None]:
-    """The models in float32 while inside, where their device has no units for what they are stored in."""
-    return in_float32(*models, which=lambda tensor: not has_units_for(tensor.dtype, tensor.device))
+    """The models in float32 while inside, where their device does not compute in what they are stored in."""
+    return in_float32(*models, which=lambda tensor: not computes_in(tensor.dtype, tensor.device))

@@ -112,7 +112,7 @@ class Student:
 
     def exactly(self) -> AbstractContextManager[None]:
         """All of that in float32 while inside: what half precision rounds away is a KL of a thousandth of a nat by itself, as
-        much as a matrix costs."""
+        much as a matrix costs. Around many measurements the tensors are changed once."""
         return in_float32(self.model, *self.originals.values())
 
     @property

@@ -26,7 +26,7 @@ from rankwise.integration.checkpoint import load_config, load_tokenizer, refuse_
 from rankwise.integration.source import Source, empty_model
 from rankwise.integration.weights import refuse_joined
 from rankwise.layers.matrices import Shape, find_matrices
-from rankwise.layers.precision import to_float32
+from rankwise.layers.precision import computes_in, to_float32
 from rankwise.memory import bytes_of
 from rankwise.progress import progress
 from rankwise.recipe import Recipe
@@ -122,7 +122,7 @@ def start(
     refuse_whole_runs(recipe, allocator, empty, shapes)
     tokenizer = tokenizer or load_tokenizer(model)
     data = starting.read_data(empty, calibration, tokenizer, recipe, folder, "")
-    narrow = to_float32(empty) if device.type == "cpu" else lambda: None
+    narrow = to_float32(empty, lambda tensor: not computes_in(tensor.dtype, device))
     everything = (*data.training, *data.selection, *data.measuring)
     if any(sequences_in(batch) < len(written(batch)) for batch in everything):
         raise InMemoryOnlyError("batches whose tensors have not all a row for each sequence are not cut (give one sequence each)")

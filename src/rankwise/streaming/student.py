@@ -57,7 +57,7 @@ class StreamedStudent(Student):
         return weight.T if isinstance(self.model.get_submodule(name), Conv1D) else weight
 
     def exactly(self) -> AbstractContextManager[None]:
-        """As it is: what its blocks compute in was settled before the first was loaded."""
+        """As it is: what blocks compute in is settled before the first is loaded, on a GPU what they are stored in."""
         return nullcontext()
 
     @property
