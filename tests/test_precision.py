@@ -49,6 +49,7 @@ def test_what_a_model_computes_in() -> None:
     assert precision.computes_in(torch.bfloat16, torch.device("cuda"))
 
 
+@pytest.mark.page
 @pytest.mark.parametrize(
     "options",
     [

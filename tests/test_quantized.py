@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
-from rankwise import RankwiseError, compress
+from rankwise import RankwiseError, bundled, compress
 from rankwise.calibration.signal import Signal, divergence
 from rankwise.evaluation.size import held_bytes
 from rankwise.layers.lowrank import LowRankLinear
 
 GROUP = 32
-WINDOWS = torch.randint(3, 1000, (4, 32), generator=torch.Generator().manual_seed(0))
+TEXT = "\n".join(text[:800] for text in bundled.standard_library("held-out")[:16])
+WINDOWS = torch.tensor(AutoTokenizer.from_pretrained(bundled.MODEL)(TEXT)["input_ids"][: 48 * 32]).view(48, 32)
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
