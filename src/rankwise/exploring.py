@@ -32,7 +32,7 @@ from rankwise.footprint import shortage
 from rankwise.integration.checkpoint import refuse_taken
 from rankwise.layers.matrices import Shape, stacked_on_failure
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import WIDTHS
+from rankwise.layers.quantised import BYTE, WIDTHS
 from rankwise.masks.layers import Masks, is_whole
 from rankwise.masks.student import Student
 from rankwise.narrowing import narrowed_inside, neurons_left
@@ -215,7 +215,8 @@ def _in_few_bits(ground: Ground, bits: Sequence[float]) -> Iterator[dict[str, An
             if width == size or chosen is best:
                 made_by = recipe if chosen is best else None
                 if what == few_bits.SAME_BITS:
-                    made_by = Recipe.of(**ground.asked, neurons=ALL, bits=int(width))
+                    rounded = {} if width == BYTE else {"decomposition": METRIC}
+                    made_by = Recipe.of(**ground.asked, **rounded, neurons=ALL, bits=int(width))
                 yield _point(ground, curves[what], f"{width:g} bits", chosen, layers, made_by) | {"bits": size}
 
 
