@@ -122,7 +122,7 @@ def _ordering(run: Run) -> float:
 def _rounding(run: Run, widths: int) -> float:
     """Operations of GPTQ in so many widths, the errors of the roundings and the factors of both moments with it."""
     sides = [(shape.out_features, shape.in_features) for shape in run.shapes.values()]
-    return sum(widths * m * n * (2 * m + 3 * n) + 3 * (m**3 + n**3) for m, n in sides if widths)
+    return sum(widths * m * n * (3 * m + 5 * n) + 3 * (m**3 + n**3) for m, n in sides if widths)
 
 
 def _seconds_of_a_token(run: Run) -> float:
