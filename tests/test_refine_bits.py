@@ -40,10 +40,10 @@ def original(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def folder(original: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the `dense` model and the `small` one of 3 bits."""
+    """A folder with the `dense` model and the `small` one of 2 bits."""
     folder = tmp_path_factory.mktemp("refine")
     original.save_pretrained(folder / "dense")
-    compress(folder / "dense", bits=3, calibration=text(original, 60), output=folder / "small")
+    compress(folder / "dense", bits=2, calibration=text(original, 60), output=folder / "small")
     return folder
 
 
@@ -113,7 +113,7 @@ def test_folders_of_few_bits_are_judged_each_by_itself(
     folder: Path, original: PreTrainedModel, llama: Path, story: Path, tmp_path: Path
 ) -> None:
     """Their configs are equal, and their parameters: only whole numbers and scales differ."""
-    compress(folder / "dense", bits=3, calibration=text(original, 8, 2), output=tmp_path / "other")
+    compress(folder / "dense", bits=2, calibration=text(original, 8, 2), output=tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(llama)
     asked: dict[str, Any] = {"tokenizer": tokenizer, "length": 32, "samples": 8, "cache": tmp_path / "cache"}
     found = [

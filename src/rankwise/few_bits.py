@@ -20,7 +20,7 @@ from rankwise.integration.artifact import decomposition_key
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import BYTE, WIDTHS, pack, unpack
+from rankwise.layers.quantised import BYTE, GROUP, WIDTHS, pack, unpack
 from rankwise.layers.tables import tables_of
 from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Student
@@ -46,17 +46,19 @@ def offers_of(
 
 
 def _roundings(run: Run, statistics: Collected, metric: str, name: str, widths: Sequence[int] = WIDTHS) -> dict[str, Tensor]:
-    """The squared errors [widths] of a matrix in so many bits, and whole numbers and scales of each, packed."""
+    """The squared errors [widths] of a matrix in so many bits, and whole numbers, steps and unit of each, packed."""
 
     def compute() -> dict[str, Tensor]:
         weight = weight_of(run.model.get_submodule(name))
         found = roundings(weight, widths, metric_named(metric), statistics.of(name))
         tensors = {"errors": torch.tensor([error for _, error in found.values()], dtype=torch.float64)}
         for bits, (rounding, _) in found.items():
-            tensors |= {f"codes.{bits}": pack(rounding.codes, bits), f"scales.{bits}": rounding.scales}
+            tensors |= {f"codes.{bits}": pack(rounding.codes, bits), f"steps.{bits}": rounding.steps}
+            if rounding.unit is not None:
+                tensors[f"unit.{bits}"] = rounding.unit
         return tensors
 
-    key = digest(decomposition_key(run.identity, metric), *widths)
+    key = digest(decomposition_key(run.identity, metric), GROUP, *widths)
     return run.folder.cached(f"rounded/{metric}/{name}", key, compute)
 
 
@@ -66,7 +68,8 @@ def _rounding(run: Run, statistics: Collected, metric: str, name: str, bits: int
     if run.folder.path is None:
         return roundings(weight, (bits,), metric_named(metric), statistics.of(name))[bits][0]
     saved = {part: tensor.to(weight.device) for part, tensor in _roundings(run, statistics, metric, name, among).items()}
-    return Rounding(unpack(saved[f"codes.{bits}"], bits, weight.shape[1]), saved[f"scales.{bits}"], bits)
+    codes = unpack(saved[f"codes.{bits}"], bits, weight.shape[1])
+    return Rounding(codes, saved[f"steps.{bits}"], saved.get(f"unit.{bits}"), bits)
 
 
 def alike(run: Run, student: Student, statistics: Collected, metric: str, width: int) -> Allocation:

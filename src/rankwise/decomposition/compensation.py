@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankwise.decomposition.grid import as_stored, best_scale, whole_numbers
+from rankwise.decomposition.grid import as_stored, best_scale, unit_of, whole_numbers
 from rankwise.decomposition.solver import Root
 from rankwise.layers.quantised import GROUP
 
@@ -38,16 +38,17 @@ class Compensation:
     def __init__(self, inputs: Root, outputs: Root | None, m: int) -> None:
         self.columns, self.tiles = Columns.of(inputs), _tiles(outputs, m, inputs.scale.device)
 
-    def rounded(self, W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Whole numbers [m, n] int8 and scales [m, groups], in W's dtype, of W [m, n] in so many bits."""
-        weight = W.detach().float()
+    def rounded(self, W: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Whole numbers [m, n] int8 and scales [m, groups], in W's dtype, and their unit, of W [m, n] in so many bits."""
+        weight, most = W.detach().float(), 2.0 ** (bits - 1)
+        unit = unit_of(W.detach(), most)
         codes, E = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
-        scales = W.new_empty(len(W), len(self.columns.groups))
+        scales = weight.new_empty(len(W), len(self.columns.groups))
         for tile, earlier, A in self.tiles:
             target = weight[tile] + A @ E[earlier]
-            numbers, sizes, rounded = self.columns.rounded(target.T, 2.0 ** (bits - 1), W.dtype)
+            numbers, sizes, rounded = self.columns.rounded(target.T, most, unit)
             codes[tile], scales[tile], E[tile] = numbers.T, sizes.T, weight[tile] - rounded.T
-        return codes, scales
+        return codes, scales.to(W.dtype), unit
 
 
 def _tiles(outputs: Root | None, m: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -87,21 +88,21 @@ class Columns:
         U = torch.linalg.cholesky(torch.cholesky_inverse(_cholesky(H)), upper=True)
         return cls(order, _slices(ordered), places, H.float(), (U / U.diagonal()[:, None]).float())
 
-    def rounded(self, target: Tensor, most: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def rounded(self, target: Tensor, most: float, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Whole numbers [n, rows] int8, from -`most` to most - 1, scales [groups, rows] in a dtype, and their product [n, rows]
         float32, for a target [n, rows]."""
         target = target[self.order]
-        numbers, scales = self._one_by_one(target.clone(), most, dtype)
-        self._again(target, numbers, scales, most, dtype)
+        numbers, scales = self._one_by_one(target.clone(), most, unit)
+        self._again(target, numbers, scales, most, unit)
         back, by_place = self.order.argsort(), torch.empty_like(scales)
         by_place[self.places] = scales
-        return numbers[back].to(torch.int8), by_place.to(dtype), self._product(numbers, scales)[back]
+        return numbers[back].to(torch.int8), by_place, self._product(numbers, scales)[back]
 
-    def _one_by_one(self, rest: Tensor, most: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _one_by_one(self, rest: Tensor, most: float, unit: Tensor) -> tuple[Tensor, Tensor]:
         """GPTQ. rest [n, rows]: the target, from which the errors of its columns are taken."""
         numbers, scales = torch.empty_like(rest), rest.new_empty(len(self.groups), rest.shape[1])
         for group, scale in zip(self.groups, scales, strict=True):
-            scale.copy_(as_stored(best_scale(rest[group], most, self.H.diagonal()[group]), dtype))
+            scale.copy_(best_scale(rest[group], most, self.H.diagonal()[group], unit))
             block, within = rest[group].div_(scale), self.U[group, group]
             for j, column in enumerate(block):
                 numbers[group.start + j] = whole_numbers(column, most)
@@ -110,7 +111,7 @@ class Columns:
             rest[group.stop :].addmm_(self.U[group, group.stop :].T, block.mul_(scale), alpha=-1)
         return numbers, scales
 
-    def _again(self, target: Tensor, numbers: Tensor, scales: Tensor, most: float, dtype: torch.dtype) -> None:
+    def _again(self, target: Tensor, numbers: Tensor, scales: Tensor, most: float, unit: Tensor) -> None:
         """Every column anew beside all others, and the scale of each group after its columns, in place."""
         error = target - self._product(numbers, scales)
         for group, scale in zip(self.groups, scales, strict=True):
@@ -123,7 +124,7 @@ class Columns:
                 column -= change
             curvature = (within @ block * block).sum(0)
             growth = torch.where(curvature > 0, (block * weights * step).sum(0) / curvature, 0.0)
-            scale.copy_(as_stored(scale + scale * growth, dtype))
+            scale.copy_(as_stored(scale + scale * growth, unit))
             error[group] -= block * scale
 
     def _product(self, numbers: Tensor, scales: Tensor) -> Tensor:

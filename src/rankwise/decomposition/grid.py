@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SIZES = torch.linspace(1.0, 0.55, 16)  # of a scale, relative to that which clips nothing
+from rankwise.layers.quantised import COARSE, in_units, of_units
+
+ROOM = 4.0  # scales grow where errors are made up for
+SIZES = torch.linspace(1.06, 0.55, 16)  # of a scale, relative to that which clips nothing
 TINY = 1e-30  # the scale of a group of zeros
 
 
@@ -24,10 +27,10 @@ def unclipped_scale(group: Tensor, most: float) -> Tensor:
     return torch.where(scale.abs() < TINY, TINY, scale)
 
 
-def best_scale(group: Tensor, most: float, importance: Tensor) -> Tensor:
-    """The scale [m] with the least error of the columns [columns, m] of a group, of some that clip more or less; the error of
-    a column counts by its importance [columns]."""
-    sizes = unclipped_scale(group, most) * SIZES.to(group)[:, None]
+def best_scale(group: Tensor, most: float, importance: Tensor, unit: Tensor) -> Tensor:
+    """The scale [m], as stored in this unit, with the least error of the columns [columns, m] of a group, of some that clip more
+    or less; the error of a column counts by its importance [columns]."""
+    sizes = as_stored(unclipped_scale(group, most) * SIZES.to(group)[:, None], unit)
     errors = []
     for size in sizes:
         scaled = group / size
@@ -35,7 +38,13 @@ def best_scale(group: Tensor, most: float, importance: Tensor) -> Tensor:
     return sizes.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
-def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale rounded to the dtype it is stored in, as float32; never zero."""
-    stored = scale.to(dtype).float()
-    return torch.where(stored == 0, torch.finfo(dtype).tiny, stored)
+def as_stored(scale: Tensor, unit: Tensor) -> Tensor:
+    """The scale rounded as it is stored in this unit, float32; never zero."""
+    return of_units(in_units(scale, unit), unit.float())
+
+
+def unit_of(W: Tensor, most: float) -> Tensor:
+    """The unit [1] of the scales of W [m, n], in its dtype: a power of two with room for scales that are `ROOM` times the largest
+    one that clips nothing."""
+    largest, limits = W.abs().max().float() / most * ROOM / torch.finfo(COARSE).max, torch.finfo(W.dtype)
+    return torch.exp2(largest.clamp(limits.tiny, limits.max).log2().ceil()).to(W.dtype)[None]

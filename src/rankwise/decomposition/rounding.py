@@ -10,31 +10,32 @@ from torch import Tensor, nn
 
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition.compensation import Compensation
-from rankwise.decomposition.grid import as_stored, best_scale, unclipped_scale, whole_numbers
+from rankwise.decomposition.grid import best_scale, unclipped_scale, unit_of, whole_numbers
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import Metric
 from rankwise.decomposition.solver import Root
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.lowrank import LowRankLinear
-from rankwise.layers.quantised import BYTE, QuantisedEmbedding, QuantisedLinear, dequantised, group_of, in_bits
+from rankwise.layers.quantised import BYTE, GROUP, QuantisedEmbedding, QuantisedLinear, dequantised, in_bits
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Whole numbers [m, n] int8 and scales [m, groups] of a weight in `bits` bits."""
+    """Whole numbers [m, n] int8 and steps [m, groups] of a weight in `bits` bits, and the unit [1] of these; None in 8."""
 
     codes: Tensor
-    scales: Tensor
+    steps: Tensor
+    unit: Tensor | None
     bits: int
 
     def layer(self, bias: Tensor | None) -> QuantisedLinear:
         """The layer of these."""
-        return QuantisedLinear.of(self.codes, self.scales, self.bits, bias)
+        return QuantisedLinear.of(self.codes, self.steps, self.unit, self.bits, bias)
 
     def squared_error(self, W: Tensor, left: Root | None, right: Root | None) -> float:
         """||L^T (W - W') R||^2 in the metric of the roots, for W [m, n]: in float32, as it is a sum of squares, of which
         nothing is taken away."""
-        E = (W.detach() - dequantised(self.codes, self.scales, self.bits)).float()
+        E = (W.detach() - dequantised(self.codes, self.steps, self.codes.shape[1] if self.unit is None else GROUP)).float()
         E = E if left is None else left.apply(E)
         E = E if right is None else right.apply(E.T)
         return float(E.double().square().sum())
@@ -53,14 +54,16 @@ def roundings(W: Tensor, widths: Sequence[int], metric: Metric, moments: Moments
 
 def nearest(W: Tensor, bits: int) -> Rounding:
     """Every weight of W [m, n] by itself."""
-    weight, most = W.detach().float(), 2.0 ** (bits - 1)
-    codes, scales = [], []
-    for part in weight.split(group_of(bits, weight.shape[1]), 1):
-        scale = unclipped_scale(part.T, most) if bits == BYTE else best_scale(part.T, most, torch.ones_like(part[0]))
-        scale = as_stored(scale, W.dtype)
-        codes.append(whole_numbers(part / scale[:, None], most))
-        scales.append(scale.to(W.dtype))
-    return Rounding(torch.cat(codes, 1).to(torch.int8), torch.stack(scales, 1), bits)
+    weight, most, unit = W.detach().float(), 2.0 ** (bits - 1), None
+    parts = weight.split(weight.shape[1] if bits == BYTE else GROUP, 1)
+    if bits == BYTE:
+        steps = unclipped_scale(weight.T, most)[:, None].to(W.dtype)
+        steps = torch.where(steps == 0, torch.finfo(W.dtype).tiny, steps)
+    else:
+        unit = unit_of(W.detach(), most)
+        steps = torch.stack([best_scale(part.T, most, torch.ones_like(part[0]), unit) for part in parts], 1).to(W.dtype)
+    codes = [whole_numbers(part / step[:, None], most) for part, step in zip(parts, steps.float().T, strict=True)]
+    return Rounding(torch.cat(codes, 1).to(torch.int8), steps, unit, bits)
 
 
 def tables_in_bits(tables: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -71,7 +74,7 @@ def tables_in_bits(tables: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         weight = weight_of(module)
         rounding = made.setdefault(id(module.weight), nearest(weight, BYTE))
         embeds = isinstance(module, nn.Embedding)
-        layers[name] = QuantisedEmbedding.of(rounding.codes, rounding.scales) if embeds else rounding.layer(bias_of(module))
+        layers[name] = QuantisedEmbedding.of(rounding.codes, rounding.steps) if embeds else rounding.layer(bias_of(module))
     return layers
 
 

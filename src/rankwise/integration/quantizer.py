@@ -30,15 +30,16 @@ from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, empty_like, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape
-from rankwise.layers.quantised import WIDTHS, QuantisedEmbedding
+from rankwise.layers.quantised import BYTE, EARLIER_GROUP, GROUP, WIDTHS, QuantisedEmbedding
 
 METHOD = "rankwise"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FLAGS = ("affine", "own_names")
 FIRST_KEYS = {"ranks", "experts", "affine", "format_version", "quant_method"}
 SECOND_KEYS = FIRST_KEYS | {"form", "own_names"}
 THIRD_KEYS = SECOND_KEYS | {"bits"}
-KEYS = {1: FIRST_KEYS, 2: SECOND_KEYS, 3: THIRD_KEYS, 4: THIRD_KEYS | {"sizes"}}  # of each format; the first had pairs only
+FOURTH_KEYS = THIRD_KEYS | {"sizes"}
+KEYS = dict(enumerate((FIRST_KEYS, SECOND_KEYS, THIRD_KEYS, FOURTH_KEYS, FOURTH_KEYS | {"group"}), 1))  # of each format
 
 
 @dataclass
@@ -47,6 +48,7 @@ class RankwiseConfig(QuantizationConfigMixin):
 
     ranks: path of each factorised linear layer -> its rank. form: of all of them, one of `FORMS`.
     bits: path of each linear layer that is held in few bits, or whose factors are -> how many, one of `WIDTHS`.
+    group: how many weights of a row share a scale, of those with fewer than 8 bits.
     sizes: path of each linear layer that is smaller than the model's own -> its out_features, its in_features, and in how many
         parts its outputs lie, of each of which the first ones are there.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
@@ -58,6 +60,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
     form: str = DEFAULT_FORM
     bits: dict[str, int] = field(default_factory=dict)
+    group: int = GROUP
     sizes: dict[str, list[int]] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     affine: bool = False
@@ -86,6 +89,9 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"in quantization_config, bits is not an object of matrices and their bits, of {widths}: upgrade with pip"
             )
+        group = config_dict.get("group", EARLIER_GROUP)
+        if group not in (EARLIER_GROUP, GROUP):
+            raise ValueError(f"in quantization_config, group is {group!r}, neither {EARLIER_GROUP} nor {GROUP}: upgrade with pip")
         sizes = config_dict.get("sizes", {})
         if not isinstance(sizes, dict) or not all(_is_size(size) for size in sizes.values()):
             raise ValueError("in quantization_config, sizes is not an object of matrices, each with three positive numbers")
@@ -98,14 +104,15 @@ class RankwiseConfig(QuantizationConfigMixin):
         for flag in FLAGS:
             if not isinstance(config_dict.get(flag, False), bool):
                 raise ValueError(f"in quantization_config, {flag} is neither true nor false")
-        config = cls(**{"form": PairLinear.form} | config_dict | {"format_version": FORMAT_VERSION})
+        config = cls(**{"form": PairLinear.form} | config_dict | {"group": group, "format_version": FORMAT_VERSION})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: what the weights are, not how they came about; in the first format that knows it all."""
         held = {name: value for name, value in super().to_dict().items() if name != "rate"}
-        for name, format_before in (("sizes", 3), ("bits", 2)):
-            if held[name]:
+        grouped = self.group == GROUP and any(width < BYTE for width in self.bits.values())
+        for name, told, format_before in (("group", grouped, 4), ("sizes", self.sizes, 3), ("bits", self.bits, 2)):
+            if told:
                 break
             del held[name]
             held["format_version"] = format_before
@@ -165,7 +172,7 @@ class RankwiseQuantizer(HfQuantizer):
                     f"the folder has rank {rank:,} for {path!r}, which is {shape.out_features} x {shape.in_features}"
                 )
             bias = bias_of(linear) is not None or (config.affine and rank is not None)
-            layer = shape.empty(rank, config.bits.get(path), bias=bias, dtype=weight_of(linear).dtype)
+            layer = shape.empty(rank, config.bits.get(path), config.group, bias=bias, dtype=weight_of(linear).dtype)
             _put(model, path, layer)
         found_by_tying = {f"^{re.escape(name)}$" for name in tied_tables(model, config)}
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *found_by_tying}

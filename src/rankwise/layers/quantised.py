@@ -10,21 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a whole number
-GROUP = 64  # weights of a row that share a scale; with 8 bits all of a row do
+GROUP = 32  # weights of a row that share a scale; with 8 bits all of a row do
+EARLIER_GROUP = 64  # of folders before format 5, whose scales are in the model's dtype
 BYTE = 8
+COARSE = torch.float8_e4m3fn  # of a scale over its matrix's unit
 # [256] int64, whose byte j, the least one first, is bit j of the place
 SPREAD = (torch.arange(256)[:, None] >> torch.arange(BYTE) & 1).to(torch.uint8).view(torch.int64)[:, 0]
 
 
 class QuantisedLinear(nn.Module):
-    """y = W x + b, where W [m, n] is a whole number of `bits` bits, from -2^(bits-1) on, times the scale of its group.
+    """y = W x + b, where W [m, n] is a whole number of `bits` bits, from -2^(bits-1) on, times the step of its group.
 
-    scales [m, groups] are in the model's dtype. codes: with 8 bits int8 [m, n]; with fewer uint8 [m, bits, n / 8, rounded up],
-    where bit j of byte i in plane p is bit p of the code of column 8 i + j, counted from the least one.
+    codes: with 8 bits int8 [m, n]; with fewer uint8 [m, bits, n / 8, rounded up], where bit j of byte i in plane p is bit p of
+    the code of column 8 i + j, counted from the least one.
+    scales: with 8 bits the steps [m, 1] in the model's dtype; with fewer uint8 [m, groups], the bytes of numbers in `COARSE`,
+    times `unit` [1], a power of two in the model's dtype. With groups of `EARLIER_GROUP` they are the steps, too.
     """
 
     codes: Tensor
     scales: Tensor
+    unit: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -35,33 +40,44 @@ class QuantisedLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        group: int = GROUP,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group = in_features if bits == BYTE else group
         packed = (out_features, in_features) if bits == BYTE else (out_features, bits, -(-in_features // BYTE))
         kind = torch.int8 if bits == BYTE else torch.uint8
         self.register_buffer("codes", torch.zeros(packed, dtype=kind, device=device))
-        groups = -(-in_features // group_of(bits, in_features))
-        self.register_buffer("scales", torch.zeros(out_features, groups, device=device, dtype=dtype))
+        coarse, groups = bits < BYTE and group == GROUP, -(-in_features // self.group)
+        scales = torch.zeros(out_features, groups, device=device, dtype=torch.uint8 if coarse else dtype)
+        self.register_buffer("scales", scales)
+        self.register_buffer("unit", torch.ones(1, device=device, dtype=dtype) if coarse else None)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
         )
 
     @classmethod
-    def like(cls, linear: nn.Linear, bits: int) -> Self:
+    def like(cls, linear: nn.Linear, bits: int, group: int = GROUP) -> Self:
         """The layer of a linear layer's sizes, dtype and device, without values."""
         weight, bias = linear.weight, linear.bias is not None
-        return cls(linear.in_features, linear.out_features, bits, bias, weight.device, weight.dtype)
+        return cls(linear.in_features, linear.out_features, bits, bias, weight.device, weight.dtype, group)
 
     @classmethod
-    def of(cls, codes: Tensor, scales: Tensor, bits: int, bias: Tensor | None = None) -> Self:
-        """The layer of whole numbers [m, n] and scales [m, groups]."""
+    def of(cls, codes: Tensor, steps: Tensor, unit: Tensor | None, bits: int, bias: Tensor | None = None) -> Self:
+        """The layer of whole numbers [m, n] and steps [m, groups], which are as stored in this unit."""
         out_features, in_features = codes.shape
-        layer = cls(in_features, out_features, bits, bias is not None, "meta", scales.dtype)
-        layer.codes, layer.scales = pack(codes, bits), scales.contiguous()
+        group = EARLIER_GROUP if unit is None else GROUP
+        layer = cls(in_features, out_features, bits, bias is not None, "meta", steps.dtype, group)
+        layer.codes, layer.unit = pack(codes, bits), unit
+        layer.scales = steps.contiguous() if unit is None else in_units(steps, unit)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's numbers."""
+        return self.steps.dtype
 
     @property
     def whole_numbers(self) -> Tensor:
@@ -69,9 +85,14 @@ class QuantisedLinear(nn.Module):
         return unpack(self.codes, self.bits, self.in_features)
 
     @property
+    def steps(self) -> Tensor:
+        """The scales [m, groups] in the model's dtype."""
+        return self.scales if self.unit is None else of_units(self.scales, self.unit)
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight [m, n], computed at each read."""
-        return dequantised(self.whole_numbers, self.scales, self.bits)
+        return dequantised(self.whole_numbers, self.steps, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""
@@ -105,7 +126,7 @@ class QuantisedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [rows, n], computed at each read."""
-        return dequantised(self.codes, self.scales, self.bits)
+        return dequantised(self.codes, self.scales, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] whole numbers -> [..., n]."""
@@ -115,9 +136,16 @@ class QuantisedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
 
 
-def group_of(bits: int, in_features: int) -> int:
-    """How many weights share a scale: with 8 bits a row, which is as good, and what kernels take."""
-    return in_features if bits == BYTE else GROUP
+def in_units(steps: Tensor, unit: Tensor) -> Tensor:
+    """Steps as they are stored, uint8: the nearest ones in `COARSE` times the unit, none of them zero."""
+    limits = torch.finfo(COARSE)
+    stored = (steps.float() / unit.float()).clamp(limits.min, limits.max).to(COARSE).view(torch.uint8)
+    return torch.where(stored & 127 == 0, stored | 1, stored)  # the least number instead of a zero of its sign
+
+
+def of_units(scales: Tensor, unit: Tensor) -> Tensor:
+    """Undo `in_units`, in the unit's dtype, exactly."""
+    return scales.view(COARSE).to(unit.dtype) * unit
 
 
 def in_bits(layer: nn.Module, write: Callable[[nn.Linear], QuantisedLinear]) -> None:
@@ -127,11 +155,11 @@ def in_bits(layer: nn.Module, write: Callable[[nn.Linear], QuantisedLinear]) -> 
         setattr(layer, name, write(child))
 
 
-def dequantised(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The weight [m, n] of whole numbers [m, n], in the dtype of their scales [m, groups]."""
-    n, group = codes.shape[1], group_of(bits, codes.shape[1])
+def dequantised(codes: Tensor, steps: Tensor, group: int) -> Tensor:
+    """The weight [m, n] of whole numbers [m, n], in the dtype of their steps [m, groups]."""
+    n = codes.shape[1]
     whole = F.pad(codes, (0, -n % group)).unflatten(1, (-1, group))
-    return (whole * scales[..., None]).flatten(1)[:, :n]
+    return (whole * steps[..., None]).flatten(1)[:, :n]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.decomposition.grid import as_stored
 from rankwise.decomposition.rounding import low_rank_in_bits
 from rankwise.layers.linear import bias_of, dense_linear, holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
@@ -102,9 +103,9 @@ class TrainedCodes(Trained):
 
     def __init__(self, layer: QuantisedLinear, original: Tensor) -> None:
         super().__init__(layer.bias)
-        self.bits, self.scales, codes = layer.bits, _trained(layer.scales), layer.whole_numbers.float()
-        step = dequantised(torch.ones_like(codes), self.scales.detach(), self.bits)
-        off = original.detach().float() / step - codes
+        self.bits, self.group, self.unit = layer.bits, layer.group, layer.unit
+        self.scales, codes = _trained(layer.steps), layer.whole_numbers.float()
+        off = original.detach().float() / dequantised(torch.ones_like(codes), self.scales.detach(), self.group) - codes
         self.places = nn.Parameter(codes + off.nan_to_num().clamp(-WITHIN, WITHIN))
 
     @property
@@ -115,7 +116,7 @@ class TrainedCodes(Trained):
 
     @property
     def weight(self) -> Tensor:
-        return dequantised(self.places + (self.codes - self.places).detach(), self.scales, self.bits)
+        return dequantised(self.places + (self.codes - self.places).detach(), self.scales, self.group)
 
     def steps(self) -> Iterator[tuple[Tensor, float]]:
         """Places step in proportion to 1, which is from one whole number to the next."""
@@ -124,8 +125,10 @@ class TrainedCodes(Trained):
 
     def written_as(self, layer: nn.Module) -> QuantisedLinear:
         assert isinstance(layer, QuantisedLinear)
-        found = QuantisedLinear.of(self.codes.to(torch.int8), self.scales.detach(), self.bits, _found(self.bias))
-        return found.to(layer.scales.dtype)
+        scales = self.scales.detach()
+        scales = scales if self.unit is None else as_stored(scales, self.unit)
+        found = QuantisedLinear.of(self.codes.to(torch.int8), scales, self.unit, self.bits, _found(self.bias))
+        return found.to(layer.dtype)
 
 
 def _trained(values: Tensor) -> nn.Parameter:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.errors import RankwiseError
-from rankwise.layers.quantised import BYTE, GROUP, QuantisedLinear
+from rankwise.layers.quantised import BYTE, QuantisedLinear
 
-NIBBLE = 4  # bits; both kernels read past the end of rows that are no whole number of groups
+NIBBLE = 4  # bits; the kernel reads past the end of rows that are no whole number of groups
+WHOLE = 64  # numbers: that of 8 bits reads past the end of rows that are no multiple of it
 
 
 class KernelLinear(QuantisedLinear):
@@ -24,25 +25,25 @@ class KernelLinear(QuantisedLinear):
     @classmethod
     def of_layer(cls, layer: QuantisedLinear) -> KernelLinear:
         """The same layer, ready to be run where it is and in its dtype."""
-        made = cls(layer.in_features, layer.out_features, layer.bits, layer.bias is not None, "meta", layer.scales.dtype)
-        made.codes, made.scales, made.bias = layer.codes, layer.scales, layer.bias
-        on_cpu = layer.codes.device.type == "cpu" and layer.scales.dtype == torch.bfloat16
-        if on_cpu and layer.bits <= NIBBLE and layer.in_features % GROUP == 0:
+        made = cls(layer.in_features, layer.out_features, layer.bits, layer.bias is not None, "meta", layer.dtype, layer.group)
+        made.codes, made.scales, made.unit, made.bias = layer.codes, layer.scales, layer.unit, layer.bias
+        on_cpu = layer.codes.device.type == "cpu" and layer.dtype == torch.bfloat16
+        if on_cpu and layer.bits <= NIBBLE and layer.in_features % layer.group == 0:
             unsigned = layer.whole_numbers.int() + 2 ** (NIBBLE - 1)
             ready = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
-            zeros = torch.zeros_like(layer.scales.T)
-            made.register_buffer("scales_and_zeros", torch.stack([layer.scales.T, zeros], -1).contiguous(), persistent=False)
-        elif on_cpu and layer.bits == BYTE and layer.in_features % GROUP == 0:
+            zeros = torch.zeros_like(layer.steps.T)
+            made.register_buffer("scales_and_zeros", torch.stack([layer.steps.T, zeros], -1).contiguous(), persistent=False)
+        elif on_cpu and layer.bits == BYTE and layer.in_features % WHOLE == 0:
             ready = layer.codes
         else:
             ready = layer.weight
         made.register_buffer("ready", ready, persistent=False)
-        made.at = ready.device, layer.scales.dtype
+        made.at = ready.device, layer.dtype
         return made
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]. Raises `RankwiseError` where the layer was moved or cast since."""
-        if (self.ready.device, self.scales.dtype) != self.at:
+        if (self.ready.device, self.dtype) != self.at:
             raise RankwiseError("an optimized model was moved or cast: load it where and as it is to run, then optimize it")
         if self.ready.is_floating_point():
             return F.linear(x, self.ready, self.bias)
@@ -50,7 +51,7 @@ class KernelLinear(QuantisedLinear):
         if self.bits == BYTE:
             y = torch._weight_int8pack_mm(rows, self.ready, self.scales[:, 0])
         else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.ready, GROUP, self.scales_and_zeros)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.ready, self.group, self.scales_and_zeros)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
