@@ -3,11 +3,11 @@
     python benchmarks/bytes.py [--models SmolLM2-135M-Instruct MGM-9M] [--bits 6.25 4.25 3.25 2.75 2.5] [--alike 8 4 3 2]
                                [--texts WikiText-2 C4] [--samples 64] [--judge-samples 32]
 
-Every plan is made from one set of statistics and judged on the same windows: all matrices rounded to nearest, or by GPTQ, at each
-number of bits, groups of 64; a number of bits for every matrix; a rank or a number of bits for every matrix (`--bits mixed`);
-a rank for every matrix in 16 bits. Sizes are bits per weight of the matrices, scales and indices counted; embeddings and norms
-stay as they are. Texts are those of real_models.py. All that is found is kept in benchmarks/results/bytes.json and printed to
-bytes.md.
+Every plan is made from one set of statistics and judged on the same windows: all matrices rounded to nearest,
+by GPTQ as published, or as rankwise does, at each number of bits; a number of bits for every matrix; a rank
+or a number of bits for every matrix (`--bits mixed`); a rank for every matrix in 16 bits. Sizes are bits per
+weight of the matrices, scales and indices counted; embeddings and norms stay as they are. Texts are those of
+real_models.py. All that is found is kept in benchmarks/results/bytes.json and printed to bytes.md.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from main_job import HERE
 from real_models import LENGTH, machine, texts_of
+from torch import Tensor
 
 from rankwise import few_bits, stages, starting
 from rankwise.allocation.kl_knapsack import KLKnapsack
@@ -31,12 +33,13 @@ from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.batches import batches_of
 from rankwise.calibration.tokens import Batch, windows_of
+from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
 from rankwise.decomposition.rounding import nearest
 from rankwise.evaluation.protocols import read_judging_text
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import WIDTHS
+from rankwise.layers.quantised import BYTE, EARLIER_GROUP, WIDTHS, QuantisedLinear
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest
 
@@ -44,7 +47,8 @@ RESULTS = HERE / "results" / "bytes.json"
 METRIC = Mixed.decomposition
 WAYS = {
     "nearest": "every matrix alike, rounded to nearest",
-    "gptq": "every matrix alike, GPTQ",
+    "gptq": "every matrix alike, GPTQ as published, a scale of 16 bits for 64 numbers",
+    "alike": "every matrix alike",
     "bits": "bits for every matrix",
     "mixed": "**bits or a rank for every matrix** (`--bits mixed`)",
     "rank": "a rank for every matrix, 16 bits (kl-knapsack)",
@@ -88,15 +92,20 @@ class Contest:
     def row(self, way: str, chosen: Allocation) -> dict[str, Any]:
         """What a plan takes and costs."""
         run, since = self.run, time.perf_counter()
+        linear = {name: run.model.get_submodule(name) for name in chosen.bits}
         if way == "nearest":
-            linear = {name: run.model.get_submodule(name) for name in chosen.bits}
             layers: Any = {n: nearest(weight_of(m), chosen.bits[n]).layer(bias_of(m)) for n, m in linear.items()}
+        elif way == "gptq":
+            roots = {name: input_root(self.statistics.of(name)) for name in linear}
+            layers = {n: by_gptq(weight_of(m), roots[n].metric, chosen.bits[n], bias_of(m)) for n, m in linear.items()}
         else:
             decompositions = self.student.decompositions
             layers = few_bits.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
         self.student.shipped = layers
         dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
         held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())
+        if way == "gptq":
+            held = sum(tensor.nbytes for layer in layers.values() for tensor in layer.state_dict().values())
         found = {}
         with widened(run.model):
             for name, batches in self.judges.items():
@@ -119,14 +128,35 @@ class Contest:
         }
 
 
+def by_gptq(W: Tensor, H: Tensor, bits: int, bias: Tensor | None) -> QuantisedLinear:
+    """W [m, n] as in Frantar et al. 2023, arXiv 2210.17323, with the second moment of inputs H [n, n]: columns from the first to
+    the last, once, scales with the least squared error of their group as it is reached."""
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    U = (U / U.diagonal()[:, None]).float()
+    rest, most = W.detach().float().T.clone(), 2 ** (bits - 1)
+    codes, steps = torch.empty_like(rest), []
+    for begin in range(0, len(rest), EARLIER_GROUP):
+        group = rest[begin : begin + EARLIER_GROUP]
+        sizes = group.abs().amax(0) / (most - 0.5) * torch.linspace(1, 0.5, 20)[:, None, None]
+        errors = ((group / sizes).round().clamp(-most, most - 1) * sizes - group).square().sum(1)
+        step = sizes[:, 0].gather(0, errors.argmin(0)[None])[0].to(W.dtype)
+        for j in range(begin, begin + len(group)):
+            codes[j] = (rest[j] / step.float()).round().clamp(-most, most - 1)
+            rest[j + 1 :] -= U[j, j + 1 :, None] * (rest[j] - codes[j] * step.float())
+        steps.append(step)
+    return QuantisedLinear.of(codes.T.to(torch.int8), torch.stack(steps, 1), None, bits, bias)
+
+
 def plans(
     contest: Contest, sizes: list[float], widths: list[int], mixed: Mixed
 ) -> list[tuple[str, float, Callable[[], Allocation]]]:
     """Each way at each size, and what makes the plan."""
     dense = {name: offer.of_bits() for name, offer in contest.offers.items()}
     found: list[tuple[str, float, Callable[[], Allocation]]] = []
-    for way in ("gptq", "nearest"):
-        found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in widths]  # type: ignore[misc]
+    for way in ("alike", "gptq", "nearest"):
+        few = [bits for bits in widths if bits < BYTE or way == "alike"]  # all round 8 bits to nearest
+        found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in few]  # type: ignore[misc]
     for bits in sizes:
         found.append(("mixed", bits, lambda bits=bits: contest.allocated(bits, mixed, contest.offers)))  # type: ignore[misc]
         found.append(("bits", bits, lambda bits=bits: contest.allocated(bits, mixed, dense)))  # type: ignore[misc]

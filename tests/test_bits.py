@@ -498,9 +498,9 @@ def test_the_allocation_stands_beside_no_other() -> None:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inputs", [128, 100])
-def test_kernels_multiply_by_the_same_weight(bits: int, dtype: torch.dtype, inputs: int) -> None:
-    W, bias, x = drawn(32, inputs).to(dtype), drawn(32).to(dtype), drawn(2, 3, inputs, seed=1).to(dtype)
+@pytest.mark.parametrize("sides", [(32, 128), (32, 100), (32, 96), (40, 96), (7, 32)], ids=str)
+def test_kernels_multiply_by_the_same_weight(bits: int, dtype: torch.dtype, sides: tuple[int, int]) -> None:
+    W, bias, x = drawn(*sides).to(dtype), drawn(sides[0]).to(dtype), drawn(2, 3, sides[1], seed=1).to(dtype)
     model = torch.nn.ModuleDict({"layer": nearest(W, bits).layer(bias)})
     before, state = model["layer"](x), model.state_dict()
     with_kernels(model)

@@ -77,7 +77,7 @@ class QuantisedLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's numbers."""
-        return self.steps.dtype
+        return (self.scales if self.unit is None else self.unit).dtype
 
     @property
     def whole_numbers(self) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rankwise.errors import RankwiseError
 from rankwise.layers.quantised import BYTE, QuantisedLinear
 
-NIBBLE = 4  # bits; the kernel reads past the end of rows that are no whole number of groups
-WHOLE = 64  # numbers: that of 8 bits reads past the end of rows that are no multiple of it
+NIBBLE = 4  # bits
+OUTPUTS = 16  # of which the kernel of 4 bits takes a multiple
+INPUTS = 64  # that of 8 bits reads past the end of rows that are no multiple, that of 4 of rows that are no groups
 
 
 class KernelLinear(QuantisedLinear):
@@ -28,12 +29,12 @@ class KernelLinear(QuantisedLinear):
         made = cls(layer.in_features, layer.out_features, layer.bits, layer.bias is not None, "meta", layer.dtype, layer.group)
         made.codes, made.scales, made.unit, made.bias = layer.codes, layer.scales, layer.unit, layer.bias
         on_cpu = layer.codes.device.type == "cpu" and layer.dtype == torch.bfloat16
-        if on_cpu and layer.bits <= NIBBLE and layer.in_features % layer.group == 0:
+        if on_cpu and layer.bits <= NIBBLE and layer.in_features % layer.group == layer.out_features % OUTPUTS == 0:
             unsigned = layer.whole_numbers.int() + 2 ** (NIBBLE - 1)
             ready = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
             zeros = torch.zeros_like(layer.steps.T)
             made.register_buffer("scales_and_zeros", torch.stack([layer.steps.T, zeros], -1).contiguous(), persistent=False)
-        elif on_cpu and layer.bits == BYTE and layer.in_features % WHOLE == 0:
+        elif on_cpu and layer.bits == BYTE and layer.in_features % INPUTS == 0:
             ready = layer.codes
         else:
             ready = layer.weight
