@@ -48,7 +48,7 @@ METRIC = Mixed.decomposition
 WAYS = {
     "nearest": "every matrix alike, rounded to nearest",
     "gptq": "every matrix alike, GPTQ as published, a scale of 16 bits for 64 numbers",
-    "alike": "every matrix alike",
+    "alike": "every matrix alike (`--bits 4`)",
     "bits": "bits for every matrix",
     "mixed": "**bits or a rank for every matrix** (`--bits mixed`)",
     "rank": "a rank for every matrix, 16 bits (kl-knapsack)",
@@ -202,10 +202,10 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for model in args.models:
         contest = Contest(args.real_models / model, args, args.work / model)
-        rows = {(row["way"], round(row["bits"], 1)): row for row in results.get(model, [])}
+        rows = {(row["way"], round(4 * row["bits"])): row for row in results.get(model, [])}
         for way, bits, plan in plans(contest, args.bits, args.alike, Mixed(tokens=args.tokens)):
             row = contest.row(way, plan())
-            rows[way, round(row["bits"], 1)] = row
+            rows[way, round(4 * row["bits"])] = row
             costs = ", ".join(f"{name} {found['kl']:.4f}" for name, found in row["texts"].items())
             print(f"{way} {bits}: {row['bits']:.2f} bits, KL {costs}", flush=True)
             results[model] = list(rows.values())
