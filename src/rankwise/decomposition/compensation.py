@@ -32,11 +32,12 @@ TILES = 4
 
 
 class Compensation:
-    """What the roots of H [n, n] and G [m, m] say of a weight [m, n]. Rows do not look at each other without G, or with a
-    diagonal one."""
+    """What the roots of H [n, n] and G [m, m] say of a weight [m, n], on its device. Rows do not look at each other without G,
+    or with a diagonal one."""
 
-    def __init__(self, inputs: Root, outputs: Root | None, m: int) -> None:
-        self.columns, self.tiles = Columns.of(inputs), _tiles(outputs, m, inputs.scale.device)
+    def __init__(self, inputs: Root, outputs: Root | None, W: Tensor) -> None:
+        self.columns = Columns.of(inputs, W.device)
+        self.tiles = [tuple(part.to(W.device) for part in tile) for tile in _tiles(outputs, len(W))]
 
     def rounded(self, W: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Whole numbers [m, n] int8 and scales [m, groups], in W's dtype, and their unit, of W [m, n] in so many bits."""
@@ -51,11 +52,11 @@ class Compensation:
         return codes, scales.to(W.dtype), unit
 
 
-def _tiles(outputs: Root | None, m: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _tiles(outputs: Root | None, m: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Rows [b] that do not wait for each other, the earlier ones [k], and what those tell them, A [b, k]."""
-    rows = torch.arange(m, device=device)
     if outputs is None or outputs.full is None:
-        return [(rows, rows[:0], torch.empty(m, 0, device=device))]
+        return [(torch.arange(m), torch.arange(0), torch.empty(m, 0))]
+    rows = torch.arange(m, device=outputs.full.device)
     parts = [rows[tile::TILES] for tile in range(min(TILES, m))]
     order = torch.cat(parts)
     G = _damped(outputs, OUTPUTS_DAMPING)[order][:, order]
@@ -76,21 +77,22 @@ class Columns:
     U: Tensor
 
     @classmethod
-    def of(cls, inputs: Root) -> Columns:
-        """From the root of H."""
+    def of(cls, inputs: Root, device: torch.device) -> Columns:
+        """From the root of H, on a device."""
         H = _damped(inputs, INPUTS_DAMPING)
         importance = H.diagonal()
         parts = torch.arange(len(H), device=H.device).split(GROUP)
         places = sorted(range(len(parts)), key=lambda place: -float(importance[parts[place]].mean()))
-        ordered = [parts[place][importance[parts[place]].argsort(descending=True)] for place in places]
+        ordered = [parts[place][importance[parts[place]].argsort(descending=True, stable=True)] for place in places]
         order = torch.cat(ordered)
         H = H[order][:, order]
         U = torch.linalg.cholesky(torch.cholesky_inverse(_cholesky(H)), upper=True)
-        return cls(order, _slices(ordered), places, H.float(), (U / U.diagonal()[:, None]).float())
+        U = U / U.diagonal()[:, None]
+        return cls(order.to(device), _slices(ordered), places, H.float().to(device), U.float().to(device))
 
     def rounded(self, target: Tensor, most: float, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Whole numbers [n, rows] int8, from -`most` to most - 1, scales [groups, rows] in a dtype, and their product [n, rows]
-        float32, for a target [n, rows]."""
+        """Whole numbers [n, rows] int8, from -`most` to most - 1, scales [groups, rows] as stored in a unit,
+        and their product [n, rows], both float32, for a target [n, rows]."""
         target = target[self.order]
         numbers, scales = self._one_by_one(target.clone(), most, unit)
         self._again(target, numbers, scales, most, unit)

@@ -47,7 +47,7 @@ def roundings(W: Tensor, widths: Sequence[int], metric: Metric, moments: Moments
     roots, few = metric.roots(moments), [bits for bits in widths if bits < BYTE]
     found = {bits: nearest(W, bits) for bits in widths if bits == BYTE}
     if few:
-        compensation = Compensation(input_root(moments), roots[0], len(W))
+        compensation = Compensation(input_root(moments), roots[0], W)
         found |= {bits: Rounding(*compensation.rounded(W, bits), bits) for bits in few}
     return {bits: (found[bits], found[bits].squared_error(W, *roots)) for bits in widths}
 
