@@ -48,7 +48,7 @@ METRIC = Mixed.decomposition
 WAYS = {
     "nearest": "every matrix alike, rounded to nearest",
     "gptq": "every matrix alike, GPTQ as published, a scale of 16 bits for 64 numbers",
-    "alike": "every matrix alike (`--bits 4`)",
+    "alike": "every matrix alike (`--bits 4 --decomposition kronecker`)",
     "bits": "bits for every matrix",
     "mixed": "**bits or a rank for every matrix** (`--bits mixed`)",
     "rank": "a rank for every matrix, 16 bits (kl-knapsack)",
@@ -78,11 +78,6 @@ class Contest:
         windows = windows_of(self.run.tokenizer, text.documents, LENGTH, samples, 0)
         return batches_of(self.run.model, windows[: text.windows])
 
-    def alike(self, bits: int) -> Allocation:
-        """Every matrix in so many bits."""
-        nothing = dict.fromkeys(self.run.shapes)
-        return Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, bits))
-
     def allocated(self, bits: float, allocator: Any, offers: Mapping[str, Offer]) -> Allocation:
         """What the allocator makes of so many bits per weight; without offers its budget is of numbers of 16 bits."""
         budget = Budget(int(self.numbers * bits / (8 if offers else 16)))
@@ -105,7 +100,7 @@ class Contest:
         dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
         held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())
         if way == "gptq":
-            held = sum(tensor.nbytes for layer in layers.values() for tensor in layer.state_dict().values())
+            held = sum(layer.codes.nbytes + layer.scales.nbytes for layer in layers.values())
         found = {}
         with widened(run.model):
             for name, batches in self.judges.items():
@@ -156,7 +151,7 @@ def plans(
     found: list[tuple[str, float, Callable[[], Allocation]]] = []
     for way in ("alike", "gptq", "nearest"):
         few = [bits for bits in widths if bits < BYTE or way == "alike"]  # all round 8 bits to nearest
-        found += [(way, bits, lambda bits=bits: contest.alike(bits)) for bits in few]  # type: ignore[misc]
+        found += [(way, bits, lambda bits=bits: few_bits.all_in(contest.run, bits)) for bits in few]  # type: ignore[misc]
     for bits in sizes:
         found.append(("mixed", bits, lambda bits=bits: contest.allocated(bits, mixed, contest.offers)))  # type: ignore[misc]
         found.append(("bits", bits, lambda bits=bits: contest.allocated(bits, mixed, dense)))  # type: ignore[misc]

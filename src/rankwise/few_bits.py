@@ -74,12 +74,13 @@ def _rounding(run: Run, statistics: Collected, metric: str, name: str, bits: int
 
 def alike(run: Run, student: Student, statistics: Collected, metric: str, width: int) -> Allocation:
     """Every matrix in so many bits. The student has the layers from here on."""
-    chosen = _all_in(run, width)
+    chosen = all_in(run, width)
     student.shipped = written_in_bits(run, statistics, {}, metric, chosen, PairLinear.form, among=(width,))
     return with_tables(chosen, student.shipped)
 
 
-def _all_in(run: Run, width: int) -> Allocation:
+def all_in(run: Run, width: int) -> Allocation:
+    """Every matrix dense, in so many bits."""
     nothing = dict.fromkeys(run.shapes)
     return Allocation(dict(nothing), dict(nothing), bits=dict.fromkeys(nothing, width))
 
@@ -149,7 +150,7 @@ def plans_in_bits(
         w for w in WIDTHS if sum(offer.bytes[offer.ways.index((None, w))] for offer in offers.values()) <= budget.parameters
     ]
     if fitting:
-        plans[SAME_BITS] = written(SAME_BITS, _all_in(run, max(fitting)))
+        plans[SAME_BITS] = written(SAME_BITS, all_in(run, max(fitting)))
     return plans
 
 

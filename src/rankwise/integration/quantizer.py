@@ -90,7 +90,7 @@ class RankwiseConfig(QuantizationConfigMixin):
                 f"in quantization_config, bits is not an object of matrices and their bits, of {widths}: upgrade with pip"
             )
         group = config_dict.get("group", EARLIER_GROUP)
-        if group not in (EARLIER_GROUP, GROUP):
+        if type(group) is not int or group not in (EARLIER_GROUP, GROUP):
             raise ValueError(f"in quantization_config, group is {group!r}, neither {EARLIER_GROUP} nor {GROUP}: upgrade with pip")
         sizes = config_dict.get("sizes", {})
         if not isinstance(sizes, dict) or not all(_is_size(size) for size in sizes.values()):

@@ -64,7 +64,7 @@ class QuantisedLinear(nn.Module):
 
     @classmethod
     def of(cls, codes: Tensor, steps: Tensor, unit: Tensor | None, bits: int, bias: Tensor | None = None) -> Self:
-        """The layer of whole numbers [m, n] and steps [m, groups], which are as stored in this unit."""
+        """The layer of whole numbers [m, n] and steps [m, groups], stored to the nearest in this unit; as they are without."""
         out_features, in_features = codes.shape
         group = EARLIER_GROUP if unit is None else GROUP
         layer = cls(in_features, out_features, bits, bias is not None, "meta", steps.dtype, group)

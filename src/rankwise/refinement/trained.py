@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.decomposition.grid import as_stored
 from rankwise.decomposition.rounding import low_rank_in_bits
 from rankwise.layers.linear import bias_of, dense_linear, holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
@@ -125,9 +124,7 @@ class TrainedCodes(Trained):
 
     def written_as(self, layer: nn.Module) -> QuantisedLinear:
         assert isinstance(layer, QuantisedLinear)
-        scales = self.scales.detach()
-        scales = scales if self.unit is None else as_stored(scales, self.unit)
-        found = QuantisedLinear.of(self.codes.to(torch.int8), scales, self.unit, self.bits, _found(self.bias))
+        found = QuantisedLinear.of(self.codes.to(torch.int8), self.scales.detach(), self.unit, self.bits, _found(self.bias))
         return found.to(layer.dtype)
 
 
