@@ -35,7 +35,6 @@ from rankwise.calibration.batches import batches_of
 from rankwise.calibration.tokens import Batch, windows_of
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
-from rankwise.decomposition.rounding import nearest
 from rankwise.evaluation.protocols import read_judging_text
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.precision import widened
@@ -46,7 +45,7 @@ from rankwise.run_folder import RunFolder, digest
 RESULTS = HERE / "results" / "bytes.json"
 METRIC = Mixed.decomposition
 WAYS = {
-    "nearest": "every matrix alike, rounded to nearest",
+    "nearest": "every matrix alike, rounded to nearest, a scale of 16 bits for 64 numbers",
     "gptq": "every matrix alike, GPTQ as published, a scale of 16 bits for 64 numbers",
     "alike": "every matrix alike (`--bits 4 --decomposition kronecker`)",
     "bits": "bits for every matrix",
@@ -88,18 +87,19 @@ class Contest:
         """What a plan takes and costs."""
         run, since = self.run, time.perf_counter()
         linear = {name: run.model.get_submodule(name) for name in chosen.bits}
-        if way == "nearest":
-            layers: Any = {n: nearest(weight_of(m), chosen.bits[n]).layer(bias_of(m)) for n, m in linear.items()}
-        elif way == "gptq":
-            roots = {name: input_root(self.statistics.of(name)) for name in linear}
-            layers = {n: by_gptq(weight_of(m), roots[n].metric, chosen.bits[n], bias_of(m)) for n, m in linear.items()}
+        if way in ("nearest", "gptq"):
+            layers: Any = {}
+            for name, module in linear.items():
+                W = weight_of(module)
+                H = torch.eye(W.shape[1]).double() if way == "nearest" else input_root(self.statistics.of(name)).metric
+                layers[name] = by_gptq(W, H, chosen.bits[name], bias_of(module))
         else:
             decompositions = self.student.decompositions
             layers = few_bits.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
         self.student.shipped = layers
         dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
         held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())
-        if way == "gptq":
+        if way in ("nearest", "gptq"):
             held = sum(layer.codes.nbytes + layer.scales.nbytes for layer in layers.values())
         found = {}
         with widened(run.model):

@@ -372,6 +372,8 @@ def _quantization() -> Iterator[Case]:
         yield Case(f"format_version={shown}", DENSIFY, settings(format_version=value))
     for value in ("32", 16, True, None, [64], 32.0):
         yield Case(f"group={value!r}", DENSIFY, settings(format_version=5, group=value))
+    for value in ("floats", "grid of 32", 3, True, None, ["trellis"]):
+        yield Case(f"coding={value!r}", DENSIFY, settings(format_version=6, coding=value))
     for value in ("text", [], None, 3, {}, DROP):
         shown = "left out" if value is DROP else repr(value)
         yield Case(f"ranks={shown}", DENSIFY, settings(ranks=value))

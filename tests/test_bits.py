@@ -39,34 +39,45 @@ def in_three_bits(tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-@pytest.mark.parametrize("earlier", [False, True])
-def test_a_folder_that_says_it_is_of_another_format_is_refused(earlier: bool, in_three_bits: Path) -> None:
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"format_version": 6, "group": 64, "coding": "trellis"},
+        {"format_version": 5, "group": 32},
+        {"format_version": 3},
+    ],
+    ids=str,
+)
+def test_a_folder_that_says_it_is_of_another_format_is_refused(told: dict[str, Any], in_three_bits: Path) -> None:
     file = in_three_bits / "config.json"
     config = json.loads(file.read_text())
     held = config["quantization_config"]
-    assert (held["format_version"], held["group"]) == (5, 32)
-    held["group"] = 64
-    if earlier:
-        del held["group"], held["sizes"]
-        held["format_version"] = 3
+    assert (held.pop("format_version"), held.pop("group"), held.pop("coding"), held.pop("sizes")) == (6, 32, "trellis", {})
+    config["quantization_config"] = held | told
     file.write_text(json.dumps(config))
-    with pytest.raises((RuntimeError, ValueError), match="mismatch"):
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|group is 64, not 32|scales have units"):
         AutoModelForCausalLM.from_pretrained(in_three_bits)
 
 
-def test_a_folder_of_an_earlier_format_loads_and_is_saved_as_it_was(in_three_bits: Path, tmp_path: Path) -> None:
-    """Before format 5 a scale of 64 numbers was in the model's dtype."""
+@pytest.mark.parametrize(("coding", "version"), [("floats", 3), ("grid", 5)])
+def test_a_folder_of_an_earlier_format_loads_and_is_saved_as_it_was(
+    coding: Any, version: int, in_three_bits: Path, tmp_path: Path
+) -> None:
+    """Before format 5 a scale of 64 numbers was in the model's dtype, and before format 6 no bits were on a trellis."""
     model = AutoModelForCausalLM.from_pretrained(in_three_bits)
     of_three = [(name, m) for name, m in model.named_modules() if type(m) is QuantisedLinear and m.bits == 3]
     assert of_three
     for name, layer in of_three:
-        steps = layer.steps[:, ::2]
-        model.set_submodule(name, QuantisedLinear.of(layer.whole_numbers, steps, None, layer.bits, layer.bias))
-    model.config.quantization_config.group = 64
+        unit = layer.unit if coding == "grid" else None
+        steps = layer.steps.repeat_interleave(2, 1)[:, : -(-layer.in_features // 32)] if coding == "grid" else layer.steps
+        earlier = QuantisedLinear.of(layer.whole_numbers, steps, unit, layer.bits, layer.bias, coding)
+        model.set_submodule(name, earlier)
+    model.config.quantization_config.coding = coding
     model.save_pretrained(tmp_path / "earlier")
     config = json.loads((tmp_path / "earlier" / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 3
-    assert "group" not in config
+    assert config["format_version"] == version
+    assert config.get("group") == (32 if version == 5 else None)
+    assert "coding" not in config
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "earlier")
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     loaded.save_pretrained(tmp_path / "again")
@@ -75,6 +86,12 @@ def test_a_folder_of_an_earlier_format_loads_and_is_saved_as_it_was(in_three_bit
     densify(tmp_path / "earlier", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(dense(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(("bits", "version"), [(8, 3), (6, 5), (4, 5), (2, 6)])
+def test_a_folder_is_of_the_first_format_that_can_tell(bits: int, version: int, tmp_path: Path) -> None:
+    compress(build("llama-gqa-tied"), bits=bits, calibration=WINDOWS, output=tmp_path / "small")
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]["format_version"] == version
 
 
 def test_a_measured_error_costs_what_was_measured() -> None:

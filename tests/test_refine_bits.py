@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rankwise import Recipe, compress, evaluate, refine
 from rankwise.decomposition.rounding import nearest
 from rankwise.layers.quantised import QuantisedEmbedding, QuantisedLinear
-from rankwise.refinement.trained import TrainedCodes
+from rankwise.refinement.trained import TrainedCodes, TrainedScales
 
 IDS = torch.arange(3, 30)[None]
 METHODS = ["blocks passes=6 tokens=256", "distil passes=4 tokens=256"]
@@ -40,20 +40,22 @@ def original(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def folder(original: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the `dense` model and the `small` one of 2 bits."""
+    """A folder with the `dense` model, the `small` one of 2 bits, on a trellis, and one of `4`, on a grid."""
     folder = tmp_path_factory.mktemp("refine")
     original.save_pretrained(folder / "dense")
-    compress(folder / "dense", bits=2, calibration=text(original, 60), output=folder / "small")
+    for name, bits in (("small", 2), ("4", 4)):
+        compress(folder / "dense", bits=bits, calibration=text(original, 60), output=folder / name)
     return folder
 
 
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 140), bits=st.sampled_from((2, 3, 4, 6)), bias=st.booleans())
-def test_whole_numbers_in_training_are_the_layer_they_are_made_of(rows: int, columns: int, bits: int, bias: bool) -> None:
+def test_few_bits_in_training_are_the_layer_they_are_made_of(rows: int, columns: int, bits: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(rows * columns)
     W, x = torch.randn(rows, columns, generator=generator), torch.randn(3, columns, generator=generator)
     layer = nearest(W, bits).layer(torch.randn(rows, generator=generator) if bias else None)
-    trained, before = TrainedCodes(layer, W), copy.deepcopy(layer.state_dict())
+    trained = TrainedScales(layer) if bits < 4 else TrainedCodes(layer, W)
+    before = copy.deepcopy(layer.state_dict())
     assert torch.equal(trained.weight, layer.weight)
     torch.testing.assert_close(trained(x), layer(x))
     again = trained.written_as(layer).state_dict()
@@ -68,17 +70,18 @@ def test_whole_numbers_in_training_are_the_layer_they_are_made_of(rows: int, col
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["small", "4"])
 def test_a_folder_of_few_bits_is_nearer_to_the_original_and_takes_the_same_bytes(
-    method: str, folder: Path, original: PreTrainedModel, tmp_path: Path
+    name: str, method: str, folder: Path, original: PreTrainedModel, tmp_path: Path
 ) -> None:
     windows = text(original, 120, 1)
-    result = refine(folder / "small", folder / "dense", refine=method, calibration=windows, output=tmp_path / "out")
+    result = refine(folder / name, folder / "dense", refine=method, calibration=windows, output=tmp_path / "out")
     assert result.model is not None
     assert result.report["kl"] < 0.95 * result.report["before_refinement"]["kl"]
-    small, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "small", tmp_path / "out"))
+    small, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / name, tmp_path / "out"))
     ours, theirs = again.state_dict(), small.state_dict()
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
-    sizes = [(path / "model.safetensors").stat().st_size for path in (folder / "small", tmp_path / "out")]
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder / name, tmp_path / "out")]
     assert sizes[0] == pytest.approx(sizes[1], abs=64)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, result.model(IDS).logits)

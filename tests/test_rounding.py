@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 from rankwise import RankwiseError
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition import kronecker, whitened
+from rankwise.decomposition.compensation import Compensation
+from rankwise.decomposition.grid import Grid, unit_of
+from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.rounding import low_rank_in_bits, nearest, roundings
+from rankwise.decomposition.trellis import nearest_path
 from rankwise.layers.lowrank import FORMS, layer_class
 from rankwise.layers.matrices import Shape
 from rankwise.layers.quantised import GROUP, WIDTHS, QuantisedLinear, pack, unpack
+from rankwise.layers.trellis import table_of, values
 from rankwise.runtime.kernels import with_kernels
 
 
@@ -64,8 +69,9 @@ def test_scales_are_stored_in_a_byte(bits: int, dtype: torch.dtype) -> None:
     W = (drawn(40, 100) * torch.arange(1, 41)[:, None] ** -2.0).to(dtype)  # rows that differ by orders
     layer = nearest(W, bits).layer(None)
     state = layer.state_dict()
-    assert (state["scales"].dtype, state["scales"].shape) == (torch.uint8, (40, 4))
-    assert sum(tensor.nbytes for tensor in state.values()) == 40 * (bits * 13 + 4) + dtype.itemsize
+    groups = {2: 2, 3: 2}.get(bits, 4)
+    assert (state["scales"].dtype, state["scales"].shape) == (torch.uint8, (40, groups))
+    assert sum(tensor.nbytes for tensor in state.values()) == 40 * (bits * 13 + groups) + dtype.itemsize
     assert all(((w - v).norm() < 2.0 ** (1 - bits) * w.norm()) for w, v in zip(W.float(), layer.weight.float(), strict=True))
 
 
@@ -82,7 +88,9 @@ def by_gptq(W: torch.Tensor, H: torch.Tensor, bits: int) -> torch.Tensor:
     """What GPTQ as published makes of W [m, n]: columns from the first to the last, once, the scales of nearest weights."""
     H = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
     U, rest = torch.linalg.cholesky(torch.linalg.inv(H), upper=True), W.double().clone()
-    scales, most = nearest(W, bits).steps.double(), 2 ** (bits - 1)
+    grid, ones = Grid(bits, unit_of(W, 2 ** (bits - 1))), torch.ones(GROUP)
+    parts = [grid.first(part.T, ones, torch.eye(GROUP))[1] for part in W.split(GROUP, 1)]
+    scales, most = torch.stack(parts, 1).double(), 2 ** (bits - 1)
     for j in range(len(H)):
         scale = scales[:, j // GROUP]
         number = (rest[:, j] / scale).round().clamp(-most, most - 1)
@@ -100,6 +108,50 @@ def test_rounding_is_better_than_gptq_as_published(bits: int) -> None:
     errors = [E @ H @ E.T for E in (W.double() - by_gptq(W, H, bits), (W - rounding.layer(None).weight).double())]
     published, ours = (float(error.trace()) for error in errors)
     assert ours < 0.97 * published
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_trellis_is_better_than_a_grid_of_more_bytes(bits: int) -> None:
+    W, moments = drawn(48, 192), moments_of(192, 48)
+    compensation, unit = Compensation(input_root(moments), None, W), unit_of(W, 2 ** (bits - 1))
+    codes, steps = compensation.rounded(W, Grid(bits, unit))
+    on_grid = QuantisedLinear.of(codes, steps, unit, bits, coding="grid")
+    on_trellis = roundings(W, (bits,), whitened, moments)[bits][0].layer(None)
+    assert moments.input is not None
+    error = {layer: (E := (W - layer.weight).double()) @ moments.input @ E.T for layer in (on_grid, on_trellis)}
+    assert error[on_trellis].trace() < 0.92 * error[on_grid].trace()
+    held = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in (on_trellis, on_grid)]
+    assert held[0] < held[1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(columns=st.integers(1, 5), bits=st.sampled_from((2, 3)), seed=st.integers(0, 99))
+def test_an_open_path_is_the_best_of_all(columns: int, bits: int, seed: int) -> None:
+    columns = min(columns, 4) if bits == 3 else columns
+    x, weights = drawn(columns, 3, seed=seed), drawn(columns, seed=seed + 1).square()
+    path = nearest_path(x, weights, table_of(bits, x), bits).T.to(torch.int8)
+    every = torch.cartesian_prod(*[torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))] * columns).view(-1, columns).to(torch.int8)
+    errors, found = (((values(codes, bits)[:, None] - x.T).square() * weights).sum(-1) for codes in (every, path))  # [paths, 3]
+    torch.testing.assert_close(found.diagonal(), errors.amin(0))
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 3), columns=st.integers(1, 140), bits=st.sampled_from((2, 3)), seed=st.integers(0, 99))
+def test_a_code_is_read_after_those_before_it_in_its_group_a_ring(rows: int, columns: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), dtype=torch.int8, generator=generator)
+    table, wanted = table_of(bits, codes), torch.empty(rows, columns)
+    for i, row in enumerate(codes.long() + 2 ** (bits - 1)):
+        for group, into in zip(row.split(64), wanted[i].split(64), strict=True):
+            register = 0  # before the first of a group that is no ring
+            for code in (*group.tolist(), *group.tolist()) if len(group) == 64 else group.tolist():
+                register = (register << bits | code) % len(table)
+                into[:-1] = into[1:].clone()
+                into[-1] = table[register]
+    assert torch.equal(values(codes, bits), wanted)
+    for at in range(0, columns, 64):  # no other path is as near
+        part = wanted[:, at : at + 64].T
+        assert torch.equal(nearest_path(part, torch.ones(len(part)), table, bits).T.to(torch.int8), codes[:, at : at + 64])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

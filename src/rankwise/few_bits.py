@@ -20,7 +20,7 @@ from rankwise.integration.artifact import decomposition_key
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import BYTE, GROUP, WIDTHS, pack, unpack
+from rankwise.layers.quantised import BYTE, WIDTHS, group_of, pack, unpack
 from rankwise.layers.tables import tables_of
 from rankwise.masks.layers import factorised, is_whole
 from rankwise.masks.student import Student
@@ -58,7 +58,7 @@ def _roundings(run: Run, statistics: Collected, metric: str, name: str, widths: 
                 tensors[f"unit.{bits}"] = rounding.unit
         return tensors
 
-    key = digest(decomposition_key(run.identity, metric), GROUP, *widths)
+    key = digest(decomposition_key(run.identity, metric), *((width, group_of(width)) for width in widths))
     return run.folder.cached(f"rounded/{metric}/{name}", key, compute)
 
 

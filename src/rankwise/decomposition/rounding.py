@@ -1,4 +1,4 @@
-"""Rounding a matrix to few bits: by GPTQ on both sides (`rankwise.decomposition.compensation`), or each number by itself."""
+"""Rounding a matrix to few bits: by GPTQ on both sides (`rankwise.decomposition.compensation`), or each group by itself."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.calibration.moments import Moments
-from rankwise.decomposition.compensation import Compensation
-from rankwise.decomposition.grid import best_scale, unclipped_scale, unit_of, whole_numbers
+from rankwise.decomposition.compensation import Alphabet, Compensation
+from rankwise.decomposition.grid import Grid, unclipped_scale, unit_of, whole_numbers
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import Metric
 from rankwise.decomposition.solver import Root
+from rankwise.decomposition.trellis import Trellis
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.lowrank import LowRankLinear
-from rankwise.layers.quantised import BYTE, GROUP, QuantisedEmbedding, QuantisedLinear, dequantised, in_bits
+from rankwise.layers.quantised import BYTE, QuantisedEmbedding, QuantisedLinear, dequantised, in_bits, on_trellis
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Whole numbers [m, n] int8 and steps [m, groups] of a weight in `bits` bits, and the unit [1] of these; None in 8."""
+    """Codes [m, n] int8 and steps [m, groups] of a weight in `bits` bits, and the unit [1] of these; None in 8."""
 
     codes: Tensor
     steps: Tensor
@@ -35,7 +36,7 @@ class Rounding:
     def squared_error(self, W: Tensor, left: Root | None, right: Root | None) -> float:
         """||L^T (W - W') R||^2 in the metric of the roots, for W [m, n]: in float32, as it is a sum of squares, of which
         nothing is taken away."""
-        E = (W.detach() - dequantised(self.codes, self.steps, self.codes.shape[1] if self.unit is None else GROUP)).float()
+        E = (W.detach() - dequantised(self.codes, self.steps, self.bits)).float()
         E = E if left is None else left.apply(E)
         E = E if right is None else right.apply(E.T)
         return float(E.double().square().sum())
@@ -48,22 +49,30 @@ def roundings(W: Tensor, widths: Sequence[int], metric: Metric, moments: Moments
     found = {bits: nearest(W, bits) for bits in widths if bits == BYTE}
     if few:
         compensation = Compensation(input_root(moments), roots[0], W)
-        found |= {bits: Rounding(*compensation.rounded(W, bits), bits) for bits in few}
+        for bits in few:
+            alphabet = alphabet_of(W, bits)
+            found[bits] = Rounding(*compensation.rounded(W, alphabet), alphabet.unit, bits)
     return {bits: (found[bits], found[bits].squared_error(W, *roots)) for bits in widths}
 
 
+def alphabet_of(W: Tensor, bits: int) -> Alphabet:
+    """What groups of W [m, n] may become in fewer than 8 bits."""
+    unit = unit_of(W.detach(), 2.0 ** (bits - 1))
+    return Trellis(bits, unit) if on_trellis(bits) else Grid(bits, unit)
+
+
 def nearest(W: Tensor, bits: int) -> Rounding:
-    """Every weight of W [m, n] by itself."""
-    weight, most, unit = W.detach().float(), 2.0 ** (bits - 1), None
-    parts = weight.split(weight.shape[1] if bits == BYTE else GROUP, 1)
+    """Every group of W [m, n] by itself, and every weight on a grid."""
+    weight = W.detach().float()
     if bits == BYTE:
-        steps = unclipped_scale(weight.T, most)[:, None].to(W.dtype)
+        steps = unclipped_scale(weight.T, 2.0 ** (BYTE - 1))[:, None].to(W.dtype)
         steps = torch.where(steps == 0, torch.finfo(W.dtype).tiny, steps)
-    else:
-        unit = unit_of(W.detach(), most)
-        steps = torch.stack([best_scale(part.T, most, torch.ones_like(part[0]), unit) for part in parts], 1).to(W.dtype)
-    codes = [whole_numbers(part / step[:, None], most) for part, step in zip(parts, steps.float().T, strict=True)]
-    return Rounding(torch.cat(codes, 1).to(torch.int8), steps, unit, bits)
+        return Rounding(whole_numbers(weight / steps.float(), 2.0 ** (BYTE - 1)).to(torch.int8), steps, None, bits)
+    alphabet = alphabet_of(W, bits)
+    parts = [part.T for part in weight.split(alphabet.group, 1)]
+    found = [alphabet.first(part, torch.ones_like(part[:, 0]), torch.eye(len(part)).to(part)) for part in parts]
+    codes = torch.cat([codes for codes, _ in found]).T.to(torch.int8)
+    return Rounding(codes, torch.stack([scale for _, scale in found], 1).to(W.dtype), alphabet.unit, bits)
 
 
 def tables_in_bits(tables: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

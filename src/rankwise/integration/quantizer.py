@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import (
@@ -30,16 +32,19 @@ from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, empty_like, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape
-from rankwise.layers.quantised import BYTE, EARLIER_GROUP, GROUP, WIDTHS, QuantisedEmbedding
+from rankwise.layers.quantised import BYTE, GROUP, WIDTHS, Coding, QuantisedEmbedding, on_trellis
 
 METHOD = "rankwise"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 FLAGS = ("affine", "own_names")
 FIRST_KEYS = {"ranks", "experts", "affine", "format_version", "quant_method"}
 SECOND_KEYS = FIRST_KEYS | {"form", "own_names"}
 THIRD_KEYS = SECOND_KEYS | {"bits"}
 FOURTH_KEYS = THIRD_KEYS | {"sizes"}
-KEYS = dict(enumerate((FIRST_KEYS, SECOND_KEYS, THIRD_KEYS, FOURTH_KEYS, FOURTH_KEYS | {"group"}), 1))  # of each format
+FIFTH_KEYS = FOURTH_KEYS | {"group"}
+KEYS = dict(
+    enumerate((FIRST_KEYS, SECOND_KEYS, THIRD_KEYS, FOURTH_KEYS, FIFTH_KEYS, FIFTH_KEYS | {"coding"}), 1)
+)  # of each format
 
 
 @dataclass
@@ -48,7 +53,7 @@ class RankwiseConfig(QuantizationConfigMixin):
 
     ranks: path of each factorised linear layer -> its rank. form: of all of them, one of `FORMS`.
     bits: path of each linear layer that is held in few bits, or whose factors are -> how many, one of `WIDTHS`.
-    group: how many weights of a row share a scale, of those with fewer than 8 bits.
+    coding: how numbers of fewer than 8 bits are read.
     sizes: path of each linear layer that is smaller than the model's own -> its out_features, its in_features, and in how many
         parts its outputs lie, of each of which the first ones are there.
     experts: paths of the mixtures of experts whose stacked parameters were taken apart.
@@ -60,7 +65,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
     form: str = DEFAULT_FORM
     bits: dict[str, int] = field(default_factory=dict)
-    group: int = GROUP
+    coding: Coding = "trellis"
     sizes: dict[str, list[int]] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     affine: bool = False
@@ -89,9 +94,7 @@ class RankwiseConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"in quantization_config, bits is not an object of matrices and their bits, of {widths}: upgrade with pip"
             )
-        group = config_dict.get("group", EARLIER_GROUP)
-        if type(group) is not int or group not in (EARLIER_GROUP, GROUP):
-            raise ValueError(f"in quantization_config, group is {group!r}, neither {EARLIER_GROUP} nor {GROUP}: upgrade with pip")
+        coding = _coding_of(config_dict)
         sizes = config_dict.get("sizes", {})
         if not isinstance(sizes, dict) or not all(_is_size(size) for size in sizes.values()):
             raise ValueError("in quantization_config, sizes is not an object of matrices, each with three positive numbers")
@@ -104,14 +107,18 @@ class RankwiseConfig(QuantizationConfigMixin):
         for flag in FLAGS:
             if not isinstance(config_dict.get(flag, False), bool):
                 raise ValueError(f"in quantization_config, {flag} is neither true nor false")
-        config = cls(**{"form": PairLinear.form} | config_dict | {"group": group, "format_version": FORMAT_VERSION})
+        told = {"form": PairLinear.form} | {name: value for name, value in config_dict.items() if name != "group"}
+        config = cls(**told | {"coding": coding, "format_version": FORMAT_VERSION})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: what the weights are, not how they came about; in the first format that knows it all."""
         held = {name: value for name, value in super().to_dict().items() if name != "rate"}
-        grouped = self.group == GROUP and any(width < BYTE for width in self.bits.values())
-        for name, told, format_before in (("group", grouped, 4), ("sizes", self.sizes, 3), ("bits", self.bits, 2)):
+        trellis = any(on_trellis(width, self.coding) for width in self.bits.values())
+        grouped = self.coding != "floats" and any(width < BYTE for width in self.bits.values())
+        facts = (("coding", trellis, 5), ("group", grouped, 4), ("sizes", self.sizes, 3), ("bits", self.bits, 2))
+        held["group"] = GROUP
+        for name, told, format_before in facts:
             if told:
                 break
             del held[name]
@@ -149,6 +156,8 @@ class RankwiseQuantizer(HfQuantizer):
                 raise ValueError(f"the folder names {path!r} as a mixture of experts, which is a {type(module).__name__}")
             unstack(module)
             _initialised(model.get_submodule(path.rpartition(".")[0]), *module.modules())  # some blocks fill their experts
+        if config.bits and config.coding == "floats" and any(name.endswith(".unit") for name in _tensors_in(self.files)):
+            raise ValueError("the folder's scales have units, of which its config.json, of an earlier format, knows nothing")
         of_the_folder = config.changed
         for of_each in (config.ranks, config.bits, config.sizes):
             _rename(model, of_each)
@@ -172,7 +181,7 @@ class RankwiseQuantizer(HfQuantizer):
                     f"the folder has rank {rank:,} for {path!r}, which is {shape.out_features} x {shape.in_features}"
                 )
             bias = bias_of(linear) is not None or (config.affine and rank is not None)
-            layer = shape.empty(rank, config.bits.get(path), config.group, bias=bias, dtype=weight_of(linear).dtype)
+            layer = shape.empty(rank, config.bits.get(path), config.coding, bias=bias, dtype=weight_of(linear).dtype)
             _put(model, path, layer)
         found_by_tying = {f"^{re.escape(name)}$" for name in tied_tables(model, config)}
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *found_by_tying}
@@ -259,11 +268,27 @@ def guards(model: nn.Module, config: RankwiseConfig) -> dict[str, Tensor]:
     return {name: torch.empty(*shape[:-1], 0) for name, shape in shapes.items()}
 
 
+def _tensors_in(files: Iterable[str]) -> Iterator[str]:
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            yield from opened.keys()
+
+
 def _put(model: Any, path: str, layer: nn.Module) -> None:
     """Put an empty layer in the place of the one at `path`."""
     _initialised(*layer.modules())
     model.set_submodule(path, layer)
     model.all_tied_weights_keys.pop(f"{path}.weight", None)  # by the config, though not by the files
+
+
+def _coding_of(config: dict[str, Any]) -> Coding:
+    """How a folder's few bits are read. Raises ValueError where this rankwise does not know."""
+    group, coding = config.get("group", GROUP), config.get("coding", "grid")
+    if type(group) is not int or group != GROUP:
+        raise ValueError(f"in quantization_config, group is {group!r}, not {GROUP}: upgrade with pip")
+    if coding not in ("grid", "trellis"):
+        raise ValueError(f"in quantization_config, coding is {coding!r}, neither 'grid' nor 'trellis': upgrade with pip")
+    return coding if "group" in config else "floats"
 
 
 def tied_tables(model: Any, config: RankwiseConfig) -> dict[str, str]:

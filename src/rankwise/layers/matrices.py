@@ -18,7 +18,7 @@ from rankwise.errors import RankwiseError
 from rankwise.layers import experts
 from rankwise.layers.linear import bias_of, holds_matrix, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, layer_class
-from rankwise.layers.quantised import GROUP, QuantisedLinear, in_bits
+from rankwise.layers.quantised import Coding, QuantisedLinear, in_bits
 
 
 @functools.cache
@@ -69,20 +69,20 @@ class Shape:
         """The rank from which on dense is smaller."""
         return self.rank_of(self.dense)
 
-    def empty(self, rank: int | None, bits: int | None = None, group: int = GROUP, **options: Any) -> Any:
-        """A layer at `rank`, None for dense, without values, on the meta device; with `bits` of few bits, in groups. Options
+    def empty(self, rank: int | None, bits: int | None = None, coding: Coding = "trellis", **options: Any) -> Any:
+        """A layer at `rank`, None for dense, without values, on the meta device; with `bits` of few bits. Options
         are those of `nn.Linear`."""
         sides = self.in_features, self.out_features
         if rank is not None:
             layer = self.layer_class(*sides, rank, device="meta", **options)
             if bits is not None:
-                in_bits(layer, lambda linear: QuantisedLinear.like(linear, bits, group))
+                in_bits(layer, lambda linear: QuantisedLinear.like(linear, bits, coding))
             return layer
         options = {"bias": False} | options
         return (
             nn.Linear(*sides, device="meta", **options)
             if bits is None
-            else QuantisedLinear(*sides, bits, group=group, device="meta", **options)
+            else QuantisedLinear(*sides, bits, coding=coding, device="meta", **options)
         )
 
     def stored_bytes(self, rank: int | None, bits: int | None, dtype: torch.dtype) -> int:

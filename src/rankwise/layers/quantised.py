@@ -1,30 +1,35 @@
-"""Layers whose weight is held in few bits: a whole number for every weight, and a scale for a group of them in a row."""
+"""Layers whose weight is held in few bits: a code for every weight, and a scale for a group of them in a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankwise.layers.trellis import TABLES, TRELLIS_GROUP, values
+
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a whole number
-GROUP = 32  # weights of a row that share a scale; with 8 bits all of a row do
-EARLIER_GROUP = 64  # of folders before format 5, whose scales are in the model's dtype
 BYTE = 8
+GROUP = 32  # weights of a row that share a scale; on a trellis more, and with 8 bits all of a row do
+EARLIER_GROUP = 64
+Coding = Literal["floats", "grid", "trellis"]  # the last one is written, the others are of folders before formats 5 and 6
 COARSE = torch.float8_e4m3fn  # of a scale over its matrix's unit
 # [256] int64, whose byte j, the least one first, is bit j of the place
 SPREAD = (torch.arange(256)[:, None] >> torch.arange(BYTE) & 1).to(torch.uint8).view(torch.int64)[:, 0]
 
 
 class QuantisedLinear(nn.Module):
-    """y = W x + b, where W [m, n] is a whole number of `bits` bits, from -2^(bits-1) on, times the step of its group.
+    """y = W x + b, where W [m, n] is what a code, a whole number of `bits` bits from -2^(bits-1) on, stands for, times the step
+    of its group. It stands for itself, and in 2 and 3 bits, on a trellis, for a value in a table.
 
     codes: with 8 bits int8 [m, n]; with fewer uint8 [m, bits, n / 8, rounded up], where bit j of byte i in plane p is bit p of
     the code of column 8 i + j, counted from the least one.
     scales: with 8 bits the steps [m, 1] in the model's dtype; with fewer uint8 [m, groups], the bytes of numbers in `COARSE`,
-    times `unit` [1], a power of two in the model's dtype. With groups of `EARLIER_GROUP` they are the steps, too.
+    times `unit` [1], a power of two in the model's dtype. In the coding "floats", of groups of `EARLIER_GROUP`, they are the
+    steps too; in this one and in "grid" there is no trellis.
     """
 
     codes: Tensor
@@ -40,15 +45,15 @@ class QuantisedLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        group: int = GROUP,
+        coding: Coding = "trellis",
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.group = in_features if bits == BYTE else group
+        self.in_features, self.out_features, self.bits, self.coding = in_features, out_features, bits, coding
+        self.group = group_of(bits, coding) or in_features
         packed = (out_features, in_features) if bits == BYTE else (out_features, bits, -(-in_features // BYTE))
         kind = torch.int8 if bits == BYTE else torch.uint8
         self.register_buffer("codes", torch.zeros(packed, dtype=kind, device=device))
-        coarse, groups = bits < BYTE and group == GROUP, -(-in_features // self.group)
+        coarse, groups = bits < BYTE and coding != "floats", -(-in_features // self.group)
         scales = torch.zeros(out_features, groups, device=device, dtype=torch.uint8 if coarse else dtype)
         self.register_buffer("scales", scales)
         self.register_buffer("unit", torch.ones(1, device=device, dtype=dtype) if coarse else None)
@@ -57,17 +62,24 @@ class QuantisedLinear(nn.Module):
         )
 
     @classmethod
-    def like(cls, linear: nn.Linear, bits: int, group: int = GROUP) -> Self:
+    def like(cls, linear: nn.Linear, bits: int, coding: Coding = "trellis") -> Self:
         """The layer of a linear layer's sizes, dtype and device, without values."""
         weight, bias = linear.weight, linear.bias is not None
-        return cls(linear.in_features, linear.out_features, bits, bias, weight.device, weight.dtype, group)
+        return cls(linear.in_features, linear.out_features, bits, bias, weight.device, weight.dtype, coding)
 
     @classmethod
-    def of(cls, codes: Tensor, steps: Tensor, unit: Tensor | None, bits: int, bias: Tensor | None = None) -> Self:
-        """The layer of whole numbers [m, n] and steps [m, groups], stored to the nearest in this unit; as they are without."""
+    def of(
+        cls,
+        codes: Tensor,
+        steps: Tensor,
+        unit: Tensor | None,
+        bits: int,
+        bias: Tensor | None = None,
+        coding: Coding = "trellis",
+    ) -> Self:
+        """The layer of codes [m, n] and steps [m, groups], stored to the nearest in this unit; as they are without."""
         out_features, in_features = codes.shape
-        group = EARLIER_GROUP if unit is None else GROUP
-        layer = cls(in_features, out_features, bits, bias is not None, "meta", steps.dtype, group)
+        layer = cls(in_features, out_features, bits, bias is not None, "meta", steps.dtype, coding)
         layer.codes, layer.unit = pack(codes, bits), unit
         layer.scales = steps.contiguous() if unit is None else in_units(steps, unit)
         if bias is not None:
@@ -92,7 +104,7 @@ class QuantisedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [m, n], computed at each read."""
-        return dequantised(self.whole_numbers, self.steps, self.group)
+        return dequantised(self.whole_numbers, self.steps, self.bits, self.coding)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""
@@ -126,7 +138,7 @@ class QuantisedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [rows, n], computed at each read."""
-        return dequantised(self.codes, self.scales, self.embedding_dim)
+        return self.codes * self.scales
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] whole numbers -> [..., n]."""
@@ -155,11 +167,28 @@ def in_bits(layer: nn.Module, write: Callable[[nn.Linear], QuantisedLinear]) -> 
         setattr(layer, name, write(child))
 
 
-def dequantised(codes: Tensor, steps: Tensor, group: int) -> Tensor:
-    """The weight [m, n] of whole numbers [m, n], in the dtype of their steps [m, groups]."""
-    n = codes.shape[1]
-    whole = F.pad(codes, (0, -n % group)).unflatten(1, (-1, group))
-    return (whole * steps[..., None]).flatten(1)[:, :n]
+def group_of(bits: int, coding: Coding = "trellis") -> int | None:
+    """How many weights of a row share a scale; None is all."""
+    if bits == BYTE:
+        return None
+    return EARLIER_GROUP if coding == "floats" else TRELLIS_GROUP if on_trellis(bits, coding) else GROUP
+
+
+def on_trellis(bits: int, coding: Coding = "trellis") -> bool:
+    """Whether codes stand for values in a table, and not for themselves."""
+    return coding == "trellis" and bits in TABLES
+
+
+def dequantised(codes: Tensor, steps: Tensor, bits: int, coding: Coding = "trellis") -> Tensor:
+    """The weight [m, n] of codes [m, n] int8, in the dtype of their steps [m, groups]."""
+    stand_for = values(codes, bits).to(steps.dtype) if on_trellis(bits, coding) else codes
+    return times_steps(stand_for, steps, group_of(bits, coding) or codes.shape[1])
+
+
+def times_steps(values: Tensor, steps: Tensor, group: int) -> Tensor:
+    """Values [m, n] times the steps [m, groups] of their groups."""
+    n = values.shape[1]
+    return (F.pad(values, (0, -n % group)).unflatten(1, (-1, group)) * steps[..., None]).flatten(1)[:, :n]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

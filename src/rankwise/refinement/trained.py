@@ -1,5 +1,6 @@
 """What is trained of a layer, in float32, whatever it is written as and computes in: a balanced pair of factors of one of low
-rank, the weight of a narrower one, and of one in few bits its scales and where between whole numbers each weight stands."""
+rank, the weight of a narrower one, and of one in few bits its scales and, on a grid, where between whole numbers each weight
+stands."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.decomposition.rounding import low_rank_in_bits
 from rankwise.layers.linear import bias_of, dense_linear, holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
-from rankwise.layers.quantised import BYTE, QuantisedLinear, dequantised
+from rankwise.layers.quantised import BYTE, QuantisedLinear, on_trellis, times_steps
+from rankwise.layers.trellis import values
 from rankwise.masks.student import Layers, Student
 
 WITHIN = 0.499  # of a whole number: rounding leaves it as it is
@@ -93,6 +95,27 @@ class TrainedWeight(Trained):
         return dense_linear(self.numbers.detach(), _found(self.bias), transposed).to(weight_of(layer).dtype)
 
 
+class TrainedScales(Trained):
+    """W of the values [m, n] of paths through a trellis times `scales` [m, groups]. The paths stay: few of their neighbours are
+    better ones, and gradients that are handed on as they are do not find them."""
+
+    numbers: Tensor
+
+    def __init__(self, layer: QuantisedLinear) -> None:
+        super().__init__(layer.bias)
+        self.scales, self.group = _trained(layer.steps), layer.group
+        self.register_buffer("numbers", values(layer.whole_numbers, layer.bits))
+
+    @property
+    def weight(self) -> Tensor:
+        return times_steps(self.numbers, self.scales, self.group)
+
+    def written_as(self, layer: nn.Module) -> QuantisedLinear:
+        assert isinstance(layer, QuantisedLinear)
+        steps, bias = self.scales.detach(), _found(self.bias)
+        return QuantisedLinear.of(layer.whole_numbers, steps, layer.unit, layer.bits, bias).to(layer.dtype)
+
+
 class TrainedCodes(Trained):
     """W of the whole numbers nearest to `places` [m, n] times `scales` [m, groups]; rounding hands gradients on as they are
     (EfficientQAT, Chen et al. 2024, arXiv 2407.11062).
@@ -102,9 +125,9 @@ class TrainedCodes(Trained):
 
     def __init__(self, layer: QuantisedLinear, original: Tensor) -> None:
         super().__init__(layer.bias)
-        self.bits, self.group, self.unit = layer.bits, layer.group, layer.unit
+        self.bits, self.group, self.coding, self.unit = layer.bits, layer.group, layer.coding, layer.unit
         self.scales, codes = _trained(layer.steps), layer.whole_numbers.float()
-        off = original.detach().float() / dequantised(torch.ones_like(codes), self.scales.detach(), self.group) - codes
+        off = original.detach().float() / times_steps(torch.ones_like(codes), self.scales.detach(), self.group) - codes
         self.places = nn.Parameter(codes + off.nan_to_num().clamp(-WITHIN, WITHIN))
 
     @property
@@ -115,7 +138,7 @@ class TrainedCodes(Trained):
 
     @property
     def weight(self) -> Tensor:
-        return dequantised(self.places + (self.codes - self.places).detach(), self.scales, self.group)
+        return times_steps(self.places + (self.codes - self.places).detach(), self.scales, self.group)
 
     def steps(self) -> Iterator[tuple[Tensor, float]]:
         """Places step in proportion to 1, which is from one whole number to the next."""
@@ -124,8 +147,8 @@ class TrainedCodes(Trained):
 
     def written_as(self, layer: nn.Module) -> QuantisedLinear:
         assert isinstance(layer, QuantisedLinear)
-        found = QuantisedLinear.of(self.codes.to(torch.int8), self.scales.detach(), self.unit, self.bits, _found(self.bias))
-        return found.to(layer.dtype)
+        steps, bias = self.scales.detach(), _found(self.bias)
+        return QuantisedLinear.of(self.codes.to(torch.int8), steps, self.unit, self.bits, bias, self.coding).to(layer.dtype)
 
 
 def _trained(values: Tensor) -> nn.Parameter:
@@ -148,6 +171,8 @@ def in_training(student: Student, layers: Layers) -> dict[str, Trained]:
             return TrainedFactors(layer)
         original = student.originals[name] if name in student.originals else student.model.get_submodule(name)
         if isinstance(layer, QuantisedLinear):
+            if on_trellis(layer.bits, layer.coding):
+                return TrainedScales(layer)
             return TrainedCodes(layer, weight_of(original)) if layer.bits < BYTE else None
         smaller = holds_matrix(layer) and weight_of(layer).shape != weight_of(original).shape
         return TrainedWeight(layer) if smaller else None

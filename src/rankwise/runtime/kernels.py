@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.errors import RankwiseError
-from rankwise.layers.quantised import BYTE, QuantisedLinear
+from rankwise.layers.quantised import BYTE, QuantisedLinear, on_trellis
 
 NIBBLE = 4  # bits
 OUTPUTS = 16  # of which the kernel of 4 bits takes a multiple
@@ -26,10 +26,12 @@ class KernelLinear(QuantisedLinear):
     @classmethod
     def of_layer(cls, layer: QuantisedLinear) -> KernelLinear:
         """The same layer, ready to be run where it is and in its dtype."""
-        made = cls(layer.in_features, layer.out_features, layer.bits, layer.bias is not None, "meta", layer.dtype, layer.group)
+        bias = layer.bias is not None
+        made = cls(layer.in_features, layer.out_features, layer.bits, bias, "meta", layer.dtype, layer.coding)
         made.codes, made.scales, made.unit, made.bias = layer.codes, layer.scales, layer.unit, layer.bias
         on_cpu = layer.codes.device.type == "cpu" and layer.dtype == torch.bfloat16
-        if on_cpu and layer.bits <= NIBBLE and layer.in_features % layer.group == layer.out_features % OUTPUTS == 0:
+        whole = layer.in_features % layer.group == layer.out_features % OUTPUTS == 0
+        if on_cpu and whole and layer.bits <= NIBBLE and not on_trellis(layer.bits, layer.coding):
             unsigned = layer.whole_numbers.int() + 2 ** (NIBBLE - 1)
             ready = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
             zeros = torch.zeros_like(layer.steps.T)
