@@ -103,9 +103,10 @@ def _costs(model: str, text: str, rows: list[dict[str, Any]], quantized: dict[st
     size = {rate: (dense - 2 * rate * quantized["compressible"]) / 1e6 for rate in rates}
     beside = {bits: quantized[bits] for bits in ("int8", "int4")}
     of_bits = (f"{bits} {q['bytes'] / 1e6:.1f} MB {cell(q['texts'][text])}" for bits, q in beside.items())
+    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
     lines = [
         f"### {model}, judged on {text}: KL in nats per token (perplexity)\n",
-        f"{rows[0]['machine']}, {rows[0]['tokens']:,} tokens. Dense {dense / 1e6:.1f} MB in bfloat16, {', '.join(of_bits)}.\n",
+        f"{machines}, {rows[0]['tokens']:,} tokens. Dense {dense / 1e6:.1f} MB in bfloat16, {', '.join(of_bits)}.\n",
         "| | " + " | ".join(f"rate {rate:g}: {size[rate]:.1f} MB" for rate in rates) + " |",
         "|---|" + "---|" * len(rates),
     ]
