@@ -77,8 +77,9 @@ class QuantisedLinear(nn.Module):
         bias: Tensor | None = None,
         coding: Coding = "trellis",
     ) -> Self:
-        """The layer of codes [m, n] and steps [m, groups], stored to the nearest in this unit; as they are without."""
+        """The layer of codes [m, n] and steps [m, groups], stored to the nearest in this unit; without, as "floats"."""
         out_features, in_features = codes.shape
+        coding = coding if unit is not None else "floats"
         layer = cls(in_features, out_features, bits, bias is not None, "meta", steps.dtype, coding)
         layer.codes, layer.unit = pack(codes, bits), unit
         layer.scales = steps.contiguous() if unit is None else in_units(steps, unit)
