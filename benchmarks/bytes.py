@@ -33,19 +33,20 @@ from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.batches import batches_of
 from rankwise.calibration.tokens import Batch, windows_of
+from rankwise.decomposition.grid import Grid, unit_of
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.protocols import read_judging_text
 from rankwise.layers.linear import bias_of, weight_of
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import BYTE, EARLIER_GROUP, WIDTHS, QuantisedLinear
+from rankwise.layers.quantised import BYTE, EARLIER_GROUP, GROUP, WIDTHS, QuantisedLinear
 from rankwise.recipe import Recipe
 from rankwise.run_folder import RunFolder, digest
 
 RESULTS = HERE / "results" / "bytes.json"
 METRIC = Mixed.decomposition
 WAYS = {
-    "nearest": "every matrix alike, rounded to nearest, a scale of 16 bits for 64 numbers",
+    "nearest": "every matrix alike, every number rounded to nearest",
     "gptq": "every matrix alike, GPTQ as published, a scale of 16 bits for 64 numbers",
     "alike": "every matrix alike (`--bits 4 --decomposition kronecker`)",
     "bits": "bits for every matrix",
@@ -87,12 +88,11 @@ class Contest:
         """What a plan takes and costs."""
         run, since = self.run, time.perf_counter()
         linear = {name: run.model.get_submodule(name) for name in chosen.bits}
-        if way in ("nearest", "gptq"):
-            layers: Any = {}
-            for name, module in linear.items():
-                W = weight_of(module)
-                H = torch.eye(W.shape[1]).double() if way == "nearest" else input_root(self.statistics.of(name)).metric
-                layers[name] = by_gptq(W, H, chosen.bits[name], bias_of(module))
+        if way == "nearest":
+            layers: Any = {n: by_nearest(weight_of(m), chosen.bits[n], bias_of(m)) for n, m in linear.items()}
+        elif way == "gptq":
+            roots = {name: input_root(self.statistics.of(name)) for name in linear}
+            layers = {n: by_gptq(weight_of(m), roots[n].metric, chosen.bits[n], bias_of(m)) for n, m in linear.items()}
         else:
             decompositions = self.student.decompositions
             layers = few_bits.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
@@ -121,6 +121,15 @@ class Contest:
                 name: {k: f[k] for k in ("kl", "perplexity", "reference_perplexity", "tokens")} for name, f in found.items()
             },
         }
+
+
+def by_nearest(W: Tensor, bits: int, bias: Tensor | None) -> QuantisedLinear:
+    """W [m, n] in whole numbers, each the nearest one, with the scales of least squared error."""
+    unit = unit_of(W.detach(), 2.0 ** (bits - 1))
+    parts, grid = W.detach().float().T.split(GROUP), Grid(bits, unit)
+    found = [grid.first(part, torch.ones(len(part)), torch.eye(len(part))) for part in parts]
+    codes, steps = torch.cat([codes for codes, _ in found]).T.to(torch.int8), torch.stack([scale for _, scale in found], 1)
+    return QuantisedLinear.of(codes, steps.to(W.dtype), unit, bits, bias, coding="grid")
 
 
 def by_gptq(W: Tensor, H: Tensor, bits: int, bias: Tensor | None) -> QuantisedLinear:
