@@ -1,6 +1,6 @@
 """The tables of `rankwise.layers.trellis`, and how far they are from what is possible: the squared error of normal weights.
 
-    python benchmarks/trellis.py [--memories 2 4 6] [--starts 8]
+    python benchmarks/trellis.py [--memories 4] [--starts 8]
 
 A table is found by going from the paths to the means of what they stand for and back (Lloyd's algorithm; on a trellis, Stewart,
 Gray and Linde 1982), from the quantiles of the normal distribution in `--starts` orders; the best one counts. Beside it: the best
@@ -70,7 +70,7 @@ def distinct(whole: Tensor, bits: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memories", nargs="+", type=int, default=[2, 4, 6])
+    parser.add_argument("--memories", nargs="+", type=int, default=[4])
     parser.add_argument("--starts", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
