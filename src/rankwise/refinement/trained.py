@@ -110,6 +110,10 @@ class TrainedScales(Trained):
     def weight(self) -> Tensor:
         return times_steps(self.numbers, self.scales, self.group)
 
+    def steps(self) -> Iterator[tuple[Tensor, float]]:
+        """As many inputs add up as there are columns, not groups."""
+        return ((p, _size_of(p) / math.sqrt(self.numbers.shape[-1])) for p in self.parameters())
+
     def written_as(self, layer: nn.Module) -> QuantisedLinear:
         assert isinstance(layer, QuantisedLinear)
         steps, bias = self.scales.detach(), _found(self.bias)
