@@ -37,7 +37,7 @@ from rankwise.decomposition.grid import Grid, unit_of
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.protocols import read_judging_text
-from rankwise.layers.linear import bias_of, weight_of
+from rankwise.layers.linear import bias_of, tensors_in, weight_of
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE, EARLIER_GROUP, GROUP, WIDTHS, QuantisedLinear
 from rankwise.recipe import Recipe
@@ -105,7 +105,7 @@ class Contest:
         with widened(run.model):
             for name, batches in self.judges.items():
                 key = digest(
-                    run.identity, way, *chosen.bits.items(), *(p for i in chosen.masks.items() for p in i), name, len(batches)
+                    run.identity, *tensors_in(layers).values(), *(p for i in chosen.masks.items() for p in i), name, len(batches)
                 )
                 found[name] = stages.cached_comparison(run, self.student, chosen, batches, key).to_dict()
         self.student.shipped = {}
