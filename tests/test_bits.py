@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from architectures import VOCABULARY, build
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rankwise import Plan, RankwiseError, Recipe, bench, compress, decompose, densify, lora_targets, optimize, plan
+from rankwise import Plan, RankwiseError, Recipe, bench, compress, decompose, densify, lora_targets, optimize, plan, refine
 from rankwise.allocation.mixed import kl_of_errors
 from rankwise.decomposition.rounding import roundings
 from rankwise.layers.matrices import find_matrices
@@ -73,6 +74,7 @@ def test_a_folder_of_an_earlier_format_loads_and_is_saved_as_it_was(
         earlier = QuantisedLinear.of(layer.whole_numbers, steps, unit, layer.bits, layer.bias, coding)
         model.set_submodule(name, earlier)
     model.config.quantization_config.coding = coding
+    shutil.copytree(in_three_bits, tmp_path / "earlier")
     model.save_pretrained(tmp_path / "earlier")
     config = json.loads((tmp_path / "earlier" / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == version
@@ -83,6 +85,10 @@ def test_a_folder_of_an_earlier_format_loads_and_is_saved_as_it_was(
     loaded.save_pretrained(tmp_path / "again")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "earlier" / file).read_bytes()
+    original = build("llama-gqa-tied").to(torch.bfloat16)
+    refined = refine(tmp_path / "earlier", original, refine="blocks passes=1", calibration=WINDOWS, output=tmp_path / "refined")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "refined")
+    assert torch.equal(again(IDS).logits, refined.model(IDS).logits)
     densify(tmp_path / "earlier", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(dense(IDS).logits, model(IDS).logits)

@@ -11,6 +11,7 @@ from rankwise.decomposition.solver import Decomposition
 from rankwise.integration.quantizer import RankwiseConfig
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import stack_experts
+from rankwise.layers.quantised import BYTE, CODING, QuantisedLinear
 from rankwise.masks.layers import Masks, folded, is_whole
 
 
@@ -46,4 +47,6 @@ def factorise(
     changed = (*ranks, *bits, *sizes)
     kept = [path for path in experts if any(name.startswith(f"{path}.") for name in changed)]
     stack_experts(model, set(experts) - set(kept))
-    return RankwiseConfig(ranks=ranks, form=form, bits=bits, sizes=sizes, experts=kept, affine=affine)
+    few = (module for layer in shipped.values() for module in layer.modules() if isinstance(module, QuantisedLinear))
+    coding = next((module.coding for module in few if module.bits < BYTE), CODING)  # a folder has one
+    return RankwiseConfig(ranks=ranks, form=form, bits=bits, coding=coding, sizes=sizes, experts=kept, affine=affine)

@@ -32,7 +32,7 @@ from rankwise.layers.experts import is_stacked, stacked_shapes, unstack
 from rankwise.layers.linear import bias_of, empty_like, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, FORMS, PairLinear, PivotedLinear
 from rankwise.layers.matrices import Shape
-from rankwise.layers.quantised import BYTE, GROUP, WIDTHS, Coding, QuantisedEmbedding, on_trellis
+from rankwise.layers.quantised import BYTE, CODING, GROUP, WIDTHS, Coding, QuantisedEmbedding, on_trellis
 
 METHOD = "rankwise"
 FORMAT_VERSION = 6
@@ -65,7 +65,7 @@ class RankwiseConfig(QuantizationConfigMixin):
     ranks: dict[str, int] = field(default_factory=dict)
     form: str = DEFAULT_FORM
     bits: dict[str, int] = field(default_factory=dict)
-    coding: Coding = "trellis"
+    coding: Coding = CODING
     sizes: dict[str, list[int]] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     affine: bool = False

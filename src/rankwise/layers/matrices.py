@@ -18,7 +18,7 @@ from rankwise.errors import RankwiseError
 from rankwise.layers import experts
 from rankwise.layers.linear import bias_of, holds_matrix, is_linear, weight_of
 from rankwise.layers.lowrank import DEFAULT_FORM, layer_class
-from rankwise.layers.quantised import Coding, QuantisedLinear, in_bits
+from rankwise.layers.quantised import CODING, Coding, QuantisedLinear, in_bits
 
 
 @functools.cache
@@ -69,7 +69,7 @@ class Shape:
         """The rank from which on dense is smaller."""
         return self.rank_of(self.dense)
 
-    def empty(self, rank: int | None, bits: int | None = None, coding: Coding = "trellis", **options: Any) -> Any:
+    def empty(self, rank: int | None, bits: int | None = None, coding: Coding = CODING, **options: Any) -> Any:
         """A layer at `rank`, None for dense, without values, on the meta device; with `bits` of few bits. Options
         are those of `nn.Linear`."""
         sides = self.in_features, self.out_features

@@ -15,7 +15,8 @@ WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a whole number
 BYTE = 8
 GROUP = 32  # weights of a row that share a scale; on a trellis more, and with 8 bits all of a row do
 EARLIER_GROUP = 64
-Coding = Literal["floats", "grid", "trellis"]  # the last one is written, the others are of folders before formats 5 and 6
+Coding = Literal["floats", "grid", "trellis"]
+CODING: Coding = "trellis"  # that is written; "floats" is of folders before format 5, "grid" of format 5
 COARSE = torch.float8_e4m3fn  # of a scale over its matrix's unit
 # [256] int64, whose byte j, the least one first, is bit j of the place
 SPREAD = (torch.arange(256)[:, None] >> torch.arange(BYTE) & 1).to(torch.uint8).view(torch.int64)[:, 0]
@@ -45,7 +46,7 @@ class QuantisedLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        coding: Coding = "trellis",
+        coding: Coding = CODING,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits, self.coding = in_features, out_features, bits, coding
@@ -62,7 +63,7 @@ class QuantisedLinear(nn.Module):
         )
 
     @classmethod
-    def like(cls, linear: nn.Linear, bits: int, coding: Coding = "trellis") -> Self:
+    def like(cls, linear: nn.Linear, bits: int, coding: Coding = CODING) -> Self:
         """The layer of a linear layer's sizes, dtype and device, without values."""
         weight, bias = linear.weight, linear.bias is not None
         return cls(linear.in_features, linear.out_features, bits, bias, weight.device, weight.dtype, coding)
@@ -75,7 +76,7 @@ class QuantisedLinear(nn.Module):
         unit: Tensor | None,
         bits: int,
         bias: Tensor | None = None,
-        coding: Coding = "trellis",
+        coding: Coding = CODING,
     ) -> Self:
         """The layer of codes [m, n] and steps [m, groups], stored to the nearest in this unit; without, as "floats"."""
         out_features, in_features = codes.shape
@@ -168,19 +169,19 @@ def in_bits(layer: nn.Module, write: Callable[[nn.Linear], QuantisedLinear]) -> 
         setattr(layer, name, write(child))
 
 
-def group_of(bits: int, coding: Coding = "trellis") -> int | None:
+def group_of(bits: int, coding: Coding = CODING) -> int | None:
     """How many weights of a row share a scale; None is all."""
     if bits == BYTE:
         return None
     return EARLIER_GROUP if coding == "floats" else TRELLIS_GROUP if on_trellis(bits, coding) else GROUP
 
 
-def on_trellis(bits: int, coding: Coding = "trellis") -> bool:
+def on_trellis(bits: int, coding: Coding = CODING) -> bool:
     """Whether codes stand for values in a table, and not for themselves."""
     return coding == "trellis" and bits in TABLES
 
 
-def dequantised(codes: Tensor, steps: Tensor, bits: int, coding: Coding = "trellis") -> Tensor:
+def dequantised(codes: Tensor, steps: Tensor, bits: int, coding: Coding = CODING) -> Tensor:
     """The weight [m, n] of codes [m, n] int8, in the dtype of their steps [m, groups]."""
     stand_for = values(codes, bits).to(steps.dtype) if on_trellis(bits, coding) else codes
     return times_steps(stand_for, steps, group_of(bits, coding) or codes.shape[1])
