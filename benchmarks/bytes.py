@@ -1,7 +1,7 @@
 """The best model in so many bytes: low rank, fewer bits and both together, at the same bytes of the same matrices.
 
     python benchmarks/bytes.py [--models SmolLM2-135M-Instruct MGM-9M] [--bits 6.25 4.25 3.25 2.75 2.5] [--alike 8 4 3 2]
-                               [--texts WikiText-2 C4] [--samples 64] [--judge-samples 32]
+                               [--peers HQQ] [--texts WikiText-2 C4] [--samples 64] [--judge-samples 32]
 
 Every plan is made from one set of statistics and judged on the same windows: all matrices rounded to nearest,
 by GPTQ as published, or as rankwise does, at each number of bits; a number of bits for every matrix; a rank
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from main_job import HERE
+from peers import PEERS, rounded
 from real_models import LENGTH, machine, texts_of
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from rankwise.allocation.offer import Offer
 from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.batches import batches_of
-from rankwise.calibration.tokens import Batch, windows_of
+from rankwise.calibration.tokens import Batch, windows_of, written
 from rankwise.decomposition.grid import Grid, unit_of
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
@@ -40,7 +41,9 @@ from rankwise.evaluation.protocols import read_judging_text
 from rankwise.layers.linear import bias_of, tensors_in, weight_of
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE, EARLIER_GROUP, GROUP, WIDTHS, QuantisedLinear
+from rankwise.masks.student import Layers
 from rankwise.recipe import Recipe
+from rankwise.refining import changed_modules
 from rankwise.run_folder import RunFolder, digest
 
 RESULTS = HERE / "results" / "bytes.json"
@@ -48,7 +51,8 @@ METRIC = Mixed.decomposition
 WAYS = {
     "nearest": "every matrix alike, every number rounded to nearest",
     "gptq": "every matrix alike, GPTQ as published, a scale of 16 bits for 64 numbers",
-    "alike": "every matrix alike (`--bits 4 --decomposition kronecker`)",
+    "alike": "every matrix alike (`--bits N --decomposition kronecker`)",
+    **{peer: f"every matrix alike, {peer}" for peer in PEERS},
     "bits": "bits for every matrix",
     "mixed": "**bits or a rank for every matrix** (`--bits mixed`)",
     "rank": "a rank for every matrix, 16 bits (kl-knapsack)",
@@ -59,7 +63,7 @@ class Contest:
     """A model with its statistics, offers and judging text."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, work: Path) -> None:
-        texts = texts_of(folder, args.data, work)
+        self.folder, texts = folder, texts_of(folder, args.data, work)
         calibration = texts.pop("c4", "self")
         texts = {name: path for name, path in texts.items() if not args.texts or name in args.texts}
         self.recipe = Recipe.of(rate=0.5, length=LENGTH, samples=args.samples, dtype="bfloat16", calibration=calibration)
@@ -84,25 +88,33 @@ class Contest:
         with widened(self.run.model):
             return stages.allocate(self.run, self.student, METRIC, allocator, budget, None, offers)
 
-    def row(self, way: str, chosen: Allocation) -> dict[str, Any]:
-        """What a plan takes and costs."""
-        run, since = self.run, time.perf_counter()
-        linear = {name: run.model.get_submodule(name) for name in chosen.bits}
+    def written(self, way: str, chosen: Allocation) -> tuple[Layers, float]:
+        """The layers of a plan, and bytes of its matrices."""
+        run, linear = self.run, {name: self.run.model.get_submodule(name) for name in chosen.bits}
+        if way in PEERS:
+            windows = torch.cat([written(batch) for batch in [*run.data.training, *run.data.selection]])
+            [bits] = {*chosen.bits.values()}
+            model, size = rounded(way, self.folder, windows, bits)
+            return changed_modules(model, run.model), self.numbers * size / 8
         if way == "nearest":
-            layers: Any = {n: by_nearest(weight_of(m), chosen.bits[n], bias_of(m)) for n, m in linear.items()}
+            layers = {n: by_nearest(weight_of(m), chosen.bits[n], bias_of(m)) for n, m in linear.items()}
         elif way == "gptq":
             roots = {name: input_root(self.statistics.of(name)) for name in linear}
             layers = {n: by_gptq(weight_of(m), roots[n].metric, chosen.bits[n], bias_of(m)) for n, m in linear.items()}
         else:
             decompositions = self.student.decompositions
-            layers = few_bits.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form)
-        self.student.shipped = layers
-        dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
-        held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())
-        if way in ("nearest", "gptq"):
-            held = sum(layer.codes.nbytes + layer.scales.nbytes for layer in layers.values())
+            dtypes = {name: weight_of(run.model.get_submodule(name)).dtype for name in run.shapes}
+            held = sum(s.stored_bytes(chosen.ranks[n], chosen.bits.get(n), dtypes[n]) for n, s in run.shapes.items())
+            return few_bits.written_in_bits(run, self.statistics, decompositions, METRIC, chosen, self.recipe.form), held
+        return layers, sum(layer.codes.nbytes + layer.scales.nbytes for layer in layers.values())
+
+    def row(self, way: str, chosen: Allocation) -> dict[str, Any]:
+        """What a plan takes and costs."""
+        run, since = self.run, time.perf_counter()
+        layers, held = self.written(way, chosen)
+        self.student.shipped = dict(layers)
         found = {}
-        with widened(run.model):
+        with widened(self.run.model):
             for name, batches in self.judges.items():
                 key = digest(
                     run.identity, *tensors_in(layers).values(), *(p for i in chosen.masks.items() for p in i), name, len(batches)
@@ -153,12 +165,12 @@ def by_gptq(W: Tensor, H: Tensor, bits: int, bias: Tensor | None) -> QuantisedLi
 
 
 def plans(
-    contest: Contest, sizes: list[float], widths: list[int], mixed: Mixed
+    contest: Contest, sizes: list[float], widths: list[int], peers: list[str], mixed: Mixed
 ) -> list[tuple[str, float, Callable[[], Allocation]]]:
     """Each way at each size, and what makes the plan."""
     dense = {name: offer.of_bits() for name, offer in contest.offers.items()}
     found: list[tuple[str, float, Callable[[], Allocation]]] = []
-    for way in ("alike", "gptq", "nearest"):
+    for way in ("alike", "gptq", "nearest", *peers):
         few = [bits for bits in widths if bits < BYTE or way == "alike"]  # all round 8 bits to nearest
         found += [(way, bits, lambda bits=bits: few_bits.all_in(contest.run, bits)) for bits in few]  # type: ignore[misc]
     for bits in sizes:
@@ -193,9 +205,10 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-Instruct", "MGM-9M"])
-    parser.add_argument("--bits", nargs="+", type=float, default=[6.25, 5.25, 4.25, 3.75, 3.25, 2.75, 2.5])
+    parser.add_argument("--bits", nargs="*", type=float, default=[6.25, 5.25, 4.25, 3.75, 3.25, 2.75, 2.5])
     parser.add_argument("--tokens", type=int, help="that a matrix is measured on; by default as --bits mixed takes")
     parser.add_argument("--alike", nargs="*", type=int, default=sorted(WIDTHS, reverse=True), help="bits of all matrices alike")
+    parser.add_argument("--peers", nargs="*", default=[], choices=[*PEERS], help="other tools, see peers.py")
     parser.add_argument("--texts", nargs="+", default=[], help="to judge on; all of the model's by default")
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
     parser.add_argument("--judge-samples", type=int, default=32)
@@ -207,7 +220,7 @@ def main() -> None:
     for model in args.models:
         contest = Contest(args.real_models / model, args, args.work / model)
         rows = {(row["way"], round(4 * row["bits"])): row for row in results.get(model, [])}
-        for way, bits, plan in plans(contest, args.bits, args.alike, Mixed(tokens=args.tokens)):
+        for way, bits, plan in plans(contest, args.bits, args.alike, args.peers, Mixed(tokens=args.tokens)):
             row = contest.row(way, plan())
             rows[way, round(4 * row["bits"])] = row
             costs = ", ".join(f"{name} {found['kl']:.4f}" for name, found in row["texts"].items())

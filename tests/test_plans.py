@@ -222,3 +222,24 @@ def test_a_budget_of_bytes_has_room_for_what_is_kept(llama: Path, story: Path, t
     )
     assert all(rank is None for name, rank in result.ranks.items() if name.endswith("q_proj"))
     assert (tmp_path / "out" / "model.safetensors").stat().st_size <= 160_000
+
+
+@pytest.mark.parametrize("memory", [None, "2GB"])
+def test_a_plan_of_llrc_costs_what_it_says(llama: Path, story: Path, tmp_path: Path, memory: str | None) -> None:
+    asked: dict[str, Any] = {"calibration": str(story), "allocation": "llrc rounds=1 value_steps=3", **FEW}
+    plan = package.plan(llama, 0.4, output=tmp_path / "plan.json", memory=memory, neurons="all", **asked)
+    applied = package.compress(llama, plan=tmp_path / "plan.json", output=tmp_path / "applied")
+    own = package.compress(llama, 0.4, output=tmp_path / "own", memory=memory, neurons="all", **asked)
+    assert applied.ranks == own.ranks == plan.ranks
+    assert applied.report["kl"] == plan.kl
+    assert [record["step"] for record in applied.report["history"]] == ["the plan", "values"]
+    again = package.compress(llama, recipe=tmp_path / "applied", output=tmp_path / "again")
+    assert (again.report["kl"], again.recipe.allocation) == (plan.kl, "llrc")
+    fewer = package.compress(llama, 0.6, recipe=tmp_path / "applied", output=tmp_path / "fewer")  # no plan
+    assert "start" in fewer.report["history"][0]["step"]
+
+
+def test_ranks_without_a_recipe_train_nothing(llama: Path, story: Path, plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "ranks.json").write_text(json.dumps(dict(plan.ranks)))
+    found = package.compress(llama, plan=tmp_path / "ranks.json", calibration=str(story), **FEW)
+    assert (found.ranks, found.report["history"]) == (dict(plan.ranks), [])

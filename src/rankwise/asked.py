@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, narrowing
 from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, known_as, spelled
-from rankwise.allocation.given import Given
+from rankwise.allocation.given import of_plan
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for, as far as it is known without the model. neurons_said: whether they were asked for, too."""
+    """What was asked for, as far as it is known without the model. neurons_said: whether they were asked for, too;
+    planning: whether a plan is all that is wanted."""
 
     model: str | Path | PreTrainedModel
     calibration: Calibration
@@ -42,6 +43,7 @@ class Asked:
     artifact: Artifact | None
     refinements: list[Refinement]
     neurons_said: bool = True
+    planning: bool = False
 
     @property
     def metric(self) -> str:
@@ -96,14 +98,13 @@ def asked_for(
     calibration = listed(calibration)
     artifact = Artifact.at(model)
     allocation = fields.pop("allocation", _usual(fields, artifact))
-    if fields.get("ranks") is not None:
-        allocation = Given(dict(Recipe.of(ranks=fields["ranks"]).ranks or {}))
-        fields = {name: value for name, value in fields.items() if name not in ("preset", "options")}
     if artifact is not None:
         fields = artifact.options(calibration, fields)
         calibration = artifact.windows()
     calibration = "self" if calibration is None else calibration
     settled, allocator = _recipe(calibration, allocation, fields)
+    if settled.ranks is not None:
+        allocator = of_plan(dict(settled.ranks), allocator)
     refuse_unused([settled.calibration], settled.text_column, settled.dataset_options)
     neurons_said = settled.neurons is not None or bool(settled.kept_neurons)
     if settled.neurons is None:
@@ -120,6 +121,8 @@ def _usual(fields: Mapping[str, Any], artifact: Artifact | None) -> str:
         return MIXED
     if artifact is not None:
         return "mask-fisher"
+    if fields.get("ranks") is not None:
+        return "llrc:quick"  # of ranks that nobody tells more of, no values are trained
     return "llrc:quick" if fields.get("effort") == "quick" and "preset" not in fields else "llrc"
 
 

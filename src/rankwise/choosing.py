@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +12,8 @@ import transformers
 
 import rankwise
 from rankwise import distributed, few_bits, narrowing, stages, starting, streaming
+from rankwise.allocation.given import of_plan, ranks_alone
+from rankwise.allocation.plan import Budget
 from rankwise.allocation.problem import Allocation
 from rankwise.asked import Asked
 from rankwise.calibration.moments import GRADIENTS
@@ -169,7 +171,7 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
         give_back()
         with student.widened():
             if not recipe.in_bits:
-                chosen = stages.allocate(run, student, metric, allocator, budget, shapes)
+                chosen = _allocated(asked, run, student, budget, shapes)
             clock.lap("allocation")
             comparison = stages.measure(student, chosen, run.data.measuring)
             clock.lap("measuring")
@@ -226,7 +228,7 @@ def choose_block_by_block(asked: Asked, folder: RunFolder, short: Shortage | Non
         assert isinstance(narrow, StreamedStudent)
         student, stream = narrow, narrow.stream
         clock.lap("narrowing")
-    chosen = stages.allocate(run, student, metric, asked.allocator, budget)
+    chosen = _allocated(asked, run, student, budget)
     clock.lap("allocation")
     comparison, before = streaming.measure(stream, student, chosen), None
     if refinements:
@@ -238,6 +240,17 @@ def choose_block_by_block(asked: Asked, folder: RunFolder, short: Shortage | Non
     distributed.wait()  # the others read the run folder too
     clock.lap("measuring")
     return Streamed(recipe, run, student, chosen, comparison, clock, matrices, before=before, stream=stream)
+
+
+def _allocated(
+    asked: Asked, run: starting.Run, student: Student, budget: Budget, shapes: Mapping[str, Shape] | None = None
+) -> Allocation:
+    """The allocator's answer; where it is to be a plan, what that gives when it is applied: components are no part of it."""
+    if not asked.planning or asked.recipe.ranks is not None:
+        return stages.allocate(run, student, asked.metric, asked.allocator, budget, shapes)
+    alone = stages.allocate(run, student, asked.metric, ranks_alone(asked.allocator), budget, shapes)
+    applied = stages.allocate(run, student, asked.metric, of_plan(alone.ranks, asked.allocator), budget, shapes)
+    return replace(applied, history=alone.history + applied.history)
 
 
 def _sides(shape: Shape) -> list[int]:

@@ -167,7 +167,9 @@ def plan(
     output: the file to write the plan to; a run block by block keeps its results beside it. plan: to predict what an edited
     one costs. All others as of `compress`, `RankwiseError` too.
     """
-    asked = replace(asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[])
+    asked = replace(
+        asked_for(model, rate, calibration, tokenizer, allocation, recipe, plan, options), refinements=[], planning=True
+    )
     folder = RunFolder()
     if output is not None:
         output = Path(output)

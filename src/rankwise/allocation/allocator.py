@@ -16,7 +16,7 @@ from rankwise.allocation.effective_rank import EffectiveRank
 from rankwise.allocation.energy import Energy
 from rankwise.allocation.error_bound import ErrorBound, UniformError
 from rankwise.allocation.evolutionary import Evolutionary
-from rankwise.allocation.given import Given
+from rankwise.allocation.given import Given, GivenByLLRC
 from rankwise.allocation.heavy_tail import HeavyTail
 from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc import LLRC, LLRCQuick
@@ -76,7 +76,7 @@ PAPERS = {  # what the papers call them
 
 FORWARD_ONLY = (Uniform, EffectiveRank, HeavyTail, Energy, ErrorBound, UniformError, Rocket, KLKnapsack, Mixed, STRS, Given)
 """Those that ask the student for no more than weights, factors, spectra and `divergence`."""
-DIFFERENTIATING = (MaskFisher, ZeroSum, LLRC)
+DIFFERENTIATING = (MaskFisher, ZeroSum, LLRC, GivenByLLRC)
 """Those that ask it for gradients too, as far as it can give them with its model on disk."""
 
 

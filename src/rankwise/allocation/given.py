@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from rankwise.allocation.llrc import LLRC
 from rankwise.allocation.plan import Ranks, Shapes
 from rankwise.allocation.problem import Allocation, Problem
+from rankwise.calibration.tokens import Batch
 from rankwise.errors import RankwiseError
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Given:
-    """A plan's answer: the first components of every matrix. Values that the plan's run has trained are no part of a plan."""
+    """A plan's answer: the first components of every matrix."""
 
     ranks: Ranks
     decomposition: ClassVar[str] = "kronecker"
@@ -37,3 +41,33 @@ class Given:
                     f"the plan has rank {rank} for {name}, where {largest} is the largest that is smaller than dense: "
                     "take less, or null for dense"
                 )
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class GivenByLLRC:
+    """A plan's answer, and mask values trained as llrc trains those of its own."""
+
+    ranks: Ranks
+    llrc: LLRC
+    decomposition: ClassVar[str] = "kronecker"
+
+    def allocate(self, problem: Problem) -> Allocation:
+        """The given ranks, whatever the budget."""
+        chosen = Given(self.ranks).allocate(problem)
+        kl = problem.student.divergence(chosen.masks)
+        return self.llrc.with_values(problem.student, replace(chosen, history=[{"step": "the plan", "kl": kl}]), kl)
+
+    def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
+        """Tokens forward and back."""
+        return self.llrc.value_reads(training, selection)
+
+
+def of_plan(ranks: Ranks, allocator: Any) -> Given | GivenByLLRC:
+    """What applies the ranks that the allocator chose, or somebody in its place."""
+    trains = isinstance(allocator, LLRC) and allocator.value_steps != 0
+    return GivenByLLRC(ranks, allocator) if trains else Given(ranks)
+
+
+def ranks_alone(allocator: Any) -> Any:
+    """The same allocator without what it does after its ranks are chosen."""
+    return replace(allocator, value_steps=0) if isinstance(allocator, LLRC) else allocator

@@ -22,6 +22,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from rankwise.allocation.problem import Allocation, Problem
 from rankwise.calibration.tokens import Batch, tokens_in
 from rankwise.masks.descent import Descent
 from rankwise.masks.layers import Masks
+from rankwise.masks.student import Student
 from rankwise.masks.values import train_values
 
 logger = logging.getLogger(__name__)
@@ -88,17 +90,25 @@ class LLRC:
             before, best = best.kl, min(best, plan, key=lambda plan: plan.kl)
             if plan.kl > (1 - LEAST_GAIN) * before:
                 break
-        masks = best.chosen.masks
-        options = self._value_training(student.training)
-        if options.steps:
-            losses: list[float] = []
-            trained = train_values(student, masks, options, losses)
-            kl = student.divergence(trained)
-            history.append({"step": "values", "kl": kl, "losses": [float(f"{loss:.4g}") for loss in losses]})
-            masks = trained if kl < best.kl else masks
-        for record in history:
+        chosen = self.with_values(student, Allocation(best.chosen.ranks, best.chosen.masks, history), best.kl)
+        for record in chosen.history:
             logger.info("%s: KL %.5f on the selection text", record["step"], record["kl"])
-        return Allocation(best.chosen.ranks, masks, history)
+        return chosen
+
+    def with_values(self, student: Student, chosen: Allocation, kl: float) -> Allocation:
+        """The same components with their values trained, where that is better than the `kl` of before on the selection text."""
+        options, losses = self._value_training(student.training), list[float]()
+        if not options.steps:
+            return chosen
+        trained = train_values(student, chosen.masks, options, losses)
+        after = student.divergence(trained)
+        record = {"step": "values", "kl": after, "losses": [float(f"{loss:.4g}") for loss in losses]}
+        return replace(chosen, masks=trained if after < kl else chosen.masks, history=[*chosen.history, record])
+
+    def value_reads(self, training: Sequence[Batch], selection: Sequence[Batch]) -> tuple[float, float]:
+        """Tokens forward, the teacher's too, and back, of training values alone."""
+        values = self._value_training(training)
+        return 2 * values.steps * values.tokens + 2 * tokens_in(selection), values.steps * values.tokens
 
     def prices(self, problem: Problem) -> Prices:
         """What dropping each component costs, by the best of the first three starts."""
