@@ -13,6 +13,7 @@ real_models.py. All that is found is kept in benchmarks/results/bytes.json and p
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -72,9 +73,13 @@ class Contest:
             self.statistics = stages.collect_statistics(self.run, metric_named(METRIC).NEEDS)
             decompositions = stages.decompose_all(self.run, self.statistics, METRIC)
         self.student = stages.student_of(self.run, decompositions, METRIC)
-        self.offers = few_bits.offers_of(self.run, self.statistics, decompositions, METRIC, 1)
         self.judges = {name: self._judge(path, args.judge_samples) for name, path in texts.items()}
         self.numbers = sum(shape.dense for shape in self.run.shapes.values())
+
+    @functools.cached_property
+    def offers(self) -> dict[str, Offer]:
+        """Every matrix at every number of bits, which takes minutes."""
+        return few_bits.offers_of(self.run, self.statistics, self.student.decompositions, METRIC, 1)
 
     def _judge(self, path: str, samples: int) -> list[Batch]:
         text = read_judging_text(path)
@@ -168,7 +173,7 @@ def plans(
     contest: Contest, sizes: list[float], widths: list[int], peers: list[str], mixed: Mixed
 ) -> list[tuple[str, float, Callable[[], Allocation]]]:
     """Each way at each size, and what makes the plan."""
-    dense = {name: offer.of_bits() for name, offer in contest.offers.items()}
+    dense = {name: offer.of_bits() for name, offer in contest.offers.items()} if sizes else {}
     found: list[tuple[str, float, Callable[[], Allocation]]] = []
     for way in ("alike", "gptq", "nearest", *peers):
         few = [bits for bits in widths if bits < BYTE or way == "alike"]  # all round 8 bits to nearest
