@@ -109,6 +109,21 @@ def test_timed_shapes() -> None:
     assert slow.largest_rank() == 0
 
 
+def test_few_bits_are_as_fast_as_their_kernels() -> None:
+    shape = TimedShape.of_times(Shape(300, 200), 9_000, (1, 50), (5_000, 8_000), ((4, 2_000), (8, 4_000)))
+    latency = Latency({"one": shape, "other": shape}, 28_000)
+
+    def speedup(ranks: tuple[int | None, int | None], **bits: int) -> float:
+        return latency.speedup(dict(zip(("one", "other"), ranks, strict=True)), latency.shapes, bits)
+
+    assert speedup((None, None), one=8) == 28 / 23
+    assert speedup((None, None), one=8, other=4) == 28 / 16
+    assert speedup((None, None), one=3) == 1  # no kernel: the dense weight is multiplied
+    assert speedup((1, None), one=8) == 28 / 24
+    half = latency.speedup(dict.fromkeys(latency.shapes), {"one": Shape(150, 200), "other": Shape(300, 200)}, {"one": 4})
+    assert half == 28_000 / (28_000 - 8_000)
+
+
 @pytest.mark.parametrize("allocation", ["mask-fisher", "llrc", "uniform"])
 def test_the_target_holds_in_the_table(allocation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "time_layers", lambda model, shapes: table(shapes, rest=20_000))
@@ -127,6 +142,11 @@ def test_measuring_times_every_matrix() -> None:
         assert (shape.out_features, shape.in_features) == (run.shapes[name].out_features, run.shapes[name].in_features)
         assert list(shape.times) == sorted(shape.times)
         assert min(shape.dense, *shape.times) > 0
+        assert not shape.in_bits  # in float32 there is no kernel
     assert found.speedup(dict.fromkeys(found.shapes), run.shapes) == 1
+    bfloat16 = build("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=1).bfloat16()
+    run = starting.start(bfloat16, WINDOWS, None, Recipe.of(rate=0.2, device="cpu"), [], RunFolder())
+    timed = time_layers(run.model, run.shapes, repeats=1).shapes.values()
+    assert all([bits for bits, _ in shape.in_bits] == [4, 8] and min(time for _, time in shape.in_bits) > 0 for shape in timed)
     with pytest.raises(RankwiseError, match="no causal"):
         time_layers(build("t5"), {})

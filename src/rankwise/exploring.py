@@ -100,7 +100,7 @@ def explore(
     Returns what explored.json holds. points: one mapping each of `series`, `label`, the `curves` that it is
     on (bits alone are a choice of bits or ranks too), `bytes` of the weights, `share` of the original's, the
     fields of `Comparison` on the first text (`kl` in nats per token), `texts` with those on each, `speedup`
-    of decoding as this machine's table predicts (None in few bits, which are unpacked first), `command` that
+    of decoding after `optimize` as this machine's table predicts (in bits without a kernel that of dense weights), `command` that
     makes it (None where none does), and of low rank `neurons`: the last matrix of each MLP with fewer hidden neurons -> how many
     of how many, and `next_per_cent`: matrix -> nats per token that the next
     per cent of its parameters costs. answers: see `rankwise.evaluation.frontier.answers`.
@@ -246,7 +246,7 @@ def _point(
         **first,
         "texts": texts,
         "low_rank": sum(rank is not None for rank in chosen.ranks.values()),
-        "speedup": ground.latency.speedup(chosen.ranks, run.shapes) if ground.latency and not chosen.bits else None,
+        "speedup": ground.latency.speedup(chosen.ranks, run.shapes, chosen.bits) if ground.latency else None,
         "command": recipe and command_of(run.base, recipe.model_dump(), name),
     }
 

@@ -15,6 +15,7 @@ from rankwise.layers.quantised import WIDTHS
 from rankwise.layers.tables import table_bytes, tables_of
 from rankwise.narrowing import narrowest
 from rankwise.recipe import MIXED, Recipe
+from rankwise.run_folder import digest
 from rankwise.runtime.latency import Latency, TimedShape, time_layers
 from rankwise.starting import Run, budget_of, kept_ranks
 
@@ -161,11 +162,13 @@ def latency_of(run: Run) -> Latency:
     def compute() -> dict[str, torch.Tensor]:
         found = time_layers(run.model, run.shapes)
         numbers = {n: torch.tensor([[0, *s.ranks], [s.dense_time, *s.times]]) for n, s in found.shapes.items()}
-        return numbers | {"": torch.tensor(found.step)}
+        few = {f"{n} in bits": torch.tensor(s.in_bits, dtype=torch.int64) for n, s in found.shapes.items()}
+        return numbers | few | {"": torch.tensor(found.step)}
 
-    saved = run.folder.together("latency", run.identity, compute)
+    saved = run.folder.together("latency", digest(run.identity, "and in bits"), compute)
     shapes = {}
     for name, shape in run.shapes.items():
-        ranks, times = saved[name].tolist()
-        shapes[name] = TimedShape.of_times(shape, times[0], tuple(ranks[1:]), tuple(times[1:]))
+        (_, *ranks), (dense, *times) = saved[name].tolist()
+        in_bits = tuple((bits, time) for bits, time in saved[f"{name} in bits"].tolist())
+        shapes[name] = TimedShape.of_times(shape, dense, tuple(ranks), tuple(times), in_bits)
     return Latency(shapes, int(saved[""]))

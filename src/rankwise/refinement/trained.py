@@ -184,10 +184,10 @@ def in_training(student: Student, layers: Layers) -> dict[str, Trained]:
     return {name: found for name, layer in layers.items() if (found := made(name, layer)) is not None}
 
 
-def scales_of(trained: Mapping[str, Trained], in_bits: float = 1.0) -> dict[Tensor, float]:
-    """The `steps` of all of them; in_bits: what those of matrices in few bits are multiplied by."""
-    paces = [(in_bits if isinstance(layer, TrainedCodes) else 1.0, layer.steps()) for layer in trained.values()]
-    return {parameter: pace * step for pace, steps in paces for parameter, step in steps}
+def scales_of(trained: Mapping[str, Trained], paces: Mapping[type[Trained], float] | None = None) -> dict[Tensor, float]:
+    """The `steps` of all of them; paces: what those of a class are multiplied by."""
+    steps = [((paces or {}).get(type(layer), 1.0), layer.steps()) for layer in trained.values()]
+    return {parameter: pace * step for pace, own in steps for parameter, step in own}
 
 
 def written(trained: Mapping[str, Trained], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -44,11 +44,16 @@ class KernelLinear(QuantisedLinear):
         made.at = ready.device, layer.dtype
         return made
 
+    @property
+    def as_dense(self) -> bool:
+        """Whether torch has no kernel for it here, so that its dense weight is multiplied."""
+        return self.ready.is_floating_point()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]. Raises `RankwiseError` where the layer was moved or cast since."""
         if (self.ready.device, self.dtype) != self.at:
             raise RankwiseError("an optimized model was moved or cast: load it where and as it is to run, then optimize it")
-        if self.ready.is_floating_point():
+        if self.as_dense:
             return F.linear(x, self.ready, self.bias)
         rows = x.reshape(-1, self.in_features)
         if self.bits == BYTE:

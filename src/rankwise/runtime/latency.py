@@ -1,4 +1,4 @@
-"""A measured table of this machine: how long one token takes through each matrix, dense and at a few ranks.
+"""A measured table of this machine: how long one token takes through each matrix, dense, at a few ranks and in few bits.
 
 A matrix of this table is a `Shape` whose cost is nanoseconds where that of others is parameters: whatever spends a budget of
 parameters spends one of time as well.
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from rankwise.errors import RankwiseError
 from rankwise.layers.linear import weight_of
 from rankwise.layers.matrices import Shape
+from rankwise.layers.quantised import BYTE, WIDTHS, QuantisedLinear
 from rankwise.progress import progress
 from rankwise.runtime.bench import decode, prefill
+from rankwise.runtime.kernels import KernelLinear
 from rankwise.runtime.optimize import arrange
 from rankwise.runtime.timing import alternating
 
@@ -34,17 +36,27 @@ PROMPT = 16
 class TimedShape(Shape):
     """A matrix whose cost is the nanoseconds of one token: `dense_time`, or `times` at the rising `ranks`, linear between.
 
-    added: nanoseconds of a low-rank layer beside those of its rank.
+    added: nanoseconds of a low-rank layer beside those of its rank. in_bits: those of the matrix in so many bits, where
+    `optimize` has a kernel multiply it.
     """
 
     dense_time: int
     ranks: tuple[int, ...]
     times: tuple[int, ...]
+    in_bits: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of_times(cls, shape: Shape, dense_time: int, ranks: tuple[int, ...], times: tuple[int, ...]) -> TimedShape:
+    def of_times(
+        cls,
+        shape: Shape,
+        dense_time: int,
+        ranks: tuple[int, ...],
+        times: tuple[int, ...],
+        in_bits: tuple[tuple[int, int], ...] = (),
+    ) -> TimedShape:
         """The matrix of that shape."""
-        made = cls(shape.out_features, shape.in_features, 0, shape.form, dense_time=dense_time, ranks=ranks, times=times)
+        timed: dict[str, Any] = {"dense_time": dense_time, "ranks": ranks, "times": times, "in_bits": in_bits}
+        made = cls(shape.out_features, shape.in_features, 0, shape.form, **timed)
         return replace(made, added=max(0, times[0] - ranks[0] * made.per_rank))
 
     def narrower(self, out_features: int, in_features: int) -> TimedShape:
@@ -57,7 +69,8 @@ class TimedShape(Shape):
             return round(time * small.parameters(rank) / whole.parameters(rank))
 
         times = itertools.accumulate(map(of, self.times, self.ranks), max)
-        return TimedShape.of_times(small, of(self.dense_time, None), self.ranks, tuple(times))
+        in_bits = tuple((bits, of(time, None)) for bits, time in self.in_bits)
+        return TimedShape.of_times(small, of(self.dense_time, None), self.ranks, tuple(times), in_bits)
 
     @property
     def dense(self) -> int:
@@ -89,6 +102,10 @@ class TimedShape(Shape):
         """Nanoseconds at `rank`; None is dense."""
         return self.dense_time if rank is None else round(float(np.interp(rank, self.ranks, self.times)))
 
+    def time(self, rank: int | None, bits: int | None) -> int:
+        """Nanoseconds at `rank` in so many bits, None for the model's own; low rank as fast as in those."""
+        return dict(self.in_bits).get(bits or 0, self.dense_time) if rank is None else self.parameters(rank)
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -101,9 +118,12 @@ class Latency:
         """The matrices as they were timed, those that are narrower now in proportion."""
         return {name: self.shapes[name].narrower(shape.out_features, shape.in_features) for name, shape in shapes.items()}
 
-    def speedup(self, ranks: Mapping[str, int | None], shapes: Mapping[str, Shape]) -> float:
-        """The predicted speed-up of decoding one token, with these ranks and shapes (all others stay as they are)."""
-        saved = sum(self.shapes[name].dense - cost.parameters(ranks[name]) for name, cost in self.costs(shapes).items())
+    def speedup(
+        self, ranks: Mapping[str, int | None], shapes: Mapping[str, Shape], bits: Mapping[str, int] | None = None
+    ) -> float:
+        """The predicted speed-up of decoding one token with these ranks, shapes and bits, all else as it is, after `optimize`."""
+        took = {name: cost.time(ranks[name], (bits or {}).get(name)) for name, cost in self.costs(shapes).items()}
+        saved = sum(self.shapes[name].dense - time for name, time in took.items())
         return self.step / (self.step - saved)
 
 
@@ -156,8 +176,10 @@ def time_layers(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS)
     return Latency(timed, max(step, sum(shape.dense for shape in timed.values())))
 
 
-def _times(weights: Weights, shape: Shape, like: Tensor, repeats: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Nanoseconds dense; ranks; nanoseconds at these. Each call is of another copy."""
+def _times(
+    weights: Weights, shape: Shape, like: Tensor, repeats: int
+) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Nanoseconds dense; ranks; nanoseconds at these; bits with nanoseconds. Each call is of another copy."""
     ranks = sorted({max(1, int(r)) for r in np.linspace(0, shape.largest_rank(), POINTS)})
     x = torch.randn(1, 1, shape.in_features).to(like)
     tasks = []
@@ -165,8 +187,19 @@ def _times(weights: Weights, shape: Shape, like: Tensor, repeats: int) -> tuple[
         copies = max(2, len(weights.buffer) // shape.parameters(rank))
         pool = itertools.cycle([weights.layer(shape, rank) for _ in range(min(copies, repeats))])
         tasks.append(functools.partial(_next, pool, x))
+    widths = [bits for bits in WIDTHS if not _in_bits(shape, bits, like).as_dense]
+    for bits in widths:
+        copies = max(2, weights.buffer.nbytes * BYTE // (shape.parameters(None) * bits))
+        pool = itertools.cycle([_in_bits(shape, bits, like) for _ in range(min(copies, repeats))])
+        tasks.append(functools.partial(_next, pool, x))
     dense, *low = map(_nanoseconds, alternating(tasks, repeats))
-    return dense, tuple(ranks), tuple(np.maximum.accumulate(low).tolist())
+    low, few = low[: len(ranks)], low[len(ranks) :]
+    return dense, tuple(ranks), tuple(np.maximum.accumulate(low).tolist()), tuple(zip(widths, few, strict=True))
+
+
+def _in_bits(shape: Shape, bits: int, like: Tensor) -> KernelLinear:
+    layer = QuantisedLinear(shape.in_features, shape.out_features, bits, device=like.device, dtype=like.dtype)
+    return KernelLinear.of_layer(layer)
 
 
 @torch.inference_mode()
