@@ -85,6 +85,20 @@ def test_the_same_bits_everywhere_are_estimated_without_what_is_left_out(
     assert "allocation" in said[1]  # GPTQ
 
 
+def test_paths_are_estimated_to_take_longer_than_whole_numbers(
+    rankwise: Callable[..., object], llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr("rankwise.estimate.SOLVED", 1e4)
+    seconds = []
+    for bits in (4, 3):
+        asked = ["--bits", bits, "--calibration", story, "--samples", 12, "--length", 32, "-o", tmp_path / str(bits)]
+        line = next(line for line in rankwise("compress", llama, *asked).err.splitlines() if line.startswith("about "))  # type: ignore[attr-defined]
+        parts = line.removeprefix("about ").split(" to go")[0].split(":")
+        seconds.append(sum(60**i * int(part) for i, part in enumerate(reversed(parts))))
+    assert seconds[1] > 2 * seconds[0] > 0
+
+
 @pytest.mark.page
 def test_a_quick_run_leaves_out_what_each_matrix_costs_alone(llama: Path, story: Path, tmp_path: Path) -> None:
     options = {"calibration": story, "samples": 12, "length": 32, "allocation": "uniform", "output": tmp_path / "out"}

@@ -146,7 +146,8 @@ def choose(asked: Asked, folder: RunFolder, closer: bool = False, loadable: bool
         target = Target.of(run, recipe)
         clock.lap("loading")
         with widened(run.model):
-            alone, widths = len(run.shapes) * closer, recipe.in_bits * (len(WIDTHS) if recipe.width is None else 1)
+            alone, told = len(run.shapes) * closer, {*recipe.widths.values()} if recipe.width is None else {recipe.width}
+            widths = WIDTHS if recipe.bits == MIXED else told
             choosing = None if recipe.width else allocator
             clock.estimate = Estimate.of(run, metric, choosing, alone, asked.refinements, widths, recipe.narrows)
             say(str(clock.estimate))

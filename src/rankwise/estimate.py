@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from rankwise.calibration.signal import divergence, frozen, signal_of
 from rankwise.calibration.tokens import tokens_in
 from rankwise.decomposition.metric import metric_named
 from rankwise.evaluation.costs import tokens_of_each
+from rankwise.layers.trellis import TABLES
 from rankwise.memory import give_back
 from rankwise.progress import say
 from rankwise.refinement.refinement import Refinement
@@ -29,6 +30,7 @@ PROBE = 256  # tokens that the speed is measured on
 BACK = 1.5  # what a pass back costs, of a pass forward
 MOMENTS = 1.6  # what adding them up makes of a pass
 SOLVED = 1.5e10  # operations of a decomposition a second
+STATE = 260  # operations for a number and a state of a trellis
 LATER = 0.55  # of a model, that a measurement of one matrix runs
 FOUND = 0.1  # of its time: a stage that took less found its result from an earlier run, and tells nothing of the pace
 
@@ -48,13 +50,13 @@ class Estimate:
         allocator: Any,
         alone: int,
         refinements: Sequence[Refinement],
-        widths: int = 0,
+        widths: Collection[int] = (),
         narrows: bool = False,
     ) -> Estimate:
         """The stages of `compress`, which measures `alone` matrices by themselves in the end; 0 for an allocation that does not
         tell what it `reads`: tokens forward and back.
 
-        allocator: None where nothing is chosen, and no matrix decomposed. widths: of numbers, in which each matrix is rounded
+        allocator: None where nothing is chosen, and no matrix decomposed. widths: the bits in which each matrix is rounded
         before it; narrows: whether MLPs may lose neurons before it.
         """
         needs, data = metric_named(metric).NEEDS, run.data
@@ -119,10 +121,11 @@ def _ordering(run: Run) -> float:
     return sum(4 * shape.in_features**3 for shape in run.shapes.values() if shape.in_features > shape.out_features)
 
 
-def _rounding(run: Run, widths: int) -> float:
-    """Operations of GPTQ in so many widths, the errors of the roundings and the factors of both moments with it."""
+def _rounding(run: Run, widths: Collection[int]) -> float:
+    """Operations of rounding in these bits, the errors of the roundings and the factors of both moments with it."""
     sides = [(shape.out_features, shape.in_features) for shape in run.shapes.values()]
-    return sum(widths * m * n * (3 * m + 5 * n) + 3 * (m**3 + n**3) for m, n in sides if widths)
+    paths = sum(STATE * len(TABLES[bits]) for bits in widths if bits in TABLES)
+    return sum(m * n * (len(widths) * (3 * m + 5 * n) + paths) + 3 * (m**3 + n**3) for m, n in sides if widths)
 
 
 def _seconds_of_a_token(run: Run) -> float:

@@ -319,7 +319,7 @@ class _Reading:
 
 
 def _estimate(run: Run, reading: _Reading) -> Estimate:
-    expected = Estimate.of(run, METRIC, reading, 0, [], len(WIDTHS) * bool(reading.sizes), reading.rates > 0).expected
+    expected = Estimate.of(run, METRIC, reading, 0, [], WIDTHS if reading.sizes else (), reading.rates > 0).expected
     before = {name: expected[name] for name in ("calibration", "decomposition")}
     narrowing = expected.get("narrowing", 0.0) + reading.rates * expected["decomposition"]  # of what is narrower at each rate
     return Estimate(before | {"points": narrowing + expected["allocation"]}, {})
