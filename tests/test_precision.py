@@ -47,6 +47,7 @@ def test_what_a_model_computes_in() -> None:
     assert precision.computes_in(torch.float64, CPU)
     assert not precision.computes_in(torch.bfloat16, CPU)
     assert precision.computes_in(torch.bfloat16, torch.device("cuda"))
+    assert not precision.computes_in(torch.float16, torch.device("cuda"))
 
 
 @pytest.mark.page
