@@ -132,7 +132,7 @@ class Recipe(BaseModel):
                 raise RankwiseError(f"unknown option {name!r}; there are {', '.join(cls.model_fields)}") from None
             meaning = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
             raise RankwiseError(f"{name}={first['input']!r}{meaning}: {first['msg'].lower()}") from None
-        if recipe.bits != "stored" or recipe.allocation == MIXED:
+        if recipe.bits != "stored" or (recipe.allocation == MIXED and recipe.ranks is None):
             recipe._refuse_beside_bits()
         if recipe.in_bits:
             recipe._refuse_beside_whole_numbers()
