@@ -88,6 +88,12 @@ def spelled(method: str) -> tuple[str, str, dict[str, Any]]:
     return PAPERS.get(name.lower(), name), preset or "default", pairs(options)
 
 
+def spelling(name: str, preset: str = "default", options: Mapping[str, Any] | None = None) -> str:
+    """The text from which `spelled` reads these again; a list or None has no spelling that an option takes."""
+    full_name = name if preset == "default" else f"{name}:{preset}"
+    return " ".join([full_name, *(f"{key}={value}" for key, value in (options or {}).items())])
+
+
 def known_as(allocator: Allocator) -> tuple[str, str, dict[str, Any]]:
     """The name, the preset and the options that make this allocator again; of a class that is not in `ALLOCATORS`, its name."""
     for name, presets in (ALLOCATORS | OF_BYTES).items():
