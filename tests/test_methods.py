@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import rankwise as package
 from rankwise.allocation.allocator import ALLOCATORS, PAPERS, allocator_named, known_as, spelled, spelling
+from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc_paper import LLRCPaper
 from rankwise.contest import all_allocations
 from rankwise.recipe import Recipe
@@ -57,7 +58,9 @@ def test_a_preset_and_options_are_spelled_with_the_name(llama: Path, story: Path
     given = package.compress(
         llama, 0.3, calibration=str(story), allocation="kl-knapsack points=2 trials=4", options={"trials": 1}, **TEXT
     )
-    assert given.recipe.options == {"points": "2", "trials": 1}
+    assert given.recipe.options == {"points": 2, "trials": 1}
+    typed = package.compress(llama, 0.3, calibration=str(story), allocation=KLKnapsack(2, 1), **TEXT)
+    assert given.recipe == typed.recipe
     paper = package.compress(llama, 0.3, calibration=str(story), allocation="llrc:paper max_steps=1", **TEXT).recipe
     assert (paper.allocation, paper.preset, paper.decomposition) == ("llrc", "paper", LLRCPaper.decomposition)
 
