@@ -111,7 +111,10 @@ def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Alloc
     Raises `RankwiseError` for a name, a preset or an option that there is not, and for a value of the wrong type.
     """
     if name not in ALLOCATORS | OF_BYTES:
-        raise RankwiseError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}; papers' names: {', '.join(PAPERS)}")
+        raise RankwiseError(
+            f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}; "
+            f"papers' names: {', '.join(PAPERS)}; if it is a class of your own, give its object beside the recipe"
+        )
     presets = (ALLOCATORS | OF_BYTES)[name]
     if preset not in presets:
         raise RankwiseError(f"allocation {name!r} has no preset {preset!r}; it has {', '.join(presets)}")
