@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
 
 from rankwise.errors import RankwiseError, reason
-from rankwise.evaluation.memory import peak_memory
 from rankwise.integration.checkpoint import load_config, load_model, quantization_of, refuse_compressed, skeleton
 from rankwise.layers.linear import holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import unstack_experts
 from rankwise.layers.quantised import QuantisedLinear
+from rankwise.memory import peak_memory
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
 
