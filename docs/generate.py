@@ -17,7 +17,7 @@ import mkdocs_gen_files
 import typer
 from typer.cli import get_docs_for_click
 
-from rankwise.allocation.allocator import ALLOCATORS
+from rankwise.allocation.allocator import ALLOCATORS, spelling
 from rankwise.cli import application
 from rankwise.decomposition.metric import METRICS
 from rankwise.refinement.refinement import REFINEMENTS
@@ -74,14 +74,13 @@ def options(cls: Any) -> str:
 
 def allocation_page(name: str, preset: str, cls: Any) -> tuple[str, str]:
     """The page's title and text."""
-    title = name if preset == "default" else f"{name}:{preset}"
+    title = spelling(name, preset)
     module = sys.modules[cls.__module__]
-    use = f"--allocation {name}" + ("" if preset == "default" else f" --preset {preset}")
     parts = [
         f"# {title}",
         f"**When.** {WHEN['allocation'][title]}",
-        f"**Use.** `rankwise compress MODEL {use}`; on [`{cls.decomposition}`](../decomposition/{cls.decomposition}.md) where no "
-        "other decomposition is named.",
+        f"**Use.** `rankwise compress MODEL --allocation {title}`; on "
+        f"[`{cls.decomposition}`](../decomposition/{cls.decomposition}.md) where no other decomposition is named.",
         "## What it does",
         markdown(module.__doc__ or ""),
         *([markdown(importlib.import_module(SECOND_FILES[title]).__doc__ or "")] if title in SECOND_FILES else []),

@@ -424,7 +424,7 @@ def test_flips_preserve_the_budget(levels: int) -> None:
     sizes = start = {n: ATTENTION[n].parameters(r) for n, r in Uniform().allocate(problem).ranks.items()}
     seen = set()
     for _ in range(300):
-        sizes = search._child(sizes, problem, random)
+        sizes = search.flipped(sizes, problem, random)
         assert sum(sizes.values()) == sum(start.values())
         assert all(ATTENTION[n].parameters(4) <= size <= ATTENTION[n].dense for n, size in sizes.items())
         answer = plan_of(sizes, problem)
@@ -436,7 +436,7 @@ def test_flips_preserve_the_budget(levels: int) -> None:
 
 def test_flips_of_one_matrix_are_none() -> None:
     problem = problem_of(0.6, shapes={"a": SHAPES["a"]})
-    assert Evolutionary()._child({"a": 40}, problem, Random(0)) == {"a": 40}
+    assert Evolutionary().flipped({"a": 40}, problem, Random(0)) == {"a": 40}
 
 
 def test_evolution_lowers_the_divergence() -> None:

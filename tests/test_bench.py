@@ -14,7 +14,7 @@ from architectures import build
 from transformers import AutoModelForCausalLM
 
 from rankwise import RankwiseError
-from rankwise.runtime.bench import Compiled, Load, _peaks, ideal_speedup, prefill, step
+from rankwise.runtime.bench import Compiled, Load, ideal_speedup, peaks_alone, prefill, step
 from rankwise.runtime.timing import alternating, ratio
 
 FAST = ["--prompt", 8, "--new-tokens", 2, "--repeats", 1]
@@ -67,7 +67,8 @@ def test_a_model_without_such_a_cache_is_refused() -> None:
 
 def test_peaks_are_those_of_a_process_of_its_own(small_llama: Path) -> None:
     held = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(small_llama).parameters())
-    small, large = (peak["host"] for peak in _peaks(small_llama, [Load(1, 8, 2), Load(2, 8, 2)], 1, "auto", "cpu"))
+    loads = [Load(1, 8, 2), Load(2, 8, 2)]
+    small, large = (peak["host"] for peak in peaks_alone(small_llama, loads, 1, "auto", "cpu"))
     assert held < small <= large
 
 

@@ -107,7 +107,7 @@ def test_texts_are_judged_on(llama: Path, story: Path, explored: Path, tmp_path:
         assert point["kl"] == point["texts"][str(other)]["kl"]
     assert found["points"][1]["kl"] != found["points"][1]["texts"][str(story)]["kl"]
     (low_rank,) = (point for point in found["points"] if point["series"] == "low rank")
-    assert "--preset quick" in low_rank["command"]
+    assert "--allocation llrc:quick" in low_rank["command"]
 
 
 @pytest.mark.parametrize(

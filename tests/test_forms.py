@@ -36,9 +36,11 @@ from rankwise.testing.forms import (
     FORM_LAWS,
     FormCase,
     casts_like_any_layer,
+    computes_what_the_masked_factors_do,
     empty_layer_takes_its_state,
     numbers_are_those_it_holds,
     product_is_that_of_the_factors,
+    whole_is_the_dense_layer,
 )
 
 WINDOWS = torch.randint(3, 90, (12, 32), generator=torch.Generator().manual_seed(1))
@@ -80,6 +82,24 @@ class Stubborn(RowPivotedLinear):
         return super().forward(x).double()
 
 
+class Thrifty(PairLinear):
+    """It leaves out components that look small."""
+
+    @classmethod
+    def from_factors(cls, second: Tensor, first: Tensor, bias: Tensor | None = None) -> Any:
+        sizes = first.norm(dim=1, keepdim=True)
+        return super().from_factors(second, first * (sizes > 0.3 * sizes.max()), bias)
+
+
+class Modest(RowPivotedLinear):
+    """It has no room for the last component."""
+
+    @classmethod
+    def from_factors(cls, second: Tensor, first: Tensor, bias: Tensor | None = None) -> Any:
+        room = min(len(second), first.shape[1]) - 1
+        return super().from_factors(second[:, :room], first[:room], bias)
+
+
 @pytest.mark.parametrize(
     ("form", "law"),
     [
@@ -87,6 +107,8 @@ class Stubborn(RowPivotedLinear):
         (Flattering, numbers_are_those_it_holds),
         (Forgetful, empty_layer_takes_its_state),
         (Stubborn, casts_like_any_layer),
+        (Thrifty, computes_what_the_masked_factors_do),
+        (Modest, whole_is_the_dense_layer),
     ],
 )
 def test_a_law_can_be_broken(form: type[LowRankLinear], law: Callable[..., None]) -> None:

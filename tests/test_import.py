@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REGISTERED = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'rankwise' in known"
 HEAVY = "import sys; assert not {'torch', 'transformers', 'numpy', 'scipy', 'datasets'} & set(sys.modules)"
+
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "rankwise"
+ORDER = [  # of the packages: the way of the data
+    "layers",
+    "bundled",
+    "calibration",
+    "decomposition",
+    "masks",
+    "allocation",
+    "integration",
+    "refinement",
+    "runtime",
+    "evaluation",
+    "streaming",
+    "reporting",
+    "testing",
+]
+
+
+def imported(file: Path) -> Iterator[str]:
+    """What of rankwise a file imports at module level, by first names; what is there for types alone is not among it."""
+    for statement in ast.parse(file.read_text()).body:
+        if isinstance(statement, ast.ImportFrom):
+            names = [f"{statement.module}.{alias.name}" for alias in statement.names]
+        else:
+            names = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
+        yield from (name.split(".")[1] for name in names if name.startswith("rankwise."))
+
+
+def test_a_package_imports_only_from_those_before_it() -> None:
+    """No way leads back, not by a module outside of packages either."""
+    packages = {file.parent.name for file in SOURCE.glob("*/__init__.py")}
+    assert sorted(ORDER) == sorted(packages)
+    later: dict[str, set[str]] = {}
+    for number, package in enumerate(ORDER):
+        files, seen = [*(SOURCE / package).rglob("*.py")], set[str]()
+        while files:
+            new = {*imported(files.pop())} - seen
+            files += [SOURCE / f"{name}.py" for name in new - packages if (SOURCE / f"{name}.py").exists()]
+            seen |= new
+        if back := seen & set(ORDER[number + 1 :]):
+            later[package] = back
+    assert later == {}
 
 
 @pytest.mark.parametrize(

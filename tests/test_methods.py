@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rankwise as package
-from rankwise.allocation.allocator import ALLOCATORS, PAPERS, allocator_named, known_as, spelled
+from rankwise.allocation.allocator import ALLOCATORS, PAPERS, allocator_named, known_as, spelled, spelling
+from rankwise.allocation.kl_knapsack import KLKnapsack
 from rankwise.allocation.llrc_paper import LLRCPaper
 from rankwise.contest import all_allocations
+from rankwise.recipe import Recipe
+from rankwise.reporting.command import command_of
 
 Run = Callable[..., Any]
 TEXT: dict[str, Any] = {"samples": 8, "length": 16}
@@ -23,6 +28,23 @@ def test_what_makes_an_allocator_is_what_it_is_known_as(name: str, presets: dict
     for preset, cls in presets.items():
         assert allocator_named(*spelled(f"{name}:{preset}")) == cls()
         assert known_as(cls()) == (name, preset, {})
+
+
+WORDS = st.text("abcXYZ019-_.", min_size=1)
+OPTIONS = st.dictionaries(WORDS, st.integers() | st.floats() | st.booleans() | WORDS, max_size=3)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([*ALLOCATORS]), WORDS, OPTIONS)
+def test_what_is_spelled_is_read_back(name: str, preset: str, options: dict[str, Any]) -> None:
+    in_words = {key: str(value) for key, value in options.items()}
+    assert spelled(spelling(name, preset, options)) == (name, preset, in_words)
+
+
+def test_a_command_spells_the_method() -> None:
+    recipe = Recipe.of(allocation="kl-knapsack", options={"points": 3}, effort="quick").model_dump()
+    assert "--allocation 'kl-knapsack points=3' --output" in (command_of("model", recipe, "out") or "")
+    assert command_of("model", recipe | {"options": {"tokens": None}}, "out") is None
 
 
 def test_the_papers_names_are_other_names(llama: Path, story: Path) -> None:
@@ -36,7 +58,9 @@ def test_a_preset_and_options_are_spelled_with_the_name(llama: Path, story: Path
     given = package.compress(
         llama, 0.3, calibration=str(story), allocation="kl-knapsack points=2 trials=4", options={"trials": 1}, **TEXT
     )
-    assert given.recipe.options == {"points": "2", "trials": 1}
+    assert given.recipe.options == {"points": 2, "trials": 1}
+    typed = package.compress(llama, 0.3, calibration=str(story), allocation=KLKnapsack(2, 1), **TEXT)
+    assert given.recipe == typed.recipe
     paper = package.compress(llama, 0.3, calibration=str(story), allocation="llrc:paper max_steps=1", **TEXT).recipe
     assert (paper.allocation, paper.preset, paper.decomposition) == ("llrc", "paper", LLRCPaper.decomposition)
 

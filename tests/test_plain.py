@@ -53,13 +53,13 @@ def test_shown(value: float | None, text: str) -> None:
 @pytest.fixture
 def hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every compressed model is infinitely wrong, and its KL no number."""
-    summary = compare._summary
+    summary = compare.summary_of
 
     def spoiled(rows: torch.Tensor, *given: Any) -> compare.Comparison:
         rows[:, 1], rows[:, 4] = math.nan, 1e6
         return summary(rows, *given)
 
-    monkeypatch.setattr(compare, "_summary", spoiled)
+    monkeypatch.setattr(compare, "summary_of", spoiled)
 
 
 @pytest.mark.page

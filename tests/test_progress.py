@@ -98,7 +98,7 @@ from rankwise.cli import main
 for code, *line in json.loads(sys.argv[1]):
     if line[0] == "bench":
         from rankwise.runtime import bench
-        bench._peaks = lambda path, loads, *_: [{"host": 10**9}] * len(loads)  # of more processes
+        bench.peaks_alone = lambda path, loads, *_: [{"host": 10**9}] * len(loads)  # of more processes
     sys.argv = ["rankwise", *line]
     try:
         main()

@@ -55,6 +55,19 @@ def test_an_allocator_that_was_given_as_an_object_is_in_the_recipe(llama: Path, 
     assert (given.recipe.allocation, given.recipe.options) == ("kl-knapsack", {"points": 2, "trials": 1})
 
 
+class Mine(KLKnapsack):
+    """An allocator of the user's own, which no name finds."""
+
+
+def test_of_an_allocator_of_ones_own_the_object_is_given_beside_the_recipe(llama: Path, story: Path) -> None:
+    own = Mine(points=2, trials=1)
+    given = package.compress(llama, 0.3, calibration=str(story), allocation=own, **ASKED)
+    with pytest.raises(package.RankwiseError, match=r"unknown allocation 'Mine'.*give its object beside the recipe"):
+        package.compress(llama, recipe=given.recipe)
+    again = package.compress(llama, recipe=given.recipe, allocation=own)
+    assert (again.ranks, again.recipe) == (given.ranks, given.recipe)
+
+
 def test_a_recipe_by_hand_says_what_it_likes(llama: Path, story: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"rate": 0.4, "calibration": str(story), "allocation": "uniform", "samples": 8, "length": 16}))

@@ -312,7 +312,7 @@ import torch
 from pathlib import Path
 from rankwise.calibration.moments import Moments
 from rankwise.decomposition.metric import decompose_in, metric_named
-from rankwise.evaluation.memory import peak_memory
+from rankwise.memory import peak_memory
 from rankwise.layers.matrices import Shape
 from rankwise.footprint import workspace
 torch.linalg.eigh(torch.eye(300).double())  # the library is loaded

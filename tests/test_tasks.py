@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise import compress
-from rankwise.evaluation import tasks as evaluation_tasks
 from rankwise.evaluation.intervals import mcnemar, of_paired_difference, of_proportion
 
 Run = Callable[..., Any]
@@ -169,6 +168,8 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 def test_what_was_answered_is_not_asked_again(
     rankwise: Run, here: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import lm_eval
+
     task = ["--tasks", here / "tasks" / "piqa.yaml", "--limit", 4]
     first = evaluated(rankwise, here, shared, *task)
 
@@ -176,11 +177,10 @@ def test_what_was_answered_is_not_asked_again(
         pytest.fail("asked a second time")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rankwise.evaluation.tasks._ask", again)
+        patch.setattr("lm_eval.evaluate", again)
         assert evaluated(rankwise, here, shared, *task) == first
-    asked = []
-    ask = evaluation_tasks._ask
-    monkeypatch.setattr("rankwise.evaluation.tasks._ask", lambda *a: asked.append(a) or ask(*a))
+    asked, ask = [], lm_eval.evaluate
+    monkeypatch.setattr("lm_eval.evaluate", lambda *a, **options: asked.append(a) or ask(*a, **options))
     for number, change in enumerate((("Question", "Query"), ('"gold": 0', '"gold": 1'))):  # other items; other right answers
         folder = tmp_path / str(number)
         shutil.copytree(here / "tasks", folder)

@@ -137,6 +137,8 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
     recipe = Recipe.of(**{"calibration": source, "allocation": name} | options)
     if isinstance(allocation, str):
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
+        typed = {name: getattr(allocation, name) for name in recipe.options}  # words became numbers
+        recipe = recipe.model_copy(update={"options": typed})
     metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
     if recipe.in_bits and "input" not in metric_named(metric).NEEDS:
         raise RankwiseError(f"bits round in the second moment of the inputs, which {metric} has not: leave out decomposition")

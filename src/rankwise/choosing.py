@@ -21,7 +21,6 @@ from rankwise.decomposition.metric import metric_named
 from rankwise.errors import InMemoryOnlyError, RankwiseError
 from rankwise.estimate import Clock, Estimate
 from rankwise.evaluation.compare import Comparison
-from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.size import Size
 from rankwise.footprint import Shortage
 from rankwise.integration.rehearsal import refuse_unloadable
@@ -30,7 +29,7 @@ from rankwise.layers.precision import widened
 from rankwise.layers.quantised import WIDTHS
 from rankwise.masks.layers import folded
 from rankwise.masks.student import Student
-from rankwise.memory import give_back
+from rankwise.memory import give_back, peak_memory
 from rankwise.plans import Plan
 from rankwise.progress import say
 from rankwise.recipe import ALL, MIXED, Recipe

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from rankwise import bundled, distributed, narrowing, stages, starting
-from rankwise.allocation.allocator import ALLOCATORS, FORWARD_ONLY, Allocator, allocator_named, spelled
+from rankwise.allocation.allocator import (
+    ALLOCATORS,
+    FORWARD_ONLY,
+    Allocator,
+    allocator_named,
+    spelled,
+    spelling,
+)
 from rankwise.allocation.plan import Budget, parameters
 from rankwise.allocation.problem import Allocation
 from rankwise.calibration.moments import GRADIENTS
@@ -68,7 +75,7 @@ def methods_of(allocations: Sequence[str], decompositions: Sequence[str], neuron
 
 def all_allocations() -> list[str]:
     """The names of all there are, with their presets."""
-    return [name if preset == "default" else f"{name}:{preset}" for name, presets in ALLOCATORS.items() for preset in presets]
+    return [spelling(name, preset) for name, presets in ALLOCATORS.items() for preset in presets]
 
 
 @torch.inference_mode(False)

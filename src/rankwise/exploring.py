@@ -25,7 +25,6 @@ from rankwise.decomposition.metric import metric_named
 from rankwise.errors import RankwiseError
 from rankwise.estimate import Clock, Estimate
 from rankwise.evaluation.frontier import answers
-from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.protocols import own_source, read_judging_text
 from rankwise.evaluation.size import Size
 from rankwise.footprint import shortage
@@ -35,6 +34,7 @@ from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE, WIDTHS
 from rankwise.masks.layers import Masks, is_whole
 from rankwise.masks.student import Student
+from rankwise.memory import peak_memory
 from rankwise.narrowing import narrowed_inside, neurons_left
 from rankwise.options import ExploreOptions
 from rankwise.plain import plain, to_json

@@ -18,7 +18,7 @@ from rankwise.decomposition.rounding import Rounding, low_rank_in_bits, rounding
 from rankwise.decomposition.solver import Decomposition
 from rankwise.integration.artifact import decomposition_key
 from rankwise.layers.linear import bias_of, weight_of
-from rankwise.layers.lowrank import PairLinear
+from rankwise.layers.lowrank import PairLinear, layer_class
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import BYTE, WIDTHS, group_of, pack, unpack
 from rankwise.layers.tables import tables_of
@@ -171,7 +171,8 @@ def written_in_bits(
         if mask is None or is_whole(mask):
             layers[name] = _rounding(run, statistics, metric, name, bits, among).layer(bias_of(linear))
         else:
-            layer = factorised(decompositions[name], mask, bias_of(linear), form).to(weight_of(linear).dtype)
+            cls = layer_class(form, *weight_of(linear).shape)
+            layer = factorised(decompositions[name], mask, bias_of(linear), cls).to(weight_of(linear).dtype)
             layers[name] = low_rank_in_bits(layer, bits)
     return layers
 

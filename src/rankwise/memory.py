@@ -1,4 +1,4 @@
-"""Memory in bytes: as users write it, what this process has, and what it may take."""
+"""Memory in bytes: as users write it, what this process has and had at most, and what it may take."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def gigabytes(count: float) -> str:
 def resident() -> int:
     """Bytes of this process in memory now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process has taken: "host" where the system tells it (Linux), "gpu" where one was used."""
+    peaks = {}
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage, whose maximum a child process inherits from its parent
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in fields:
+            peaks["host"] = int(fields["VmHWM"].split()[0]) * 1024
+    if torch.cuda.is_available():
+        peaks["gpu"] = torch.cuda.max_memory_allocated()
+    return peaks
 
 
 def give_back() -> None:

@@ -19,7 +19,6 @@ from rankwise.calibration.text import refuse_unused
 from rankwise.calibration.tokens import Batch, written
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.evaluate import refuse_unrelated
-from rankwise.evaluation.memory import peak_memory
 from rankwise.evaluation.protocols import JudgingText, own_source, read_judging_text
 from rankwise.evaluation.samples import sample_texts
 from rankwise.footprint import shortage
@@ -31,6 +30,7 @@ from rankwise.layers.matrices import stack_experts, stacked_on_failure, unstack_
 from rankwise.layers.precision import widened
 from rankwise.layers.quantised import QuantisedEmbedding, QuantisedLinear
 from rankwise.masks.student import Student
+from rankwise.memory import peak_memory
 from rankwise.options import RefineOptions
 from rankwise.pipeline import Compressed, folder_of
 from rankwise.recipe import IN_MEMORY, Recipe

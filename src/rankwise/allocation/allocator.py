@@ -88,6 +88,12 @@ def spelled(method: str) -> tuple[str, str, dict[str, Any]]:
     return PAPERS.get(name.lower(), name), preset or "default", pairs(options)
 
 
+def spelling(name: str, preset: str = "default", options: Mapping[str, Any] | None = None) -> str:
+    """The text from which `spelled` reads these again; a list or None has no spelling that an option takes."""
+    full_name = name if preset == "default" else f"{name}:{preset}"
+    return " ".join([full_name, *(f"{key}={value}" for key, value in (options or {}).items())])
+
+
 def known_as(allocator: Allocator) -> tuple[str, str, dict[str, Any]]:
     """The name, the preset and the options that make this allocator again; of a class that is not in `ALLOCATORS`, its name."""
     for name, presets in (ALLOCATORS | OF_BYTES).items():
@@ -105,7 +111,10 @@ def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Alloc
     Raises `RankwiseError` for a name, a preset or an option that there is not, and for a value of the wrong type.
     """
     if name not in ALLOCATORS | OF_BYTES:
-        raise RankwiseError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}; papers' names: {', '.join(PAPERS)}")
+        raise RankwiseError(
+            f"unknown allocation {name!r}; there are {', '.join(ALLOCATORS)}; "
+            f"papers' names: {', '.join(PAPERS)}; if it is a class of your own, give its object beside the recipe"
+        )
     presets = (ALLOCATORS | OF_BYTES)[name]
     if preset not in presets:
         raise RankwiseError(f"allocation {name!r} has no preset {preset!r}; it has {', '.join(presets)}")

@@ -50,7 +50,7 @@ class Evolutionary:
         history = []
         bar = progress(range(1, self.generations + 1), "evolving")
         for generation in bar:
-            children = [self._child(parent, problem, random) for _ in range(self.offspring)]
+            children = [self.flipped(parent, problem, random) for _ in range(self.offspring)]
             for stage, survivors in enumerate(self.survivors, 1):
                 text = random.sample(pieces, min(self.offspring // len(children) or 1, len(pieces)))
                 children += [parent] * (stage == len(self.survivors))
@@ -63,8 +63,8 @@ class Evolutionary:
         best = plan_of(parent, problem)
         return Allocation(best.ranks, best.masks, history)
 
-    def _child(self, parent: Sizes, problem: Problem, random: Random) -> Sizes:
-        """The parent after its flips."""
+    def flipped(self, parent: Sizes, problem: Problem, random: Random) -> Sizes:
+        """A child: the parent after one to three flips, of as many parameters in all."""
         child, shapes = dict(parent), problem.shapes
         spare = {n: parent[n] - shapes[n].parameters(problem.budget.multiple) for n in parent}
         for _ in range(min(random.randint(1, 3), random.randint(1, 3))):

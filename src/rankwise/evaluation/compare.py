@@ -65,7 +65,7 @@ def compare(
             sums.index_add_(0, window[part], _costs(p, q, at[part], None if labels is None else labels[part]))
         rows.append(sums)
     windows = sum(len(written(batch)) for batch in batches)
-    return _summary(torch.cat(rows), windows, has_head, has_loss)
+    return summary_of(torch.cat(rows), windows, has_head, has_loss)
 
 
 def _tokens_of(batch: Batch, tokens: int, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -95,8 +95,11 @@ def _costs(p: Signal, q: Signal, rows: Tensor, labels: Tensor | None) -> Tensor:
     return torch.stack([column.cpu().double() for column in columns], dim=1)
 
 
-def _summary(rows: Tensor, windows: int, has_head: bool, has_loss: bool) -> Comparison:
-    """rows [windows, 3 or 5] float64: each window's tokens, and sums over them of KL, agreement and both losses."""
+def summary_of(rows: Tensor, windows: int, has_head: bool, has_loss: bool) -> Comparison:
+    """The means, and their intervals, of what windows cost.
+
+    rows [windows, 3 or 5] float64: each window's tokens, and sums over them of KL, agreement and both losses.
+    """
     tokens = rows[:, 0]
     mean = {"kl": _mean(rows[:, 1], tokens)}
     intervals = {"kl": clipped(of_ratio(rows[:, 1], tokens), (0, math.inf))}

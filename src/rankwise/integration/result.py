@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.allocation.allocator import spelling
 from rankwise.allocation.plan import write_ranks
 from rankwise.errors import RankwiseError
 from rankwise.integration.artifact import FILE as ARTIFACT
@@ -177,6 +178,7 @@ def model_card(name: str, cls: str, report: Mapping[str, Any], recipe: Recipe) -
         perplexity = f"| perplexity | {before} | {after} |\n"
     agreement = "" if report["agreement"] is None else f"| same most likely token | | {report['agreement']:.2%} |\n"
     refined = f"refined by {recipe.refine}, " if recipe.refine else ""
+    method = spelling(recipe.allocation, recipe.preset, recipe.options)
     content = f"""---
 {data.to_yaml()}
 ---
@@ -208,8 +210,8 @@ have seen.
 {agreement}
 ## Method
 
-{_asked(recipe)}, scope {recipe.scope}, decomposition {recipe.decomposition}, allocation {recipe.allocation} (preset
-{recipe.preset}), calibration {recipe.calibration}, {refined}seed {recipe.seed}. All options are in `{RECIPE}`, the ranks in
+{_asked(recipe)}, scope {recipe.scope}, decomposition {recipe.decomposition}, allocation {method},
+calibration {recipe.calibration}, {refined}seed {recipe.seed}. All options are in `{RECIPE}`, the ranks in
 `{RANKS}`, everything measured in `{REPORT}`.
 """
     return ModelCard(content, ignore_metadata_errors=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import huggingface_hub
 import torch
@@ -114,8 +114,19 @@ def saving_from(part_of: PartOf, read: Callable[[Any], Tensors]) -> Iterator[Non
     def write(tensors: Tensors, file: str, metadata: Mapping[str, str]) -> None:
         write_safetensors(Path(file), tensors, metadata, value)
 
-    with mock.patch.multiple(transformers.modeling_utils, safe_save_file=write, revert_weight_conversion=converted):
+    with replaced(transformers.modeling_utils, safe_save_file=write, revert_weight_conversion=converted):
         yield
+
+
+@contextmanager
+def replaced(owner: ModuleType, **values: Any) -> Iterator[None]:
+    """While inside, the module `owner` has these in place of its own, each of which must be there."""
+    own = {name: getattr(owner, name) for name in values}
+    try:
+        vars(owner).update(values)
+        yield
+    finally:
+        vars(owner).update(own)
 
 
 def _parts(tensors: Tensors, part_of: PartOf) -> dict[Hashable, dict[str, Tensor]]:

@@ -82,7 +82,8 @@ def folded(linear: nn.Module, decomposition: Decomposition, mask: Tensor, form: 
     """The layer to run in place of `linear`: of the kept components, the mask's values folded into its first factor; or
     dense, with the values folded into its weight. A pair of factors takes nothing to make; any other form is the same product."""
     if not is_whole(mask):
-        return factorised(decomposition, mask, bias_of(linear), form).to(weight_of(linear).dtype)
+        cls = layer_class(form, *weight_of(linear).shape)
+        return factorised(decomposition, mask, bias_of(linear), cls).to(weight_of(linear).dtype)
     return dense_linear(weighted(weight_of(linear), decomposition, mask), bias_of(linear), isinstance(linear, Conv1D))
 
 
@@ -93,10 +94,10 @@ def weighted(weight: Tensor, decomposition: Decomposition, mask: Tensor) -> Tens
     return (weight.float() + change.to(weight.device)).to(weight.dtype)
 
 
-def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None, form: str) -> LowRankLinear:
-    """The layer of the kept components, in one of `FORMS`."""
+def factorised(decomposition: Decomposition, mask: Tensor, bias: Tensor | None, cls: type[LowRankLinear]) -> LowRankLinear:
+    """The layer of the kept components, of this class."""
     kept = mask.nonzero().squeeze(-1).to(decomposition.first.device)
     values = mask.to(decomposition.first)[kept]
-    return layer_class(form, len(decomposition.second), decomposition.first.shape[1]).from_factors(
+    return cls.from_factors(
         decomposition.second[:, kept], values[:, None] * decomposition.first[kept], add(bias, decomposition.dropped(mask))
     )

@@ -22,13 +22,15 @@ from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator
 from rankwise.plain import shown
 from rankwise.reporting.grid import Place
 
-SVG = "http://www.w3.org/2000/svg"
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK, QUIET, LINE = "#010101", "#010102", "#010103"  # stand for the variables of the same name
 SERIES = [f"#0102{i:02x}" for i in range(8)]
 MARKERS = "osD^vPX*"
 SYMBOLS = "●■◆▲▼✚✖★"  # the same, as text for legends
 VARIABLES = {INK: "var(--ink)", QUIET: "var(--quiet)", LINE: "var(--line)"}
 VARIABLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
+DEPTHS = [f"#0103{i:02x}" for i in range(101)]
+VARIABLES |= {colour: f"color-mix(in oklab, var(--late) {i}%, var(--early))" for i, colour in enumerate(DEPTHS)}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -53,7 +55,7 @@ STYLE: dict[Any, Any] = {
 
 def depth(share: float) -> str:
     """A colour for a layer `share` of the way through the model, 0 to 1."""
-    return f"#0103{round(100 * share):02x}"
+    return DEPTHS[round(100 * share)]
 
 
 class Chart:
@@ -100,13 +102,12 @@ def chart(name: str, description: str, width: float = 400, height: float = 270) 
 
 def _inline(svg: bytes, name: str, description: str, titles: Mapping[str, str], points: Mapping[str, int]) -> Markup:
     ElementTree.register_namespace("", SVG)
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    ElementTree.register_namespace("xlink", XLINK)
     root = ElementTree.fromstring(svg)
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "group" if points else "img", "aria-label": description, "class": "chart"}
     for element in root.iter():
         if (point := points.get(element.get("id", ""))) is not None:
             element.attrib |= {"data-point": str(point), "role": "button", "tabindex": "-1"}
@@ -115,10 +116,21 @@ def _inline(svg: bytes, name: str, description: str, titles: Mapping[str, str], 
             title = ElementTree.Element(f"{{{SVG}}}title")
             title.text = text
             element.insert(0, title)
-    text = ElementTree.tostring(root, encoding="unicode")
-    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"#0103([0-9a-f]{2})", lambda m: f"color-mix(in oklab, var(--late) {int(m[1], 16)}%, var(--early))", text)
-    return Markup(re.sub(r"#010[12][0-9a-f]{2}", lambda m: VARIABLES[m[0]], text))
+        element.attrib |= {key: _in_page(key, value, name) for key, value in element.attrib.items()}
+        if element.tag == f"{{{SVG}}}style":
+            element.text = _in_page("style", element.text or "", name)
+    root.attrib |= {"role": "group" if points else "img", "aria-label": description, "class": "chart"}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _in_page(attribute: str, value: str, name: str) -> str:
+    """The attribute's value with the page's colours, and with ids, and what refers to them, that are the chart's alone."""
+    if attribute == "id":
+        return f"{name}-{value}"
+    if attribute == f"{{{XLINK}}}href":
+        return value.replace("#", f"#{name}-")
+    value = value.replace("url(#", f"url(#{name}-")
+    return re.sub("#[0-9a-f]{6}", lambda found: VARIABLES.get(found[0], found[0]), value)
 
 
 def paid_and_cost(name: str, points: Sequence[tuple[str, str, int, float]], kinds: Sequence[str]) -> Markup:

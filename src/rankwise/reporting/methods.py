@@ -9,7 +9,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from rankwise.allocation.allocator import ALLOCATORS, PAPERS
+from rankwise.allocation.allocator import ALLOCATORS, PAPERS, spelling
 from rankwise.decomposition.metric import METRICS
 from rankwise.refinement.refinement import REFINEMENTS
 from rankwise.reporting.terminal import plain_console
@@ -26,7 +26,7 @@ def all_methods() -> dict[str, Any]:
             | {"when": WHEN["allocation"][full]}
             for name, presets in ALLOCATORS.items()
             for preset, cls in presets.items()
-            for full in [name if preset == "default" else f"{name}:{preset}"]
+            for full in [spelling(name, preset)]
         ],
         "decompositions": [{"name": name, "when": WHEN["decomposition"][name]} for name in METRICS],
         "refinements": [{"name": name, "when": WHEN["refinement"][name]} for name in REFINEMENTS],

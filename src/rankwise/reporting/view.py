@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
+from rankwise.allocation.allocator import spelling
 from rankwise.layers.lowrank import PairLinear
 from rankwise.layers.matrices import Shape
 from rankwise.reporting import figures
@@ -261,8 +262,8 @@ def _curves(name: str, history: Sequence[Mapping[str, Any]]) -> list[Markup]:
 def _label(report: Mapping[str, Any]) -> str:
     """A result's method, as a contest names it."""
     recipe = report.get("recipe", {})
-    preset = recipe.get("preset", "default")
-    return f"{recipe.get('allocation')}{'' if preset == 'default' else f':{preset}'} on {recipe.get('decomposition')}"
+    method = spelling(str(recipe.get("allocation")), recipe.get("preset", "default"))
+    return f"{method} on {recipe.get('decomposition')}"
 
 
 def overview(results: Sequence[Result], contests: Sequence[Contest]) -> dict[str, Any] | None:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
 
 from rankwise.errors import RankwiseError, reason
-from rankwise.evaluation.memory import peak_memory
 from rankwise.integration.checkpoint import load_config, load_model, quantization_of, refuse_compressed, skeleton
 from rankwise.layers.linear import holds_matrix, weight_of
 from rankwise.layers.lowrank import LowRankLinear
 from rankwise.layers.matrices import unstack_experts
 from rankwise.layers.quantised import QuantisedLinear
+from rankwise.memory import peak_memory
 from rankwise.runtime.optimize import optimize
 from rankwise.runtime.timing import alternating, ratio
 
@@ -99,7 +99,7 @@ def bench(
                 row["ideal"] = ideal[phase]
                 row["of_ideal"] = row["speedup"] / ideal[phase]
             rows.append(row)
-    peaks = {role: _peaks(p, loads, torch.get_num_threads(), dtype, device) for role, p in paths.items()}
+    peaks = {role: peaks_alone(p, loads, torch.get_num_threads(), dtype, device) for role, p in paths.items()}
     return {
         "model": str(path),
         "reference": None if reference is None else str(reference),
@@ -257,7 +257,7 @@ def print_peaks(path: str, loads: list[list[int]], threads: int, dtype: str, dev
     print(json.dumps(peaks))
 
 
-def _peaks(path: str | Path, loads: Sequence[Load], threads: int, dtype: str, device: str) -> list[dict[str, int]]:
+def peaks_alone(path: str | Path, loads: Sequence[Load], threads: int, dtype: str, device: str) -> list[dict[str, int]]:
     """Bytes by kind ("host", "gpu") for each of the rising loads, of a fresh process that runs nothing else."""
     task = {"path": str(path), "loads": [astuple(load) for load in loads], "threads": threads, "dtype": dtype, "device": device}
     done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(task)], capture_output=True, text=True, check=False)

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.decomposition.solver import decompose
 from rankwise.layers.lowrank import LowRankLinear
+from rankwise.masks.layers import MaskedLinear, factorised
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = 8.0  # of the largest entry of |B| |A|, that the product may be off
@@ -54,6 +56,15 @@ def tiny_factors(case: FormCase, dtype: torch.dtype = torch.float64) -> tuple[Te
     if case.alike:
         second = second[:1] + 1e-3 * second
     return second.to(dtype), first.to(dtype), bias.to(dtype)
+
+
+def tiny_matrix(case: FormCase) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix of full rank [m, n], a bias [m] and inputs [2, 3, n], in float64."""
+    second, first, bias = tiny_factors(case)
+    generator = torch.Generator().manual_seed(1)
+    more = torch.randn(case.outputs, case.inputs, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, 3, case.inputs, generator=generator, dtype=torch.float64)
+    return second @ first + more, bias, x
 
 
 def product_is_that_of_the_factors(form: type[LowRankLinear], case: FormCase) -> None:
@@ -102,9 +113,35 @@ def casts_like_any_layer(form: type[LowRankLinear], case: FormCase) -> None:
         assert layer.to(dtype)(torch.ones(1, case.inputs, dtype=dtype)).dtype == dtype
 
 
+def computes_what_the_masked_factors_do(form: type[LowRankLinear], case: FormCase) -> None:
+    """Whichever components a mask keeps, and however it weighs them, the layer that is installed for it computes what the
+    masked full-length factors do, affine ones too."""
+    weight, bias, x = tiny_matrix(case)
+    generator = torch.Generator().manual_seed(2)
+    kept = torch.randperm(min(weight.shape), generator=generator)[: case.rank]
+    mask = torch.zeros(min(weight.shape))
+    mask[kept] = 10 ** (-3 * torch.rand(case.rank, generator=generator))
+    for mean in (None, x.mean((0, 1))):
+        of = decompose(weight, None, None, mean)
+        layer = factorised(of, mask, bias, form)
+        assert layer.rank == case.rank
+        masked = MaskedLinear(of.second, of.first, bias, mask, of.centre)
+        torch.testing.assert_close(layer(x), masked(x), rtol=0, atol=1e-6)  # masks are float32
+
+
+def whole_is_the_dense_layer(form: type[LowRankLinear], case: FormCase) -> None:
+    """With all components of a matrix kept, the layer computes what the dense one does."""
+    weight, bias, x = tiny_matrix(case)
+    of = decompose(weight, None, None)
+    layer = factorised(of, torch.ones_like(of.spectrum), bias, form)
+    torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=0, atol=1e-9)
+
+
 FORM_LAWS: tuple[Callable[[type[LowRankLinear], FormCase], None], ...] = (
     product_is_that_of_the_factors,
     numbers_are_those_it_holds,
     empty_layer_takes_its_state,
     casts_like_any_layer,
+    computes_what_the_masked_factors_do,
+    whole_is_the_dense_layer,
 )
