@@ -69,7 +69,7 @@ CASES = [
     ("compress llama --preset magic", "no preset 'magic'; it has default, quick, paper"),
     ("compress llama --option magic=1", "magic.*its options are .*rounds"),
     ("compress llama --option rounds=many", "rounds.*its options are .*rounds"),
-    ("compress llama --option rounds", "'rounds' is not KEY=VALUE"),
+    ("compress llama --option rounds", "'rounds' must be written as KEY=VALUE"),
     ("compress llama --include nothing*", "'nothing\\*' matches none"),
     ("compress llama --exclude nothing*", "'nothing\\*' matches none"),
     ("compress llama --include re:(", "'re:\\(' is no regular expression"),

@@ -28,89 +28,134 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rate: float | None = Field(None, gt=0, lt=1, description="fraction of parameters to remove; 0.2 where no target is named")
+    rate: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="fraction of parameters to remove; 0.2 if no target is given",
+    )
     target_bytes: ByteSize | None = Field(
-        None, gt=0, description="instead of a rate: what the checkpoint may take, as 1.5GB or 800MiB"
+        None,
+        gt=0,
+        description="instead of a rate: the largest size of the checkpoint, such as 1.5GB or 800MiB",
     )
     target_speedup: float | None = Field(
-        None, gt=1, description="instead of a rate: how much faster to decode, on this machine, whose latencies are measured"
+        None,
+        gt=1,
+        description="instead of a rate: how many times as fast the model is to decode on this machine, "
+        "whose latencies are measured first",
     )
     ranks: dict[str, PositiveInt | None] | None = Field(
-        None, description="instead of a rate: the rank of every matrix, None for dense, as a plan has them"
+        None, description="instead of a rate: the rank of every matrix, as in a plan (None: dense)"
     )
     kept_neurons: dict[str, PositiveInt] = Field(
-        {}, description="beside ranks: how many hidden neurons MLPs keep, by their last matrix, as a plan has them"
+        {},
+        description="with ranks: hidden neurons that each MLP keeps, by its last matrix, as in a plan",
     )
     widths: dict[str, Literal[2, 3, 4, 5, 6, 8]] = Field(
-        {}, description="beside ranks: in how many bits matrices are written, as a plan has them"
+        {}, description="with ranks: the bits of each matrix that is written in few, as in a plan"
     )
-    scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over: the matrices, or all")
+    scope: Literal["linear", "model"] = Field(
+        "linear",
+        description="what the rate is counted over (linear: matrices that may be compressed; model: all)",
+    )
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {},
-        description="what part of their parameters the matrices keep that match a pattern, as of include; 1 is dense, the last "
-        "pattern that matches counts, and the other matrices make up for the target",
+        description="fraction of its parameters that every matrix matching PATTERN keeps (1: stays "
+        "dense). The last matching pattern wins; the other matrices make up the difference "
+        "to the target. Patterns are written as for include",
     )
     calibration: str = Field(
         "self",
-        description="the text: a text or JSON-lines file, a folder, a data set's name, stdlib:train, or self: text that "
-        "the model writes itself (text like that of your use is better)",
+        description="calibration text: a text or JSON-lines file, a folder, the name of a data set, "
+        "stdlib:train, or self, for which the model writes its own (text like that of your "
+        "use is better)",
     )
     text_column: str = Field(
-        "text", description="the text's field in JSON lines, tables and data sets, where there are no messages or conversations"
+        "text",
+        description="the text's field in JSON lines, tables and data sets without messages or conversations",
     )
-    dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset, as name=, split= or data_files=")
+    dataset_options: dict[str, str] = Field(
+        {}, description="arguments for datasets.load_dataset, such as name=, split= or data_files="
+    )
     effort: Literal["quick", "default", "thorough"] = Field(
-        "default", description="how much text is read, and so how long it takes; thorough is 262,144 tokens"
+        "default",
+        description="how much text is read, and so how long the run takes; thorough reads 262,144 tokens",
     )
     samples: int | None = Field(
-        None, ge=1, le=LARGEST, description="windows of calibration text; by default as many as the effort says"
+        None,
+        ge=1,
+        le=LARGEST,
+        description="windows of calibration text to read; by default the effort decides",
     )
     length: int | None = Field(
-        None, ge=2, le=LARGEST, description="tokens of a window; by default the model's context, at most 2048"
+        None, ge=2, le=LARGEST, description="tokens per window; by default the model's context, at most 2048"
     )
     decomposition: str | None = Field(
-        None, description="the metric, see rankwise methods; by default the allocation's own, kronecker for decompose"
+        None,
+        description="metric to decompose in (rankwise methods lists them); by default the allocation's "
+        "own, for decompose kronecker",
     )
     allocation: str = Field(
         "llrc",
-        description="how ranks are chosen, see rankwise methods: a name, with preset and options where wanted, as llrc:paper or "
-        "'kl-knapsack points=3'; of an artifact by default mask-fisher, which takes seconds",
+        description="how ranks are chosen (rankwise methods lists the names), with a preset or options "
+        "if wanted, as in llrc:paper or 'kl-knapsack points=3'; an artifact is compressed "
+        "by mask-fisher unless told, in seconds",
     )
-    preset: str = Field("default", description="which defaults of the allocation, the same as NAME:PRESET")
-    options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
+    preset: str = Field(
+        "default",
+        description="named set of defaults for the allocation, the same as NAME:PRESET",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="the allocation's own options, which override those of the preset",
+    )
     refine: str | None = Field(
         None,
-        description="what trains the weights afterwards: refinements with commas between, as 'distil passes=2'; refine "
-        "by itself takes distil",
+        description="what trains the weights afterwards: refinements, comma-separated, such as 'distil "
+        "passes=2'; the command refine uses distil unless told",
     )
-    rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
+    rank_multiple: PositiveInt = Field(1, description="make every rank a multiple of this")
     bits: Literal["stored", "mixed", "2", "3", "4", "5", "6", "8"] = Field(
         "stored",
-        description="what numbers are written in: as the model's are (stored), as few bits as fit target-bytes best (mixed), or "
-        "the same of every matrix, 2 to 8, by GPTQ, and no rank is chosen",
+        description="stored: the model's own dtype; mixed: bits per matrix chosen to fit target-bytes; "
+        "2 to 8: that width everywhere, by GPTQ, without choosing ranks",
     )
     neurons: Literal["all", "fewer"] | None = Field(
         None,
-        description="of MLPs: with fewer, each loses hidden neurons where that costs less than low ranks of its matrices do; by "
-        "default so with llrc",
+        description="fewer: remove hidden neurons from an MLP where that costs less than lower ranks; "
+        "all: keep them. By default fewer with llrc, all with the others",
     )
     form: Literal["pivoted", "pair"] = Field(
-        "pivoted", description="of a matrix of low rank: rows and combinations of them, or a pair of factors"
+        "pivoted",
+        description="how a low-rank matrix is written: pivoted, as some of its rows and combinations "
+        "of them, or as a pair of factors",
     )
     include: tuple[str, ...] = Field(
-        (), description="compress only the matrices that match: a glob over paths, a class, or re: and an expression"
+        (),
+        description="compress only the matrices that match: a glob over paths, a class, or re: and a regex",
     )
-    exclude: tuple[str, ...] = Field((), description="leave the matrices that match dense, patterns as of include")
+    exclude: tuple[str, ...] = Field(
+        (),
+        description="keep the matrices that match dense; patterns are written as for include",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="what the model is loaded as; auto is how its weights are stored"
+        "auto", description="dtype to load the model in; auto is the one its weights are stored in"
     )
     device: str = Field(
-        "auto", description="where to compute: cpu, cuda, cuda:1 and the like; auto is the GPU where there is one"
+        "auto",
+        description="device to compute on: cpu, cuda, cuda:1 and so on; auto picks a GPU where there is one",
     )
     memory: str | None = Field(
-        None, description="what the run may take, as 8GB: it goes block by block, as it does by itself where memory is short"
+        None,
+        description="memory the run may take, such as 8GB; it then works block by block",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything drawn: the same seed gives the same ranks")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed for everything random: the same seed gives the same ranks",
+    )
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
