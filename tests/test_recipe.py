@@ -69,7 +69,7 @@ def test_a_recipe_by_hand_says_what_it_likes(llama: Path, story: Path, tmp_path:
         ("- rate", "is not a list of options and their values"),
         ("rate: 2", "rate=2"),
         ("ratio: 0.2", "unknown option 'ratio'"),
-        ("calibration: given in memory", "give it again, or name one"),
+        ("calibration: given in memory", "give it again, or name another"),
         ("allocation: best", "unknown allocation 'best'"),
     ],
 )

@@ -85,7 +85,7 @@ def asked_for(
     fields = {name: value for name, value in asked.items() if value is not None}
     if plan is not None:
         if "allocation" in fields or "keep" in fields:
-            raise RankwiseError("a plan names every rank itself: leave out allocation and keep")
+            raise RankwiseError("a plan names every rank itself: remove allocation and keep")
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         fields |= {"ranks": dict(plan.ranks), "kept_neurons": dict(plan.kept_neurons), "widths": dict(plan.bits)}
         recipe = plan.recipe if recipe is None else recipe
@@ -139,7 +139,9 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
         allocation = allocator_named(recipe.allocation, recipe.preset, recipe.options)
     metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
     if recipe.in_bits and "input" not in metric_named(metric).NEEDS:
-        raise RankwiseError(f"bits round in the second moment of the inputs, which {metric} has not: leave out decomposition")
+        raise RankwiseError(
+            f"bits need the second moment of the inputs, which {metric} does not use: remove decomposition",
+        )
     if recipe.narrows:
         narrowing.refuse_metric(metric)
     return recipe.model_copy(update={"decomposition": metric}), allocation

@@ -52,7 +52,7 @@ def decompose(
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS
     if distributed.size() > 1:
-        raise RankwiseError("decompose runs in one process: leave out torchrun")
+        raise RankwiseError("decompose runs in one process: run it without torchrun")
     refuse_output(Path(output), overwrite, model)
     folder = RunFolder.beside(Path(output), resume, overwrite)
 

@@ -54,7 +54,9 @@ class Compressed:
     def save(self, output: str | Path, overwrite: bool = False) -> None:
         """Write an ordinary Hugging Face folder, whole or not at all. Raises `RankwiseError` where `output` is taken."""
         if self.model is None:
-            raise RankwiseError("the model was written to the output folder, it is not in memory")
+            raise RankwiseError(
+                "the model was written to the output folder and is not in memory: load it from there",
+            )
         output = Path(output)
         files = to_look_at(output.name, self.report, self.spectra)
         write_result(output, self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite, files)

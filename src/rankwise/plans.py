@@ -180,21 +180,30 @@ def _ranks(found: Mapping[str, Any], file: Path) -> Ranks:
 def _kept_neurons(found: Any, file: Path) -> dict[str, int]:
     """How many neurons MLPs keep, by their last matrix; of a report, how many of how many."""
     if not isinstance(found, dict):
-        raise RankwiseError(f"{file} has {found!r} for neurons: a positive number for the last matrix of each MLP")
+        raise RankwiseError(
+            f"{file} has {found!r} for neurons instead of a positive number for the last matrix of each MLP",
+        )
     each = {name: size[0] if isinstance(size, list) and size else size for name, size in found.items()}
     for name, size in each.items():
         if type(size) is not int or size < 1:
-            raise RankwiseError(f"{file} has {size!r} neurons for {name!r}: a positive number for the last matrix of each MLP")
+            raise RankwiseError(
+                f"{file} gives {size!r} neurons to {name!r}, where a plan needs a positive number "
+                "for the last matrix of each MLP",
+            )
     return each
 
 
 def _bits(found: Any, file: Path) -> dict[str, int]:
     """In how many bits matrices are written."""
     if not isinstance(found, dict):
-        raise RankwiseError(f"{file} has {found!r} for bits: a number for every matrix that is written in few")
+        raise RankwiseError(
+            f"{file} has {found!r} for bits instead of a number for every matrix that is written in few",
+        )
     for name, bits in found.items():
         if type(bits) is not int or bits not in WIDTHS:
-            raise RankwiseError(f"{file} has {bits!r} bits for {name!r}: one of {', '.join(map(str, WIDTHS))}")
+            raise RankwiseError(
+                f"{file} has {bits!r} bits for {name!r} instead of one of {', '.join(map(str, WIDTHS))}",
+            )
     return dict(found)
 
 

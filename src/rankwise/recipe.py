@@ -205,32 +205,38 @@ class Recipe(BaseModel):
         asked = f"bits={self.bits}"
         if self.bits == "stored" or self.allocation != MIXED:
             raise RankwiseError(
-                f"{asked} and allocation={self.allocation}: where bits are named, no ranks are chosen: name one of them"
+                f"{asked} and allocation={self.allocation}: with bits, no ranks are chosen. Give only one",
             )
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if self.width is None and targets != ["target_bytes"]:
-            raise RankwiseError(f"{asked} spends bytes: ask for target_bytes")
+            raise RankwiseError(f"{asked} spends bytes: give target_bytes as the target")
         if self.width is not None and targets:
-            raise RankwiseError(f"{asked} and {targets[0]} are two targets: ask for one, or for bits=mixed in target_bytes")
+            raise RankwiseError(
+                f"{asked} and {targets[0]} are two targets: give one, or bits=mixed with target_bytes",
+            )
         if self.keep:
-            raise RankwiseError(f"{asked} is for every matrix: leave out keep, or exclude what is to stay as it is")
+            raise RankwiseError(
+                f"{asked} applies to every matrix: remove keep, or exclude what is to stay as it is",
+            )
 
     def _refuse_beside_whole_numbers(self) -> None:
         """Raises `RankwiseError` for what cannot stand beside matrices in few bits, and for a plan's that are no matrices."""
         asked = "a plan with bits" if self.widths else f"bits={self.bits}"
         if others := self.widths.keys() - (self.ranks or {}).keys():
-            raise RankwiseError(f"the plan has bits for {min(others)}, and no rank: name one, or null for dense")
+            raise RankwiseError(
+                f"the plan has bits for {min(others)}, but no rank: give one, or null for dense",
+            )
         if self.memory is not None:
-            raise RankwiseError(f"{asked} holds the model in memory: ask for no memory")
+            raise RankwiseError(f"{asked} needs the whole model in memory: remove memory")
         if self.narrows:
             raise RankwiseError(f"fewer neurons and {asked} do not go together yet: ask for one")
 
     def _refuse_beside_fewer_neurons(self) -> None:
         """Raises `RankwiseError` for what cannot stand beside fewer neurons yet."""
         if self.kept_neurons and self.ranks is None:
-            raise RankwiseError("kept_neurons are a plan's: give its ranks too")
+            raise RankwiseError("kept_neurons are part of a plan: give its ranks too")
         if self.neurons == FEWER and self.ranks is not None:
-            raise RankwiseError("a plan says itself how many neurons stay: leave out neurons")
+            raise RankwiseError("a plan says itself how many neurons stay: remove neurons")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -264,5 +270,7 @@ class Recipe(BaseModel):
             taken |= {"ranks", "kept_neurons", "widths", "allocation"}
         fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}
         if fields.get("calibration") == IN_MEMORY:
-            raise RankwiseError("the recipe's calibration text was given in memory: give it again, or name one")
+            raise RankwiseError(
+                "the recipe's calibration text was given in memory: give it again, or name another",
+            )
         return fields | dict(asked)

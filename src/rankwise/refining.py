@@ -68,7 +68,7 @@ def refine(
     folder, reference = Path(folder), bundled.MODEL if reference is None else reference
     refinements, ranks = refinements_named(refine), read_ranks(folder)
     if not refinements:
-        raise RankwiseError("name a refinement, as refine='distil'")
+        raise RankwiseError("name a refinement, such as refine='distil'")
     (report, spectra), before = _read(folder), read_recipe(folder) or Recipe.of()
     if calibration is None and before.calibration == IN_MEMORY:
         calibration = "self"
