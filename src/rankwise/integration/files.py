@@ -152,4 +152,4 @@ def refuse_foreign_weights(folder: Path, model: nn.Module) -> None:
             )
     held, wanted = sum(math.prod(shape) for _, shape in headers.values()), sum(p.numel() for p in parameters.values())
     if wanted > 2 * held:
-        raise RankwiseError(f"cannot load {folder}: its files hold {held:,} of {wanted:,} weights: missing keys")
+        raise RankwiseError(f"cannot load {folder}, which has {held:,} of {wanted:,} weights: missing keys")
