@@ -159,8 +159,8 @@ def refuse_other(run: Run, sizes: Mapping[str, int], place: Place | None = None)
             )
         if size >= mlps[down].width:
             raise RankwiseError(
-                f"the plan has {size} neurons for {down}, which has only {mlps[down].width}: give "
-                "fewer, or remove the entry from the plan",
+                f"the plan has {size} neurons for {down}, which has {mlps[down].width} in the "
+                "model: give fewer, or remove the entry",
             )
 
 
