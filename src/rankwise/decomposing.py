@@ -37,7 +37,7 @@ def decompose(
     resume: bool = False,
     **options: Unpack[DecomposeOptions],
 ) -> Artifact:
-    """Write the artifact of a language model to `output`: `compress` and `from_pretrained` make it any rate within seconds.
+    """Write to `output` an artifact from which `compress` and `from_pretrained` make any rate in seconds.
 
     model, calibration, tokenizer, overwrite, resume, options: as of `compress`; a model in memory stays as it is. The calibration
     is text or windows of tokens. Raises `RankwiseError`.

@@ -39,7 +39,7 @@ from rankwise.starting import Calibration
 
 @dataclass
 class Compressed:
-    """What `compress` gives back: the model, one rank (or None: dense) per matrix, and the report as plain values.
+    """`compress` returns this: the model, one rank (None: dense) per matrix, and the report as plain values.
 
     Block by block there is no model: it may be larger than the memory, and is in the output folder.
     """
@@ -99,7 +99,7 @@ def compress(
     resume: bool = False,
     **options: Unpack[CompressOptions],
 ) -> Compressed:
-    """Compress a language model: remove `rate` of its parameters (0.2 unless told), the rank of every matrix learned.
+    """Compress a language model by `rate` (0.2 unless told), with the rank of every matrix learned.
 
     model: a folder or a name for `from_pretrained`, or a model in memory, which is compressed in place; None is the bundled
         model. What `decompose` wrote is not decomposed again.

@@ -24,7 +24,7 @@ IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no so
 
 
 class Recipe(BaseModel):
-    """What was asked for. Two equal recipes on the same model and text give the same ranks, bit for bit."""
+    """A recipe holds all options. Equal ones on the same model and text give the same ranks, bit for bit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -159,7 +159,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
-        """The recipe of these fields. Raises `RankwiseError` for an unknown one and for a bad value."""
+        """Make the recipe of these fields. Raises `RankwiseError` for an unknown one and for a bad value."""
         targets = [name for name in TARGETS if fields.get(name) is not None]
         if len(targets) > 1:
             raise RankwiseError(f"{' and '.join(targets)} are two targets: ask for one")
@@ -240,7 +240,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The recipe in a YAML file, or in the result folder at `path`. Raises `RankwiseError` where there is none."""
+        """Read a recipe from a YAML file or a result folder. Raises `RankwiseError` where there is none."""
         of_result = Path(path).is_dir()
         file = Path(path) / FILE if of_result else Path(path)
         try:
@@ -259,9 +259,9 @@ class Recipe(BaseModel):
         file.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
     def under(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that are asked for, and those of this recipe where nothing is: another target takes the place of its
-        target, another allocation that of its method, another text that of how its text is read, and ranks are both target and
-        method. Raises `RankwiseError` where a text is missing that no source names."""
+        """Return the fields asked for, and this recipe's for the others: another target replaces its target, another
+        allocation its method, another text how its text is read, and ranks replace both target and method.
+        Raises `RankwiseError` where a text is missing that no source names."""
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
         taken |= set(READING) if "calibration" in asked else set()
         if "ranks" in asked:

@@ -57,7 +57,7 @@ def refine(
     resume: bool = False,
     **options: Unpack[RefineOptions],
 ) -> Compressed:
-    """Train what a folder holds against the model it was made from: other values, the same ranks and bytes.
+    """Train a folder's weights against the model it was made from, at the same ranks and bytes.
 
     folder: what `compress` wrote. reference: the original model; None is the bundled one. refine: refinements with commas
         between, as of `compress`. calibration, tokenizer, output, overwrite, resume, options: as of `compress`; what is not said

@@ -52,7 +52,7 @@ class Sizes(TypedDict):
 
 
 class Report(Sizes, Costs):
-    """What `compress` and `refine` tell of a result. The costs are those on a tenth of the calibration text, kept for this."""
+    """`compress` and `refine` return this; its costs are measured on a tenth of the calibration text."""
 
     version: Annotated[int, Field(description="version of this schema")]
     base_model: Annotated[str, Field(description="folder, name or class of the original")]

@@ -58,7 +58,7 @@ def bench(
     dtype: str = "auto",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Tokens per second of prefill and decode with a key-value cache, peak memory, and the ratios to `reference` and the ideal.
+    """Measure the speed of prefill and decode, and memory, and compare with `reference` and the ideal.
 
     path: a folder that rankwise wrote, or any causal model; compressed ones run as `optimize` leaves them. prompt: tokens, by
     default 512 or as many as the models take beside the `new_tokens`. Both models run in turn in this process, `repeats` times;

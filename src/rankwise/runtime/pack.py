@@ -43,8 +43,8 @@ def has_kernels() -> bool:
 
 
 def pack(model: Any) -> Any:
-    """Pack the weights of all linear layers, factors and dense ones, for inference in bfloat16 on a CPU; in place, gives the
-    model back.
+    """Pack the weights of all linear layers, factors and dense ones, for inference in bfloat16 on a CPU, in
+    place, and return the model.
 
     Nothing is approximated; memory and checkpoint stay what they are. Do it last: packed weights cannot be moved or cast, which
     stops with an error. Not for `torch.compile`, which cannot read these; inductor's `freezing` packs there. Weights that several
