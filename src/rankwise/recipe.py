@@ -259,9 +259,9 @@ class Recipe(BaseModel):
         file.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
     def under(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields asked for, and this recipe's for the others: another target replaces its target, another
-        allocation its method, another text how its text is read, and ranks replace both target and method.
-        Raises `RankwiseError` where a text is missing that no source names."""
+        """Return the fields asked for, and this recipe's for the others: another target replaces its target,
+        another allocation its method, another text how its text is read, and ranks replace both target and
+        method. Raises `RankwiseError` where a text is missing that no source names."""
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
         taken |= set(READING) if "calibration" in asked else set()
         if "ranks" in asked:
