@@ -84,7 +84,7 @@ def test_without_a_reference(rankwise: Callable[..., Any], small_llama: Path) ->
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--batches", "1,x"], "numbers with commas"),
+        (["--batches", "1,x"], "separate them by commas"),
         (["--batches", "0"], "1 or more"),
         (["--prompt", "63", "--new-tokens", "2"], "ask for fewer"),
         (["--threads", "0"], "at least 1"),

@@ -118,9 +118,15 @@ def test_conversations_in_memory(instruct: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"speaker": "me"}]}, "chats.jsonl, line 1: message 1 has no role and content, nor from and value"),
-        ({"messages": ["Hello"]}, "message 1 has no role"),
-        ({"messages": [{"role": "cook", "content": "Soup?"}]}, "chat template does not take the conversation .*no such role"),
+        (
+            {"messages": [{"speaker": "me"}]},
+            "line 1: message 1 has neither role and content nor from and value",
+        ),
+        ({"messages": ["Hello"]}, "message 1 has neither role"),
+        (
+            {"messages": [{"role": "cook", "content": "Soup?"}]},
+            "chat template does not accept the conversation .*no such role",
+        ),
     ],
 )
 def test_what_is_no_conversation(row: dict[str, Any], message: str, instruct: Path, tmp_path: Path) -> None:
@@ -133,7 +139,7 @@ def test_a_model_without_a_template_says_what_to_do(rankwise: Run, llama: Path, 
     finished = rankwise("compress", llama, "--calibration", chats, "-o", tmp_path / "out")
     assert finished.code == 2
     assert finished.err.count("\n") == 1
-    assert "no chat template: take the model that was made for chat" in finished.err
+    assert "no chat template: use the model that was made for chat" in finished.err
 
 
 def test_an_instruct_model_writes_dialogues_and_other_text(instruct: Path, llama: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_an_option_that_was_given_counts_though_it_is_the_default(
         assert f"was decomposed with {options[0][2:]}=" in ended.err
     with pytest.raises(RankwiseError, match="was decomposed with seed=1, not 0"):
         compress(folder, 0.3, seed=0)
-    with pytest.raises(RankwiseError, match="leave out calibration"):
+    with pytest.raises(RankwiseError, match="run without calibration"):
         compress(folder, 0.3, calibration=torch.zeros(12, 16, dtype=torch.long))
     same = rankwise("compress", folder, "-o", tmp_path / "y", "--calibration", story, *TEXT, *own, "--json")
     assert same.code == 0, same.err

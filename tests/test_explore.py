@@ -116,7 +116,7 @@ def test_texts_are_judged_on(llama: Path, story: Path, explored: Path, tmp_path:
         ({"rates": [0.2, 0.9999]}, r"rate=0\.9999 cannot be reached"),
         ({"rates": [0.2, 1.5]}, r"rate=1\.5"),
         ({"rates": [math.nan]}, "rate=nan"),
-        ({"bits": [4, 9]}, "bits=9: a number takes from 2 to 8"),
+        ({"bits": [4, 9]}, "bits=9 must lie between 2 and 8"),
         ({"rates": [], "bits": []}, "nothing to explore"),
         ({"nonsense": 1}, "unknown option 'nonsense'"),
         ({"text": "nowhere.txt"}, "nowhere.txt"),

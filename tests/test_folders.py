@@ -267,9 +267,9 @@ def adapted(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (fewer_layers, r"model\.layers\.1\.\S+ is not there, by the config \[.*num_hidden_layers says 2"),
-        (narrower, r"model\.layers\.1\.mlp\.gate_proj\.weight is \[40, 48\], by the config \[64, 48\]"),
-        (another_head, r"lm_head\.bias is \[96\], by the config not there"),
+        (fewer_layers, r"model\.layers\.1\.\S+ is not there in the model and \[.*num_hidden_layers says 2"),
+        (narrower, r"gate_proj\.weight is \[40, 48\] in the model and \[64, 48\] by the config"),
+        (another_head, r"lm_head\.bias is \[96\] in the model and not there by the config"),
         (adapted, "merge the adapter"),
     ],
 )

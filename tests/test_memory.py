@@ -110,8 +110,8 @@ def test_the_command_line_refuses_in_one_line(
     [
         ({"calibration": "self"}, "does not write its own text"),
         ({"allocation": "ara", "decomposition": "whitened"}, "'ara' runs the whole model"),
-        ({"decomposition": "centred"}, "no affine factors"),
-        ({"rate": None, "target_bytes": "30MB"}, "a rate is the only target"),
+        ({"decomposition": "centred"}, "makes affine factors"),
+        ({"rate": None, "target_bytes": "30MB"}, "only a rate can be the target"),
         ({"output": None}, "name an output folder"),
     ],
 )
@@ -121,7 +121,7 @@ def test_what_does_not_go_block_by_block_is_refused(
     asked = {"rate": 0.2, "calibration": WINDOWS, "output": tmp_path / "out", "allocation": "uniform"} | options
     with pytest.raises(RankwiseError, match=rf"needs about .* GB in memory, .* are there.*{message}.*--length") as refused:
         compress(deep, **asked)
-    assert "leave" not in str(refused.value)
+    assert "without memory" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 

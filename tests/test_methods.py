@@ -72,7 +72,7 @@ def test_a_preset_and_options_are_spelled_with_the_name(llama: Path, story: Path
         (["--allocation", ""], "unknown allocation ''"),
         (["--allocation", "llrc:best"], "has no preset 'best'"),
         (["--allocation", "llrc:paper", "--preset", "default"], "are two presets"),
-        (["--allocation", "kl-knapsack points"], "'points' is not KEY=VALUE"),
+        (["--allocation", "kl-knapsack points"], "'points' must be written as KEY=VALUE"),
         (["--allocation", "kl-knapsack colour=3"], "option colour='3'"),
     ],
 )

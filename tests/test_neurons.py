@@ -418,8 +418,8 @@ def test_what_is_explored_is_what_is_made(lazy_llama: Path, story: Path, tmp_pat
     [
         ({"rate": None, "bits": "4"}, "fewer neurons and bits=4"),
         ({"neurons": "some"}, "neurons='some'"),
-        ({"decomposition": "svd"}, "fewer neurons are for kronecker and whitened, not for svd"),
-        ({"decomposition": "centred"}, "not for centred"),
+        ({"decomposition": "svd"}, "fewer neurons need kronecker or whitened, not svd"),
+        ({"decomposition": "centred"}, "not centred"),
     ],
 )
 def test_what_it_cannot_stand_beside(options: dict[str, Any], said: str, lazy_llama: Path, story: Path, tmp_path: Path) -> None:

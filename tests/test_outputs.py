@@ -355,8 +355,8 @@ def made_in_inference_mode() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: torch.compile(llama()), "OptimizedModule is no model of transformers.*_orig_mod"),
-        (lambda: torch.nn.DataParallel(llama()), "DataParallel is no model of transformers"),
+        (lambda: torch.compile(llama()), "OptimizedModule is not a transformers model.*_orig_mod"),
+        (lambda: torch.nn.DataParallel(llama()), "DataParallel is not a transformers model"),
         (compiled_in_place, "the LlamaForCausalLM is compiled"),
         (on_meta, r"model.layers.0.mlp.gate_proj.weight is not in memory.*--memory"),
         (made_in_inference_mode, "takes no gradients"),

@@ -157,7 +157,7 @@ def test_a_plan_of_another_model_is_a_line(
 def test_what_contradicts_a_plan_is_refused(llama: Path, plan: Plan, tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = [{"rate": 0.2}, {"allocation": "uniform"}, {"keep": {"*": 0.5}}, {"target_bytes": "1MB"}]
     for more in asked:
-        with pytest.raises(RankwiseError, match=r"two targets|leave out"):
+        with pytest.raises(RankwiseError, match=r"two targets|remove allocation and keep"):
             package.compress(llama, plan=plan, **more)
     (tmp_path / "ranks.json").write_text(json.dumps(dict(plan.ranks)))
     (tmp_path / "report.json").write_text("7")
@@ -195,9 +195,9 @@ def test_what_is_to_be_kept_is_kept_and_the_rate_holds(llama: Path, story: Path,
         ("*.mlp.*=1.5", "less than or equal to 1"),
         ("*.mlp.*=1", "keep leaves"),
         ("*.mlp.*=0.2", "keep alone removes"),
-        ("*=0.7", "settles every matrix"),
-        ("*.mlp.*=0.001", "is less than rank 1"),
-        ("*.mlp.*", "is not PATTERN=FRACTION"),
+        ("*=0.7", "fixes every matrix"),
+        ("*.mlp.*=0.001", "where rank 1 takes"),
+        ("*.mlp.*", "must be written as PATTERN=FRACTION"),
     ],
 )
 def test_what_cannot_be_kept_is_a_line_before_the_work(

@@ -66,6 +66,8 @@ def test_of_an_allocator_of_ones_own_the_object_is_given_beside_the_recipe(llama
         package.compress(llama, recipe=given.recipe)
     again = package.compress(llama, recipe=given.recipe, allocation=own)
     assert (again.ranks, again.recipe) == (given.ranks, given.recipe)
+    applied = package.compress(llama, plan=package.plan(llama, 0.3, calibration=str(story), allocation=own, **ASKED))
+    assert applied.ranks == package.compress(llama, 0.3, calibration=str(story), allocation=own, **ASKED).ranks
 
 
 def test_a_recipe_by_hand_says_what_it_likes(llama: Path, story: Path, tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_a_recipe_by_hand_says_what_it_likes(llama: Path, story: Path, tmp_path:
         ("- rate", "is not a list of options and their values"),
         ("rate: 2", "rate=2"),
         ("ratio: 0.2", "unknown option 'ratio'"),
-        ("calibration: given in memory", "give it again, or name one"),
+        ("calibration: given in memory", "give it again, or name another"),
         ("allocation: best", "unknown allocation 'best'"),
     ],
 )

@@ -337,7 +337,10 @@ def test_other_bad_requests(folder: Path, original: PreTrainedModel, tmp_path: P
         (lambda: refine(folder / "dense", folder / "dense", calibration=windows), "was not written by rankwise"),
         (lambda: refine(folder / "small", folder / "dense", refine=" ", calibration=windows), "name a refinement"),
         (lambda: refine(folder / "small", folder / "dense", calibration=windows, output=folder / "small"), "--overwrite"),
-        (lambda: compress(folder / "dense", 0.3, refine="distil", memory="1GB", output=tmp_path / "x"), "leave it out"),
+        (
+            lambda: compress(folder / "dense", 0.3, refine="distil", memory="1GB", output=tmp_path / "x"),
+            "Run without memory",
+        ),
     ]
     for run, said in cases:
         with pytest.raises(RankwiseError, match=said):

@@ -172,8 +172,8 @@ def test_a_mixture_is_compressed_as_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("xlm", "does more with its blocks than handing on hidden states"),
-        ("zaya", "hands its blocks more than the hidden states of the one before"),
+        ("xlm", "does more with its blocks than hand on hidden states"),
+        ("zaya", "hands its blocks more than the previous hidden states"),
     ],
 )
 def test_what_blocks_do_besides_is_refused(kind: str, message: str, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_table_without_datasets_names_what_to_install(tmp_path: Path, monkeypa
     [
         ("rows.parquet", "no table", "cannot read .*rows.parquet"),
         ("rows.csv", "story\nOnce\n", "rows.csv, row 1: there is no field 'text'"),
-        ("rows.csv", "text\n3\n", "rows.csv, row 1: the field 'text' is not a text"),
+        ("rows.csv", "text\n3\n", "rows.csv, row 1: the field 'text' is neither text"),
         ("rows.json", '[{"text": "Once"}, 5]', "rows.json, row 2: there is no field 'text'"),
         ("rows.json", '[{"text": "Once"}', "rows.json: not a JSON array"),
         ("rows.jsonl", '{"text": null}\n', "is empty"),

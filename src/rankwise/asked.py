@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import bundled, distributed, narrowing
-from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, known_as, spelled
-from rankwise.allocation.given import of_plan
+from rankwise.allocation.allocator import FORWARD_ONLY, Allocator, allocator_named, is_known, known_as, spelled
+from rankwise.allocation.given import Given, of_plan
 from rankwise.calibration.data import listed
 from rankwise.calibration.text import refuse_unused
 from rankwise.decomposition.metric import metric_named
@@ -85,7 +85,7 @@ def asked_for(
     fields = {name: value for name, value in asked.items() if value is not None}
     if plan is not None:
         if "allocation" in fields or "keep" in fields:
-            raise RankwiseError("a plan names every rank itself: leave out allocation and keep")
+            raise RankwiseError("a plan names every rank itself: remove allocation and keep")
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         fields |= {"ranks": dict(plan.ranks), "kept_neurons": dict(plan.kept_neurons), "widths": dict(plan.bits)}
         recipe = plan.recipe if recipe is None else recipe
@@ -98,6 +98,8 @@ def asked_for(
     calibration = listed(calibration)
     artifact = Artifact.at(model)
     allocation = fields.pop("allocation", _usual(fields, artifact))
+    if fields.get("ranks") is not None and isinstance(allocation, str) and not is_known(allocation):
+        allocation = Given({})  # an allocator of somebody's own has chosen them
     if artifact is not None:
         fields = artifact.options(calibration, fields)
         calibration = artifact.windows()
@@ -141,7 +143,9 @@ def _recipe(calibration: Calibration, allocation: str | Allocator, options: dict
         recipe = recipe.model_copy(update={"options": typed})
     metric = allocation.decomposition if recipe.decomposition is None else recipe.decomposition
     if recipe.in_bits and "input" not in metric_named(metric).NEEDS:
-        raise RankwiseError(f"bits round in the second moment of the inputs, which {metric} has not: leave out decomposition")
+        raise RankwiseError(
+            f"bits need the second moment of the inputs, which {metric} does not use: remove decomposition",
+        )
     if recipe.narrows:
         narrowing.refuse_metric(metric)
     return recipe.model_copy(update={"decomposition": metric}), allocation

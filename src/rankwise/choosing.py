@@ -192,20 +192,25 @@ def block_by_block(short: Shortage | None) -> Iterator[None]:
     try:
         yield
     except InMemoryOnlyError as error:
-        why = f"the run {short}, and cannot go block by block: {error}; or shorter windows (--length)" if short else ""
-        raise RankwiseError(why or f"memory: {error}: leave it out") from None
+        way = "Use shorter windows (--length)"
+        why = f"the run {short}, and cannot go block by block: {error}. {way}" if short else ""
+        raise RankwiseError(
+            why or f"memory limits a run by working block by block, but {error}. Run without memory",
+        ) from None
 
 
 def choose_block_by_block(asked: Asked, folder: RunFolder, short: Shortage | None) -> Streamed:
     """As `choose`, with one block in memory at a time. Raises `InMemoryOnlyError` for what cannot be done so."""
     recipe, metric, clock = asked.recipe, asked.metric, Clock()
     if recipe.rate is None and recipe.ranks is None:
-        raise InMemoryOnlyError("block by block a rate is the only target (ask for one)")
+        raise InMemoryOnlyError("block by block, only a rate can be the target (ask for one)")
     if recipe.widths:
-        raise InMemoryOnlyError("few bits are written with the whole model in memory")
+        raise InMemoryOnlyError("few bits can only be written with the whole model in memory")
     refinements = [refinement for refinement in asked.refinements if isinstance(refinement, BlockByBlock)]
     if len(refinements) < len(asked.refinements):
-        raise InMemoryOnlyError(f"refine={recipe.refine!r} trains the whole model at once (take blocks, or none)")
+        raise InMemoryOnlyError(
+            f"refine={recipe.refine!r} trains the whole model at once (use blocks, or none)",
+        )
     if folder.path is None:
         raise InMemoryOnlyError("the result is written as it is made (name an output folder)")
     stream = streaming.start(asked.model, asked.calibration, asked.tokenizer, recipe, asked.allocator, folder, asked.neurons_said)

@@ -29,21 +29,44 @@ from rankwise.plain import to_json
 
 UsageError: Any = typer.BadParameter.__base__  # typer has click's classes inside it or beside it, by its version
 PATIENCE = 3  # seconds the other processes wait: the first one reports the error, and torchrun then ends them all
-OUT_OF_MEMORY = "shorter windows (--length) take less, compress goes block by block with --memory, and on from here with --resume"
+OUT_OF_MEMORY = "use shorter windows (--length), or compress block by block (--memory); --resume goes on"
 
-HELP = "Make a Hugging Face language model smaller and faster: low-rank weights, the rank of each learned by gradient."
+HELP = "Make a Hugging Face language model smaller and faster, with ranks learned by gradient."
 
 Command = Callable[..., None]
 COMMANDS: dict[Command, tuple[str, ...]] = {}  # and the fields of the recipe that each has options for
 
-Model = Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it, the bundled model.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A folder or a name on the hub (default: the bundled model).",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(help="A folder that rankwise wrote.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
-AddToReport = Annotated[bool, typer.Option("--add-to-report", help="Keep this in the folder, and show it on its page.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+AddToReport = Annotated[
+    bool,
+    typer.Option(
+        "--add-to-report",
+        help="Keep the figures in the folder and show them on its page.",
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object on standard output and nothing else.",
+    ),
+]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", callback=lambda wanted: _tell_more(wanted), help="Tell what is found on the way.")
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=lambda wanted: _tell_more(wanted),
+        help="Log what is found on the way.",
+    ),
 ]
 
 
@@ -79,17 +102,31 @@ def rankwise(
 def compress(
     model: Model = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe.yaml, or a folder with one: what is not said here is taken from it.")
+        str | None,
+        typer.Option(
+            help="A recipe.yaml, or a folder with one, which gives every option not given here.",
+        ),
     ] = None,
     plan: Annotated[
         str | None,
-        typer.Option(help="Instead of a rate: a plan, or a result folder or its ranks.json, edited or not."),
+        typer.Option(
+            help="Instead of a rate: the plan to apply, a result folder or its ranks.json, edited or not.",
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Stop at the plan: print it with its predicted KL, and write it to -o where named.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Stop at the plan: print it with its predicted KL, and write it to the file -o if given.",
+        ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The result folder (default: compressed); of a dry run the plan's file.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The result folder (default: compressed); with --dry-run, the file for the plan.",
+        ),
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -125,12 +162,12 @@ def compress(
 
     print_report(result.report)
     print(f"written to {folder}: import rankwise, then from_pretrained({str(folder)!r})")
-    print(f"what it cost, to look at: {folder / PAGE}")
+    print(f"a page that shows what it cost: {folder / PAGE}")
 
 
 @command()
 def methods(as_json: AsJson = False) -> None:
-    """List every method: what --allocation and --decomposition take, and when to use it."""
+    """List every method that --allocation and --decomposition take, and when to use it."""
     from rankwise.reporting.methods import all_methods, print_methods
 
     found = all_methods()
@@ -148,7 +185,7 @@ def decompose(
     overwrite: Overwrite = False,
     **asked: Any,
 ) -> None:
-    """Write one folder for every rate: compress makes any of them from it within seconds."""
+    """Write one folder from which compress makes a model of any rate within seconds."""
     from rankwise.decomposing import decompose
 
     with _silent(), _interruptible("the same command with --resume goes on from here"):
@@ -161,7 +198,10 @@ def refine(
     folder: Folder,
     reference: Annotated[str | None, typer.Option(help="The original model; without it, the bundled one.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="Text of another source, as of evaluate: a refinement that makes it worse is taken back.")
+        str | None,
+        typer.Option(
+            help="Text from another source, as for evaluate: a refinement that makes it worse is undone.",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The result folder.")] = Path("refined"),
     resume: Resume = False,
@@ -170,9 +210,9 @@ def refine(
     verbose: Verbose = False,
     **asked: Any,
 ) -> None:
-    """Train what FOLDER holds against the original model: the same ranks and bytes, other values.
+    """Train the weights in FOLDER against the original model; ranks and bytes stay the same.
 
-    More text, and text like that of your use, is worth more here than more passes over it.
+    More text, and text like that of your use, helps more here than more passes over it.
     """
     from rankwise.refining import refine
 
@@ -194,31 +234,60 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to judge on: as --calibration of compress, but not self; or wikitext2, c4, ptb put together as the field "
-            "does, with :FILE for a local copy. Repeatable; the first is the headline (default: stdlib:held-out)."
+            help="Text to judge on: anything that --calibration of compress takes except self; or "
+            "wikitext2, c4 or ptb, prepared as in the papers, with :FILE for a local copy. "
+            "Repeatable; the first text is the headline (default: stdlib:held-out).",
         ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="Tasks of lm-evaluation-harness, with commas between: names, YAML files or folders. Repeatable."),
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, comma-separated: names, YAML files or folders. Repeatable.",
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task, the first ones (default: all).")] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before each item (default: as the task says).")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Use only the first LIMIT items of each task (default: all).",
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            help="Examples shown before each item (default: as the task says).",
+        ),
+    ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="To be continued by both. Repeatable (default: beginnings out of the first text).")
+        list[str] | None,
+        typer.Option(
+            help="Prompt that both models continue. Repeatable (default: passages of the first text).",
+        ),
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Windows, drawn at random (default: all of the text).")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window (default: the context, at most 2048).",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows to draw at random (default: all of the text).",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for drawing the windows.")] = 0,
     cache: Annotated[
-        Path | None, typer.Option(help="Where results are kept (default: $RANKWISE_CACHE, or rankwise in the user's cache).")
+        Path | None,
+        typer.Option(
+            help="Folder for cached results (default: $RANKWISE_CACHE, else ~/.cache/rankwise).",
+        ),
     ] = None,
     add_to_report: AddToReport = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
     **reading: Any,
 ) -> None:
-    """Measure what compression cost, original and compressed on the same tokens: perplexity, KL, agreement, tasks, generations.
+    """Measure what compression cost on the same tokens: perplexity, KL, agreement, tasks, generations.
 
     Goes on where it was interrupted.
     """
@@ -257,19 +326,32 @@ def evaluate(
 @command("calibration", *ContestOptions.__annotations__)
 def compare(
     model: Model = None,
-    rates: Annotated[str, typer.Option(help="Rates, with commas between.")] = "0.1,0.2,0.3,0.4",
-    text: Annotated[list[str] | None, typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted.")] = None,
+    rates: Annotated[str, typer.Option(help="Rates to try, comma-separated.")] = "0.1,0.2,0.3,0.4",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Held-out text to judge on. Repeatable; the first text is plotted.",
+        ),
+    ] = None,
     allocations: Annotated[
-        str, typer.Option(help="With commas between, options after spaces: 'llrc, kl-knapsack points=3' (default: all).")
+        str,
+        typer.Option(
+            help="Allocations to try, comma-separated, such as 'llrc, kl-knapsack points=3' (default: all).",
+        ),
     ] = "",
-    decompositions: Annotated[str, typer.Option(help="With commas between (default: each allocation's own).")] = "",
+    decompositions: Annotated[
+        str, typer.Option(help="Decompositions to try, comma-separated (default: each allocation's own).")
+    ] = "",
     judge_samples: Annotated[int | None, typer.Option(help="Windows of each text to judge on (default: all).")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json and the page.")] = Path("contest"),
     as_json: AsJson = False,
     verbose: Verbose = False,
     **asked: Any,
 ) -> None:
-    """Every allocation at every rate on the same statistics: which one for this model? Goes on where it was interrupted."""
+    """Measure every allocation at every rate on the same statistics, to find the one for this model.
+
+    Goes on where it was interrupted.
+    """
     from rankwise.contest import hold_contest
     from rankwise.integration.result import PAGE
     from rankwise.reporting.contest import print_contest
@@ -300,21 +382,31 @@ def explore(
     model: Model = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Held-out text to judge on. Repeatable; the first is plotted (default: a part of the calibration's)."),
+        typer.Option(
+            help="Held-out text to judge on. Repeatable; the first text is plotted (default: a part "
+            "of the calibration text that is kept for it).",
+        ),
     ] = None,
-    rates: Annotated[str, typer.Option(help="Of low rank, with commas between.")] = "0.05,0.1,0.2,0.3,0.4,0.5",
-    bits: Annotated[str, typer.Option(help="A number, on average, from 2 to 8, with commas between.")] = "8,6,5,4,3.5,3,2.5",
+    rates: Annotated[
+        str,
+        typer.Option(
+            help="Rates to try for low rank, comma-separated.",
+        ),
+    ] = "0.05,0.1,0.2,0.3,0.4,0.5",
+    bits: Annotated[
+        str, typer.Option(help="Average bits per number to try, from 2 to 8, comma-separated.")
+    ] = "8,6,5,4,3.5,3,2.5",
     judge_samples: Annotated[
-        int | None, typer.Option(help="Windows of each text to judge on (default: 4,096 tokens' worth).")
+        int | None, typer.Option(help="Windows of each text to judge on (default: enough for 4,096 tokens).")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for explored.json and the page.")] = Path("explored"),
     as_json: AsJson = False,
     verbose: Verbose = False,
     **asked: Any,
 ) -> None:
-    """How far to compress, and with what: low rank, bits and both on the same statistics, against bytes and speed, on one page.
+    """Show how far to compress and with what: low rank, bits or both against bytes and speed, on one page.
 
-    The effort is quick unless told. Goes on where it was interrupted.
+    All are measured on the same statistics, with effort quick unless told. Goes on where it was interrupted.
     """
     from rankwise.exploring import explore
     from rankwise.integration.result import PAGE
@@ -335,10 +427,15 @@ def explore(
 
 @command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Result folders, and folders that compare or explore wrote.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Result folders, and folders written by compare or explore.",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
-    """Write one page to look at and to show: what was gained, what it cost, which ranks, how to make it again."""
+    """Write one page with what was gained, what it cost, the ranks, and the command to make it again."""
     from rankwise.reporting import page
 
     page.report(folders, output)
@@ -362,20 +459,36 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
 @command(*LoadingOptions.__annotations__)
 def bench(
     folder: Folder,
-    reference: Annotated[str | None, typer.Option(help="The original model, for the ratios.")] = None,
-    batches: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,16",
-    prompt: Annotated[
-        int | None, typer.Option(help="Tokens of the prompt (default: 512, or as many as the model takes).")
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="The original model, to compute the ratios from.",
+        ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Runs of each, in turn; medians count.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU (default: as torch chooses).")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile; CUDA graphs on a GPU.")] = False,
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,16",
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens in the prompt (default: 512, or as many as the model takes).")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Times to run each model, in turn; medians are reported.")] = 5,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads (default: as many as torch chooses).",
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Run through torch.compile, on a GPU with CUDA graphs.",
+        ),
+    ] = False,
     add_to_report: AddToReport = False,
     as_json: AsJson = False,
     **loading: Any,
 ) -> None:
-    """Measure speed and memory on this machine: prefill and decode, the ratio to the original and to the ideal."""
+    """Measure speed and memory of prefill and decode on this machine, beside the original and the ideal."""
     from rankwise.integration.result import SPEED
     from rankwise.reporting.page import add_to_page, refuse_no_page
     from rankwise.runtime.bench import bench
@@ -402,7 +515,7 @@ def densify(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the plain dense equivalent: same outputs, no gain in size, needs no rankwise."""
+    """Write the plain dense equivalent: same outputs, the original's size, no rankwise needed."""
     from rankwise.integration.densify import densify
 
     with _silent():
@@ -457,16 +570,18 @@ def _tell_more(wanted: bool) -> None:
 
 
 def _names(text: str) -> list[str]:
-    """Names with commas between."""
+    """The comma-separated names in a text."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any], example: str) -> list[Any]:
-    """Numbers with commas between."""
+    """The comma-separated numbers in a text. Raises `RankwiseError` where there are others."""
     try:
         return [kind(number) for number in text.split(",")]
     except ValueError:
-        raise RankwiseError(f"{option} {text!r}: numbers with commas between, as {example}") from None
+        raise RankwiseError(
+            f"{option} {text!r} is no list of numbers: separate them by commas, as in {example}",
+        ) from None
 
 
 def main() -> None:

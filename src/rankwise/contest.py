@@ -100,7 +100,7 @@ def hold_contest(
     Returns one result per method and rate. Raises `RankwiseError`.
     """
     if distributed.size() > 1:
-        raise RankwiseError("compare works in one process: several share the work of compress alone")
+        raise RankwiseError("compare runs in one process: run it without torchrun")
     if model is None:
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
     if not texts:

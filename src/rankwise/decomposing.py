@@ -37,7 +37,7 @@ def decompose(
     resume: bool = False,
     **options: Unpack[DecomposeOptions],
 ) -> Artifact:
-    """Write the artifact of a language model to `output`: `compress` and `from_pretrained` make it any rate within seconds.
+    """Write to `output` an artifact from which `compress` and `from_pretrained` make any rate in seconds.
 
     model, calibration, tokenizer, overwrite, resume, options: as of `compress`; a model in memory stays as it is. The calibration
     is text or windows of tokens. Raises `RankwiseError`.
@@ -52,7 +52,7 @@ def decompose(
     metric = str(recipe.decomposition)
     needs = metric_named(metric).NEEDS
     if distributed.size() > 1:
-        raise RankwiseError("decompose runs in one process: leave out torchrun")
+        raise RankwiseError("decompose runs in one process: run it without torchrun")
     refuse_output(Path(output), overwrite, model)
     folder = RunFolder.beside(Path(output), resume, overwrite)
 

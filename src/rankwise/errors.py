@@ -2,7 +2,7 @@
 
 
 class RankwiseError(ValueError):
-    """Something the user can put right: the message says what was wrong, with which value, and what to do."""
+    """The user can put this right: the message says what is wrong, with which value, and what to do."""
 
 
 class InMemoryOnlyError(RankwiseError):

@@ -107,7 +107,7 @@ def explore(
     Raises `RankwiseError`, before any long work where that can be known.
     """
     if distributed.size() > 1:
-        raise RankwiseError("explore works in one process: several share the work of compress alone")
+        raise RankwiseError("explore runs in one process: run it without torchrun")
     texts = [text] if isinstance(text, str) else list(text)
     if model is None:
         model, calibration = bundled.MODEL, calibration or "stdlib:train"
@@ -159,10 +159,10 @@ def _refusing(asked: Mapping[str, Any], rates: Sequence[float], bits: Sequence[f
     for rate in rates:
         Recipe.of(**asked, rate=rate)
     if not rates and not bits:
-        raise RankwiseError("there is nothing to explore: name rates, or bits")
+        raise RankwiseError("there is nothing to explore: give rates or bits")
     for size in bits:
         if not min(WIDTHS) <= size <= max(WIDTHS):
-            raise RankwiseError(f"bits={size}: a number takes from {min(WIDTHS)} to {max(WIDTHS)}")
+            raise RankwiseError(f"bits={size} must lie between {min(WIDTHS)} and {max(WIDTHS)}")
     return Recipe.of(**asked)
 
 

@@ -29,7 +29,9 @@ def bytes_of(text: str, name: str = "memory") -> int:
     """The bytes that "8GB", "512 MiB" or a plain number means. Raises `RankwiseError`, which names the option, for others."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in UNITS or not float(match[1]):
-        raise RankwiseError(f"{name}={text!r}: a number with one of {', '.join(u for u in UNITS if u)}, as 8GB")
+        raise RankwiseError(
+            f"{name}={text!r} must be a number with one of {', '.join(u for u in UNITS if u)}, such as 8GB",
+        )
     return int(float(match[1]) * UNITS[match[2]])
 
 

@@ -145,7 +145,7 @@ def by_default(allocator: Allocator, metric: str) -> bool:
 def refuse_metric(metric: str) -> None:
     """Raises `RankwiseError` where neurons cannot be put in order in that metric."""
     if not orders_neurons(metric_named(metric)):
-        raise RankwiseError(f"fewer neurons are for kronecker and whitened, not for {metric}: leave out decomposition")
+        raise RankwiseError(f"fewer neurons need kronecker or whitened, not {metric}: remove decomposition")
 
 
 def refuse_other(run: Run, sizes: Mapping[str, int], place: Place | None = None) -> None:
@@ -153,10 +153,14 @@ def refuse_other(run: Run, sizes: Mapping[str, int], place: Place | None = None)
     mlps = {mlp.down: mlp for mlp in mlps_of(run, Budget(0), place or _InMemory(run))} if sizes else {}
     for down, size in sizes.items():
         if down not in mlps:
-            raise RankwiseError(f"the plan has neurons for {down}, which is the last matrix of none of the {len(mlps)} MLPs")
+            raise RankwiseError(
+                f"the plan has neurons for {down}, which is the last matrix of none of the "
+                f"{len(mlps)} MLPs of the model: remove the entry",
+            )
         if size >= mlps[down].width:
             raise RankwiseError(
-                f"the plan has {size} neurons for {down}, which has {mlps[down].width}: take fewer, or none of it"
+                f"the plan has {size} neurons for {down}, which has {mlps[down].width} in the "
+                "model: give fewer, or remove the entry",
             )
 
 

@@ -138,7 +138,7 @@ def pairs(items: Iterable[str], form: str = "KEY=VALUE", split: Any = str.partit
     for item in items:
         key, equals, value = split(item, "=")
         if not equals or not key:
-            raise RankwiseError(f"{item!r} is not {form}")
+            raise RankwiseError(f"{item!r} must be written as {form}")
         found[key] = value
     return found
 

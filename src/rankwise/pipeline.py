@@ -39,7 +39,7 @@ from rankwise.starting import Calibration
 
 @dataclass
 class Compressed:
-    """What `compress` gives back: the model, one rank (or None: dense) per matrix, and the report as plain values.
+    """`compress` returns this: the model, one rank (None: dense) per matrix, and the report as plain values.
 
     Block by block there is no model: it may be larger than the memory, and is in the output folder.
     """
@@ -54,7 +54,9 @@ class Compressed:
     def save(self, output: str | Path, overwrite: bool = False) -> None:
         """Write an ordinary Hugging Face folder, whole or not at all. Raises `RankwiseError` where `output` is taken."""
         if self.model is None:
-            raise RankwiseError("the model was written to the output folder, it is not in memory")
+            raise RankwiseError(
+                "the model was written to the output folder and is not in memory: load it from there",
+            )
         output = Path(output)
         files = to_look_at(output.name, self.report, self.spectra)
         write_result(output, self.model, self.tokenizer, self.ranks, self.report, self.recipe, overwrite, files)
@@ -97,7 +99,7 @@ def compress(
     resume: bool = False,
     **options: Unpack[CompressOptions],
 ) -> Compressed:
-    """Compress a language model: remove `rate` of its parameters (0.2 unless told), the rank of every matrix learned.
+    """Compress a language model by `rate` (0.2 unless told), with the rank of every matrix learned.
 
     model: a folder or a name for `from_pretrained`, or a model in memory, which is compressed in place; None is the bundled
         model. What `decompose` wrote is not decomposed again.

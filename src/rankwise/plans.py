@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank, or None for dense, for every matrix of a model; no tensors.
+    """A plan holds one rank, or None for dense, for every matrix of a model, and no tensors.
 
     shapes: the matrices', empty where ranks alone were read. kl: what the plan is predicted to cost, KL(original || compressed)
     in nats per token on calibration text that nothing was chosen on; None where nobody has measured these ranks.
@@ -43,7 +43,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
-        """The plan in a file that `save` wrote, or the ranks of a result folder or its `ranks.json`, edited or not.
+        """Read a plan that `save` wrote, or the ranks of a result folder or its `ranks.json`, edited or not.
 
         Beside ranks alone a `recipe.yaml` is read too. A predicted KL is that of the ranks it was measured with: of edited ones
         it is not known. Raises `RankwiseError` for a file that is neither.
@@ -84,7 +84,7 @@ class Plan:
         write_whole(Path(file), lambda path: path.write_text(self.to_json() + "\n", encoding="utf-8"))
 
     def to_json(self) -> str:
-        """What `save` writes."""
+        """Return the JSON that `save` writes."""
         about = {
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
@@ -102,13 +102,13 @@ class Plan:
         return f"{{\n{first}{rest}\n}}"
 
     def edited(self, ranks: Ranks | None = None, bits: Mapping[str, int | None] | None = None) -> Plan:
-        """The plan with other ranks or bits, None for the model's own numbers, for these matrices; what it costs is not known."""
+        """Return the plan with these ranks or bits (None: the model's own numbers); its cost is not known."""
         left = {name: number for name, number in {**self.bits, **(bits or {})}.items() if number is not None}
         return replace(self, ranks={**self.ranks, **(ranks or {})}, bits=left, kl=None)
 
     @property
     def parameters(self) -> int | None:
-        """Parameters that the matrices keep; None where shapes are not known."""
+        """How many parameters the matrices keep; None where shapes are not known."""
         return parameters(self.ranks, {**self.shapes, **self.narrowed}) if self.shapes else None
 
     def __sub__(self, other: Plan) -> Difference:
@@ -180,21 +180,30 @@ def _ranks(found: Mapping[str, Any], file: Path) -> Ranks:
 def _kept_neurons(found: Any, file: Path) -> dict[str, int]:
     """How many neurons MLPs keep, by their last matrix; of a report, how many of how many."""
     if not isinstance(found, dict):
-        raise RankwiseError(f"{file} has {found!r} for neurons: a positive number for the last matrix of each MLP")
+        raise RankwiseError(
+            f"{file} has {found!r} for neurons instead of a positive number for the last matrix of each MLP",
+        )
     each = {name: size[0] if isinstance(size, list) and size else size for name, size in found.items()}
     for name, size in each.items():
         if type(size) is not int or size < 1:
-            raise RankwiseError(f"{file} has {size!r} neurons for {name!r}: a positive number for the last matrix of each MLP")
+            raise RankwiseError(
+                f"{file} gives {size!r} neurons to {name!r}, where a plan needs a positive number "
+                "for the last matrix of each MLP",
+            )
     return each
 
 
 def _bits(found: Any, file: Path) -> dict[str, int]:
     """In how many bits matrices are written."""
     if not isinstance(found, dict):
-        raise RankwiseError(f"{file} has {found!r} for bits: a number for every matrix that is written in few")
+        raise RankwiseError(
+            f"{file} has {found!r} for bits instead of a number for every matrix that is written in few",
+        )
     for name, bits in found.items():
         if type(bits) is not int or bits not in WIDTHS:
-            raise RankwiseError(f"{file} has {bits!r} bits for {name!r}: one of {', '.join(map(str, WIDTHS))}")
+            raise RankwiseError(
+                f"{file} has {bits!r} bits for {name!r} instead of one of {', '.join(map(str, WIDTHS))}",
+            )
     return dict(found)
 
 

@@ -24,97 +24,142 @@ IN_MEMORY = "given in memory"  # the calibration of a recipe whose text is no so
 
 
 class Recipe(BaseModel):
-    """What was asked for. Two equal recipes on the same model and text give the same ranks, bit for bit."""
+    """A recipe holds all options. Equal ones on the same model and text give the same ranks, bit for bit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rate: float | None = Field(None, gt=0, lt=1, description="fraction of parameters to remove; 0.2 where no target is named")
+    rate: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="fraction of parameters to remove; 0.2 if no target is given",
+    )
     target_bytes: ByteSize | None = Field(
-        None, gt=0, description="instead of a rate: what the checkpoint may take, as 1.5GB or 800MiB"
+        None,
+        gt=0,
+        description="instead of a rate: the largest size of the checkpoint, such as 1.5GB or 800MiB",
     )
     target_speedup: float | None = Field(
-        None, gt=1, description="instead of a rate: how much faster to decode, on this machine, whose latencies are measured"
+        None,
+        gt=1,
+        description="instead of a rate: how many times as fast the model is to decode on this machine, "
+        "whose latencies are measured first",
     )
     ranks: dict[str, PositiveInt | None] | None = Field(
-        None, description="instead of a rate: the rank of every matrix, None for dense, as a plan has them"
+        None, description="instead of a rate: the rank of every matrix, as in a plan (None: dense)"
     )
     kept_neurons: dict[str, PositiveInt] = Field(
-        {}, description="beside ranks: how many hidden neurons MLPs keep, by their last matrix, as a plan has them"
+        {},
+        description="with ranks: hidden neurons that each MLP keeps, by its last matrix, as in a plan",
     )
     widths: dict[str, Literal[2, 3, 4, 5, 6, 8]] = Field(
-        {}, description="beside ranks: in how many bits matrices are written, as a plan has them"
+        {}, description="with ranks: the bits of each matrix that is written in few, as in a plan"
     )
-    scope: Literal["linear", "model"] = Field("linear", description="what the rate is counted over: the matrices, or all")
+    scope: Literal["linear", "model"] = Field(
+        "linear",
+        description="what the rate is counted over (linear: matrices that may be compressed; model: all)",
+    )
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {},
-        description="what part of their parameters the matrices keep that match a pattern, as of include; 1 is dense, the last "
-        "pattern that matches counts, and the other matrices make up for the target",
+        description="fraction of its parameters that every matrix matching PATTERN keeps (1: stays "
+        "dense). The last matching pattern wins; the other matrices make up the difference "
+        "to the target. Patterns are written as for include",
     )
     calibration: str = Field(
         "self",
-        description="the text: a text or JSON-lines file, a folder, a data set's name, stdlib:train, or self: text that "
-        "the model writes itself (text like that of your use is better)",
+        description="calibration text: a text or JSON-lines file, a folder, the name of a data set, "
+        "stdlib:train, or self, for which the model writes its own (text like that of your "
+        "use is better)",
     )
     text_column: str = Field(
-        "text", description="the text's field in JSON lines, tables and data sets, where there are no messages or conversations"
+        "text",
+        description="the text's field in JSON lines, tables and data sets without messages or conversations",
     )
-    dataset_options: dict[str, str] = Field({}, description="passed to datasets.load_dataset, as name=, split= or data_files=")
+    dataset_options: dict[str, str] = Field(
+        {}, description="arguments for datasets.load_dataset, such as name=, split= or data_files="
+    )
     effort: Literal["quick", "default", "thorough"] = Field(
-        "default", description="how much text is read, and so how long it takes; thorough is 262,144 tokens"
+        "default",
+        description="how much text is read, and so how long the run takes; thorough reads 262,144 tokens",
     )
     samples: int | None = Field(
-        None, ge=1, le=LARGEST, description="windows of calibration text; by default as many as the effort says"
+        None,
+        ge=1,
+        le=LARGEST,
+        description="windows of calibration text to read; by default the effort decides",
     )
     length: int | None = Field(
-        None, ge=2, le=LARGEST, description="tokens of a window; by default the model's context, at most 2048"
+        None, ge=2, le=LARGEST, description="tokens per window; by default the model's context, at most 2048"
     )
     decomposition: str | None = Field(
-        None, description="the metric, see rankwise methods; by default the allocation's own, kronecker for decompose"
+        None,
+        description="metric to decompose in (rankwise methods lists them); by default the allocation's "
+        "own, for decompose kronecker",
     )
     allocation: str = Field(
         "llrc",
-        description="how ranks are chosen, see rankwise methods: a name, with preset and options where wanted, as llrc:paper or "
-        "'kl-knapsack points=3'; of an artifact by default mask-fisher, which takes seconds",
+        description="how ranks are chosen (rankwise methods lists the names), with a preset or options "
+        "if wanted, as in llrc:paper or 'kl-knapsack points=3'; an artifact is compressed "
+        "by mask-fisher unless told, in seconds",
     )
-    preset: str = Field("default", description="which defaults of the allocation, the same as NAME:PRESET")
-    options: dict[str, Any] = Field({}, description="the allocation's own options, over the preset's")
+    preset: str = Field(
+        "default",
+        description="named set of defaults for the allocation, the same as NAME:PRESET",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="the allocation's own options, which override those of the preset",
+    )
     refine: str | None = Field(
         None,
-        description="what trains the weights afterwards: refinements with commas between, as 'distil passes=2'; refine "
-        "by itself takes distil",
+        description="what trains the weights afterwards: refinements, comma-separated, such as 'distil "
+        "passes=2'; the command refine uses distil unless told",
     )
-    rank_multiple: PositiveInt = Field(1, description="every rank is a multiple of this")
+    rank_multiple: PositiveInt = Field(1, description="make every rank a multiple of this")
     bits: Literal["stored", "mixed", "2", "3", "4", "5", "6", "8"] = Field(
         "stored",
-        description="what numbers are written in: as the model's are (stored), as few bits as fit target-bytes best (mixed), or "
-        "the same of every matrix, 2 to 8, by GPTQ, and no rank is chosen",
+        description="stored: the model's own dtype; mixed: bits per matrix chosen to fit target-bytes; "
+        "2 to 8: that width everywhere, by GPTQ, without choosing ranks",
     )
     neurons: Literal["all", "fewer"] | None = Field(
         None,
-        description="of MLPs: with fewer, each loses hidden neurons where that costs less than low ranks of its matrices do; by "
-        "default so with llrc",
+        description="fewer: remove hidden neurons from an MLP where that costs less than lower ranks; "
+        "all: keep them. By default fewer with llrc, all with the others",
     )
     form: Literal["pivoted", "pair"] = Field(
-        "pivoted", description="of a matrix of low rank: rows and combinations of them, or a pair of factors"
+        "pivoted",
+        description="how a low-rank matrix is written: pivoted, as some of its rows and combinations "
+        "of them, or as a pair of factors",
     )
     include: tuple[str, ...] = Field(
-        (), description="compress only the matrices that match: a glob over paths, a class, or re: and an expression"
+        (),
+        description="compress only the matrices that match: a glob over paths, a class, or re: and a regex",
     )
-    exclude: tuple[str, ...] = Field((), description="leave the matrices that match dense, patterns as of include")
+    exclude: tuple[str, ...] = Field(
+        (),
+        description="keep the matrices that match dense; patterns are written as for include",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="what the model is loaded as; auto is how its weights are stored"
+        "auto", description="dtype to load the model in; auto is the one its weights are stored in"
     )
     device: str = Field(
-        "auto", description="where to compute: cpu, cuda, cuda:1 and the like; auto is the GPU where there is one"
+        "auto",
+        description="device to compute on: cpu, cuda, cuda:1 and so on; auto picks a GPU where there is one",
     )
     memory: str | None = Field(
-        None, description="what the run may take, as 8GB: it goes block by block, as it does by itself where memory is short"
+        None,
+        description="memory the run may take, such as 8GB; it then works block by block",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything drawn: the same seed gives the same ranks")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed for everything random: the same seed gives the same ranks",
+    )
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
-        """The recipe of these fields. Raises `RankwiseError` for an unknown one and for a bad value."""
+        """Make the recipe of these fields. Raises `RankwiseError` for an unknown one and for a bad value."""
         targets = [name for name in TARGETS if fields.get(name) is not None]
         if len(targets) > 1:
             raise RankwiseError(f"{' and '.join(targets)} are two targets: ask for one")
@@ -160,36 +205,42 @@ class Recipe(BaseModel):
         asked = f"bits={self.bits}"
         if self.bits == "stored" or self.allocation != MIXED:
             raise RankwiseError(
-                f"{asked} and allocation={self.allocation}: where bits are named, no ranks are chosen: name one of them"
+                f"{asked} and allocation={self.allocation}: with bits, no ranks are chosen. Give only one",
             )
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if self.width is None and targets != ["target_bytes"]:
-            raise RankwiseError(f"{asked} spends bytes: ask for target_bytes")
+            raise RankwiseError(f"{asked} spends bytes: give target_bytes as the target")
         if self.width is not None and targets:
-            raise RankwiseError(f"{asked} and {targets[0]} are two targets: ask for one, or for bits=mixed in target_bytes")
+            raise RankwiseError(
+                f"{asked} and {targets[0]} are two targets: give one, or bits=mixed with target_bytes",
+            )
         if self.keep:
-            raise RankwiseError(f"{asked} is for every matrix: leave out keep, or exclude what is to stay as it is")
+            raise RankwiseError(
+                f"{asked} applies to every matrix: remove keep, or exclude what is to stay as it is",
+            )
 
     def _refuse_beside_whole_numbers(self) -> None:
         """Raises `RankwiseError` for what cannot stand beside matrices in few bits, and for a plan's that are no matrices."""
         asked = "a plan with bits" if self.widths else f"bits={self.bits}"
         if others := self.widths.keys() - (self.ranks or {}).keys():
-            raise RankwiseError(f"the plan has bits for {min(others)}, and no rank: name one, or null for dense")
+            raise RankwiseError(
+                f"the plan has bits for {min(others)}, but no rank: give one, or null for dense",
+            )
         if self.memory is not None:
-            raise RankwiseError(f"{asked} holds the model in memory: ask for no memory")
+            raise RankwiseError(f"{asked} needs the whole model in memory: remove memory")
         if self.narrows:
             raise RankwiseError(f"fewer neurons and {asked} do not go together yet: ask for one")
 
     def _refuse_beside_fewer_neurons(self) -> None:
         """Raises `RankwiseError` for what cannot stand beside fewer neurons yet."""
         if self.kept_neurons and self.ranks is None:
-            raise RankwiseError("kept_neurons are a plan's: give its ranks too")
+            raise RankwiseError("kept_neurons are part of a plan: give its ranks too")
         if self.neurons == FEWER and self.ranks is not None:
-            raise RankwiseError("a plan says itself how many neurons stay: leave out neurons")
+            raise RankwiseError("a plan says itself how many neurons stay: remove neurons")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The recipe in a YAML file, or in the result folder at `path`. Raises `RankwiseError` where there is none."""
+        """Read a recipe from a YAML file or a result folder. Raises `RankwiseError` where there is none."""
         of_result = Path(path).is_dir()
         file = Path(path) / FILE if of_result else Path(path)
         try:
@@ -208,8 +259,8 @@ class Recipe(BaseModel):
         file.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
     def under(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that are asked for, and those of this recipe where nothing is: another target takes the place of its
-        target, another allocation that of its method, another text that of how its text is read, and ranks are both target and
+        """Return the fields asked for, and this recipe's for the others: another target replaces its target,
+        another allocation its method, another text how its text is read, and ranks replace both target and
         method. Raises `RankwiseError` where a text is missing that no source names."""
         taken = {*asked, *(TARGETS if asked.keys() & set(TARGETS) else ()), *(METHOD if "allocation" in asked else ())}
         taken |= set(READING) if "calibration" in asked else set()
@@ -219,5 +270,7 @@ class Recipe(BaseModel):
             taken |= {"ranks", "kept_neurons", "widths", "allocation"}
         fields = {name: value for name, value in self.model_dump().items() if name not in taken and value is not None}
         if fields.get("calibration") == IN_MEMORY:
-            raise RankwiseError("the recipe's calibration text was given in memory: give it again, or name one")
+            raise RankwiseError(
+                "the recipe's calibration text was given in memory: give it again, or name another",
+            )
         return fields | dict(asked)

@@ -57,7 +57,7 @@ def refine(
     resume: bool = False,
     **options: Unpack[RefineOptions],
 ) -> Compressed:
-    """Train what a folder holds against the model it was made from: other values, the same ranks and bytes.
+    """Train a folder's weights against the model it was made from, at the same ranks and bytes.
 
     folder: what `compress` wrote. reference: the original model; None is the bundled one. refine: refinements with commas
         between, as of `compress`. calibration, tokenizer, output, overwrite, resume, options: as of `compress`; what is not said
@@ -68,7 +68,7 @@ def refine(
     folder, reference = Path(folder), bundled.MODEL if reference is None else reference
     refinements, ranks = refinements_named(refine), read_ranks(folder)
     if not refinements:
-        raise RankwiseError("name a refinement, as refine='distil'")
+        raise RankwiseError("name a refinement, such as refine='distil'")
     (report, spectra), before = _read(folder), read_recipe(folder) or Recipe.of()
     if calibration is None and before.calibration == IN_MEMORY:
         calibration = "self"

@@ -68,7 +68,9 @@ def leave_unreached(run: Run, statistics: Statistics, needs: frozenset[str]) -> 
         run.left_dense[name] = why
         del run.shapes[name]
     if not run.shapes:
-        raise RankwiseError("the calibration reaches none of the matrices that may be compressed")
+        raise RankwiseError(
+            "the calibration reaches none of the matrices that may be compressed: give inputs that do",
+        )
 
 
 def decompose_all(run: Run, statistics: Collected, metric: str) -> dict[str, Decomposition]:

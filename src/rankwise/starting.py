@@ -212,6 +212,9 @@ def kept_ranks(model: PreTrainedModel, shapes: Shapes, recipe: Recipe) -> Ranks:
             room = min(shape.rank_within(int(fraction * shape.dense)), shape.largest_rank(multiple)) // multiple * multiple
             if room < multiple and fraction < 1:
                 least = shape.parameters(multiple) / shape.dense
-                raise RankwiseError(f"keep: {pattern}={fraction} is less than rank {multiple} of {name} takes, {least:.2%}")
+                raise RankwiseError(
+                    f"keep: {pattern}={fraction} is too little for {name}, where rank {multiple} takes "
+                    f"{least:.2%}: keep at least that",
+                )
             ranks[name] = None if fraction == 1 else room
     return {name: ranks[name] for name in shapes if name in ranks}

@@ -77,8 +77,9 @@ class Target:
         if budget.parameters < fewest:
             fastest, narrow = latency.step / (latency.step - dense + fewest), ", with the fewest neurons," * self.recipe.narrows
             raise RankwiseError(
-                f"target_speedup={speedup} cannot be reached: rank {multiple} in every matrix{narrow} decodes {fastest:.2f} "
-                f"times as fast on this machine, where the rest of the model takes {1 - dense / latency.step:.0%} of the time"
+                f"target_speedup={speedup} cannot be reached: rank {multiple} in every "
+                f"matrix{narrow} decodes {fastest:.2f} times as fast on this machine, where the "
+                f"rest of the model takes {1 - dense / latency.step:.0%} of the time. Ask for less",
             )
         return shapes, budget.settling(settled, shapes, smallest)
 
@@ -92,10 +93,13 @@ def bytes_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
     dense, fewest = sum(shape.dense for shape in shapes.values()), least(shapes, multiple)
     allowed = (target - others) // element
     if allowed >= dense:
-        raise RankwiseError(f"target_bytes={target:,}: the model has no more than {whole + header:,} as it is")
+        raise RankwiseError(
+            f"target_bytes={target:,}: the model takes only {whole + header:,} bytes. Ask for less",
+        )
     if allowed < fewest:
         raise RankwiseError(
-            f"target_bytes={target:,} cannot be reached: rank {multiple} in every matrix leaves {others + fewest * element:,}"
+            f"target_bytes={target:,} cannot be reached: with rank {multiple} in every matrix "
+            f"the model still takes {others + fewest * element:,} bytes. Ask for at least that",
         )
     return Budget(allowed, multiple)
 
@@ -109,10 +113,11 @@ def mixed_budget(model: Any, shapes: Shapes, target: int, multiple: int) -> Budg
         for name, shape in shapes.items()
     )
     if target >= most:
-        raise RankwiseError(f"target_bytes={target:,}: the model has no more than {most:,} as it is")
+        raise RankwiseError(f"target_bytes={target:,}: the model takes only {most:,} bytes. Ask for less")
     if target - others < fewest:
         raise RankwiseError(
-            f"target_bytes={target:,} cannot be reached: the least that every matrix can be written in leaves {others + fewest:,}"
+            f"target_bytes={target:,} cannot be reached: the smallest this model can be written is "
+            f"{others + fewest:,} bytes. Ask for at least that"
         )
     return Budget(target - others, multiple)
 

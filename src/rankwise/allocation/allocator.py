@@ -105,6 +105,11 @@ def known_as(allocator: Allocator) -> tuple[str, str, dict[str, Any]]:
     return type(allocator).__name__, "default", {}
 
 
+def is_known(method: str) -> bool:
+    """Whether there is an allocator of the name in a method's spelling."""
+    return spelled(method)[0] in ALLOCATORS | OF_BYTES
+
+
 def allocator_named(name: str, preset: str, options: Mapping[str, Any]) -> Allocator:
     """The allocator `name` in `preset`, with `options` over its defaults.
 

@@ -39,7 +39,7 @@ class Given:
             if rank is not None and rank > largest:
                 raise RankwiseError(
                     f"the plan has rank {rank} for {name}, where {largest} is the largest that is smaller than dense: "
-                    "take less, or null for dense"
+                    "name a lower one, or null for dense"
                 )
 
 

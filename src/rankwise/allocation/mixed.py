@@ -42,7 +42,9 @@ class Mixed:
     def allocate(self, problem: Problem) -> Allocation:
         """One forward pass over the selection text per matrix and point."""
         if not problem.offers:
-            raise RankwiseError("mixed shares out bytes among ranks and bits: it stands beside no other allocation")
+            raise RankwiseError(
+                "mixed shares out bytes among ranks and bits: name no other allocation beside it",
+            )
         few = first_tokens(problem.student.selection, self._tokens(len(problem.shapes)))
         offers = [problem.offers[name] for name in problem.shapes]
         losses = []

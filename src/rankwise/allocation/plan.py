@@ -60,11 +60,13 @@ class Budget:
         fewest = least({name: (smallest or costs)[name] for name in others}, self.multiple)
         dense = sum(costs[name].dense for name in others)
         if not others:
-            raise RankwiseError("keep settles every matrix: leave some to the target, or apply a plan")
+            raise RankwiseError(
+                "keep fixes every matrix: keep fewer, so that some can meet the target, or apply a plan",
+            )
         if left < fewest:
             raise RankwiseError(
-                f"keep leaves {max(left, 0):,} to the {len(others)} other matrices, which take {fewest:,} at least: keep less, "
-                "or remove less"
+                f"keep leaves {max(left, 0):,} to the {len(others)} other matrices, which need at "
+                f"least {fewest:,}: keep less, or remove less",
             )
         if left > dense:
             raise RankwiseError(

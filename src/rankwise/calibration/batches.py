@@ -98,7 +98,7 @@ def refuse_without_gradients(model: nn.Module, matrices: Iterable[str]) -> None:
     if seen and not any(seen):
         raise RankwiseError(
             f"{type(model).__name__} has a backward pass of its own, which hides the gradients of masks: choose an allocation "
-            "and a decomposition that take none (uniform and whitened)"
+            "and a decomposition that need none (uniform and whitened)"
         )
 
 

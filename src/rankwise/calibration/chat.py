@@ -27,7 +27,7 @@ def conversation(messages: Any, where: str) -> Conversation:
         if "from" in turn and "value" in turn:
             turn = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
         if "role" not in turn or not turn.keys() & {"content", "tool_calls"}:
-            raise RankwiseError(f"{where}: message {number} has no role and content, nor from and value")
+            raise RankwiseError(f"{where}: message {number} has neither role and content nor from and value")
         turns.append({"content": "", **turn})
     return turns
 
@@ -44,14 +44,17 @@ def in_template(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> s
     """
     if not getattr(tokenizer, "chat_template", None):
         raise RankwiseError(
-            "the text holds conversations, but the model's tokenizer has no chat template: take the model that was made for "
-            "chat, save a template with its tokenizer, or name a field of plain text with text_column"
+            "the text holds conversations, but the model's tokenizer has no chat template: use "
+            "the model that was made for chat, save a template with its tokenizer, or name a "
+            "field of plain text with text_column",
         )
     try:
         template = TODAY + tokenizer.get_chat_template()
         return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
     except Exception as error:  # templates refuse in many ways, most of them by words of their own
-        raise RankwiseError(f"the model's chat template does not take the conversation {str(messages)[:80]!r}: {error}") from None
+        raise RankwiseError(
+            f"the model's chat template does not accept the conversation {str(messages)[:80]!r}: {error}"
+        ) from None
 
 
 def opening(tokenizer: PreTrainedTokenizerBase | None, length: int) -> list[int]:

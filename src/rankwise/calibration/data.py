@@ -40,7 +40,8 @@ class Data:
         """Of windows [windows, length] in random order. Raises `RankwiseError` for those that the model does not read."""
         if windows.ndim != 2 or windows.is_floating_point() or not len(windows) or windows.shape[1] < 2:
             raise RankwiseError(
-                f"windows of tokens are integers [windows, length], length 2 or more, not {tuple(windows.shape)} {windows.dtype}"
+                "windows of tokens must be integers [windows, length] with a length of at least 2, "
+                f"not {tuple(windows.shape)} {windows.dtype}",
             )
         windows = _input(windows)
         refuse_foreign(model, windows)
@@ -58,9 +59,11 @@ class Data:
         none, and for those that the model does not read."""
         for batch in batches:
             if not isinstance(batch, Mapping) or not batch or not all(isinstance(t, Tensor) for t in batch.values()):
-                raise RankwiseError("calibration batches are dicts of the model's inputs: name -> tensor [sequences, ...]")
+                raise RankwiseError(
+                    "calibration batches must be dicts of model inputs: name -> tensor [sequences, ...]",
+                )
         if not batches:
-            raise RankwiseError("the calibration has no batches")
+            raise RankwiseError("the calibration has no batches: give at least one")
         parts = [with_decoder_inputs(model, {name: _input(t) for name, t in batch.items()}) for batch in batches]
         refuse_unfit(model, parts[0])
         if len(parts) < PART:

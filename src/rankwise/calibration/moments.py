@@ -82,7 +82,8 @@ class Statistics:
         for path, moments in (*self.sites.items(), *self.matrices.items()):
             if not all(is_finite(value) for value in vars(moments).values() if isinstance(value, Tensor)):
                 raise RankwiseError(
-                    f"{path}: activations or gradients on the calibration text are not finite, or their squares are not"
+                    f"{path}: activations or gradients on the calibration text, or their squares, are "
+                    "not finite: load the model as float32",
                 )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -182,7 +183,9 @@ def collect(
                 watched.expect(batch)
                 signal = signal_of(model, batch)
                 if not is_finite(signal.values):
-                    raise RankwiseError("the model's outputs on the calibration text are not finite")
+                    raise RankwiseError(
+                        "the model's outputs on the calibration text are not finite: load it as float32",
+                    )
                 if backward and signal.values.requires_grad:  # else the batch reaches none of the matrices
                     sampled_loss(signal, batch).backward()
     return watched.everyones(device_of(model))

@@ -43,7 +43,7 @@ def read_documents(source: str, column: str = COLUMN, dataset_options: Mapping[s
     rows = read_rows(source, column, dataset_options)
     documents = [row for row in rows if (row.strip() if isinstance(row, str) else row)]
     if not documents:
-        raise RankwiseError(f"the text {source!r} is empty")
+        raise RankwiseError(f"the text {source!r} is empty: name another")
     return documents
 
 
@@ -63,11 +63,13 @@ def refuse_unused(sources: Iterable[str], column: str = COLUMN, dataset_options:
     sources = [source for source in sources if source not in ("self", IN_MEMORY)]
     if column != COLUMN and not any(map(_has_fields, sources)):
         raise RankwiseError(
-            f"text_column={column!r}: there is no such field, the text is no JSON, table or data set: leave it out"
+            f"text_column={column!r} names a field, but the text is no JSON, table or data set: remove it",
         )
     if dataset_options and not any(map(_is_dataset, sources)):
         asked = ", ".join(f"{name}={value}" for name, value in dataset_options.items())
-        raise RankwiseError(f"dataset_options ({asked}) are for a data set by name, which the text is not: leave them out")
+        raise RankwiseError(
+            f"dataset_options ({asked}) apply to a data set by name, which the text is not: remove them",
+        )
 
 
 def _is_dataset(source: str) -> bool:
@@ -100,7 +102,9 @@ def _read_file(path: Path, column: str) -> list[Document]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
     except UnicodeDecodeError as error:
-        raise RankwiseError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise RankwiseError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it",
+        ) from None
     except OSError as error:
         raise RankwiseError(f"cannot read {path}: {error.strerror}") from None
     if not name.endswith(JSON_LINES):
@@ -129,7 +133,9 @@ def _document(row: Any, column: str, where: str) -> Document:
     if isinstance(value, list):
         return conversation(value, where)
     if value is not None and not isinstance(value, str):
-        raise RankwiseError(f"{where}: the field {field!r} is not a text, nor a list of messages")
+        raise RankwiseError(
+            f"{where}: the field {field!r} is neither text nor messages: name another (text_column)",
+        )
     return _whole(value or "")
 
 
@@ -157,7 +163,10 @@ def _load_dataset(name: str, column: str, options: dict[str, Any]) -> list[Docum
             f"no such text: {name!r} is no file or folder; to load a data set of that name: pip install 'rankwise[data]'"
         ) from None
     if name == "pandas" or "trust_remote_code" in options:
-        raise RankwiseError(f"no such text: the data set {name!r} would run code (a pickle, or a script of its own)")
+        raise RankwiseError(
+            f"no such text: the data set {name!r} would run code (a pickle, or a script of its "
+            "own), which rankwise never does: give its text as a file",
+        )
     options.setdefault("split", "train")
     if "streaming" in options:
         options["streaming"] = str(options["streaming"]).lower() == "true"

@@ -95,7 +95,9 @@ def evaluate(
     dense = reference if isinstance(reference, PreTrainedModel) else load_model(reference, config, dtype, device)
     refuse_unrelated(compressed, dense, path, name)
     if asked and not dense.can_generate():
-        raise RankwiseError(f"tasks need a model that predicts text, not a {type(dense).__name__}")
+        raise RankwiseError(
+            f"tasks need a model that predicts text, not a {type(dense).__name__}: run without tasks",
+        )
     length = window_length(dense, length)
     windows = {
         name: windows_of(tokenizer, found.documents, length, samples, seed)[: found.windows] for name, found in documents.items()
@@ -144,7 +146,9 @@ def refuse_unrelated(compressed: Any, dense: Any, path: str, name: str) -> None:
         step = tables[0].scales.float().cpu().abs() if isinstance(tables[0], QuantisedEmbedding) else torch.zeros(())
         alike = bool(((one - other).abs() <= 2**-7 * other.abs() + step / 2 + 1e-6).all())
     if not alike:
-        raise RankwiseError(f"{name} is not the model that {path} was made from")
+        raise RankwiseError(
+            f"{name} is not the model that {path} was made from: give that one as the reference",
+        )
 
 
 def name_of(model: str | Path | PreTrainedModel) -> str:

@@ -88,8 +88,10 @@ def read_judging_text(source: str, column: str = "text", dataset_options: Mappin
             rows = [protocol.line(line) for line in io.StringIO(rows[0])]
     texts = [row for row in rows[: protocol.rows] if isinstance(row, str)]
     if len(texts) < len(rows[: protocol.rows]):
-        raise RankwiseError(f"the text {source!r} holds conversations, which {name} does not: leave out {name}:")
+        raise RankwiseError(
+            f"the text {source!r} holds conversations, and {name} joins plain text: remove {name}:",
+        )
     text = protocol.separator.join(texts)
     if not text.strip():
-        raise RankwiseError(f"the text {source!r} is empty")
+        raise RankwiseError(f"the text {source!r} is empty: name another")
     return JudgingText([text], protocol.windows)

@@ -80,7 +80,7 @@ def _files_of(name: str) -> list[Path]:
     """
     files = [Path(f).resolve() for f in sorted(glob.glob(f"{name}/*.yaml" if Path(name).is_dir() else name))]
     if name.endswith((".yaml", ".yml")) and not files:
-        raise RankwiseError(f"no such task: no YAML file {name!r}")
+        raise RankwiseError(f"no such task: there is no YAML file {name!r}")
     return [file for file in files if file.suffix in (".yaml", ".yml")]
 
 

@@ -100,7 +100,9 @@ class Artifact:
         None is what was not asked for. Raises `RankwiseError` for one that asks for another decomposition.
         """
         if not isinstance(calibration, str | Path | None):
-            raise RankwiseError(f"{self.folder} has its calibration text in it: leave out calibration, or decompose again")
+            raise RankwiseError(
+                f"{self.folder} holds its own calibration text: run without calibration, or decompose again",
+            )
         own = {name: value for name, value in self.recipe.model_dump().items() if name not in FREE}
         asked = {name: value for name, value in options.items() if value is not None}
         source = {} if calibration is None else {"calibration": str(calibration)}

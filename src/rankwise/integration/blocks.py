@@ -224,7 +224,9 @@ class Blocks:
                 order = self._order(few)
         handed_on = all(torch.equal(got, answer) for got, _ in alike[1:]) and order == list(range(len(self)))
         if not handed_on or not all(own.same(call) for call, (_, own) in zip(calls, alike, strict=True)):
-            raise InMemoryOnlyError(f"{type(self.model).__name__} does more with its blocks than handing on hidden states")
+            raise InMemoryOnlyError(
+                f"{type(self.model).__name__} does more with its blocks than hand on hidden states",
+            )
         if not (torch.equal(signal.values, other.values) and all(map(Call.same, calls, others))):
             self.reads_embedding = True
         self.head_by_rows = signal.head is not None or not signal.categorical
@@ -274,7 +276,7 @@ class Blocks:
             except _ReachedError:
                 if any(leaf is UNKNOWN for leaf in reached[0][1].leaves()):
                     raise InMemoryOnlyError(
-                        f"{type(self.model).__name__} hands its blocks more than the hidden states of the one before"
+                        f"{type(self.model).__name__} hands its blocks more than the previous hidden states",
                     ) from None
                 return reached[0]
         raise InMemoryOnlyError(f"{type(self.model).__name__} does not call its blocks {self.path} in turn")

@@ -74,7 +74,7 @@ def load_config(path: str | Path) -> Any:
         raise RankwiseError(message) from None
     dtype = getattr(config, "dtype", None)
     if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise RankwiseError(f"{path}: in its config.json, dtype={dtype!r} is none that weights have")
+        raise RankwiseError(f"{path}: in its config.json, dtype={dtype!r} is no dtype of weights")
     if getattr(config, "architectures", None) and class_of(config) is None:
         if "auto_map" in settings:
             raise _own_code(path)
@@ -113,11 +113,13 @@ def refuse_elsewhere(model: object) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise RankwiseError(
-            f"{name} is no model of transformers: give the one inside of it (of a compiled model `_orig_mod`, of a parallel one "
-            "`module`, of PEFT's `merge_and_unload()`)"
+            f"{name} is not a transformers model: give the one inside it (of a compiled model "
+            "`_orig_mod`, of a parallel one `module`, of PEFT's `merge_and_unload()`)",
         )
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise RankwiseError(f"the {name} is compiled, so that nothing inside of it can be seen: give the model as it was before")
+        raise RankwiseError(
+            f"the {name} is compiled, which hides what is inside: give the model from before compiling",
+        )
     for path, parameter in model.named_parameters():
         if parameter.is_meta:
             raise RankwiseError(
@@ -201,7 +203,10 @@ def refuse_other_than_its_config(model: PreTrainedModel) -> None:
         way = "merge the adapter first (merge_and_unload)"
     elif "not there" in (found, said) and re.search(r"\.\d+\.", name):
         way += f" (config.num_hidden_layers says {model.config.get_text_config().num_hidden_layers})"
-    raise RankwiseError(f"the model is not what its config makes: {name} is {found}, by the config {said}: {way}")
+    raise RankwiseError(
+        f"the model is not the one its config describes: {name} is {found} in the model and "
+        f"{said} by the config. To go on, {way}",
+    )
 
 
 def refuse_foreign(folder: Path, config: Any) -> None:
@@ -295,7 +300,9 @@ def refuse_not_finite(model: nn.Module) -> None:
 def resolve_device(device: str) -> torch.device:
     """Raises `RankwiseError` for a device that torch does not have, and for "meta", which holds no values."""
     if device.startswith("meta"):
-        raise RankwiseError(f"device {device!r} cannot be used: it computes nothing")
+        raise RankwiseError(
+            f"device {device!r} cannot be used, because it computes nothing: name cpu or cuda",
+        )
     if device == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if device == "auto":
@@ -332,14 +339,18 @@ def refuse_taken(folder: Path, overwrite: bool) -> None:
         text = getattr(error, "strerror", None) or reason(error)
         raise RankwiseError(f"the output folder {str(folder)!r} cannot be written: {text}") from None
     if folder.exists() and not folder.is_dir():
-        raise RankwiseError(f"the output {folder} is a file")
+        raise RankwiseError(f"the output {folder} is a file: name a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise RankwiseError(f"the output folder {folder} is not empty: name another, or overwrite it (--overwrite)")
     above = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     if not above.is_dir():
-        raise RankwiseError(f"the output folder {folder} cannot be written: {above} is a file")
+        raise RankwiseError(
+            f"the output folder {folder} cannot be written, because {above} is a file: name another",
+        )
     if not os.access(above, os.W_OK):
-        raise RankwiseError(f"the output folder {folder} cannot be written: {above} is read-only")
+        raise RankwiseError(
+            f"the output folder {folder} cannot be written, because {above} is read-only: name another",
+        )
 
 
 def refuse_output(folder: Path, overwrite: bool, source: object = None) -> None:
@@ -353,7 +364,9 @@ def refuse_output(folder: Path, overwrite: bool, source: object = None) -> None:
     if os.path.ismount(folder.resolve()):
         raise RankwiseError(f"the output folder {folder} is a mount point, which nothing can replace: name one within it")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise RankwiseError(f"the output folder {folder} holds something else than a model: name another, or empty it yourself")
+        raise RankwiseError(
+            f"the output folder {folder} does not hold a model: name another, or empty it yourself",
+        )
     if isinstance(source, str | Path) and os.path.isdir(source):
         inside = Path(source).resolve()
         if folder.resolve() in (inside, *inside.parents):

@@ -71,7 +71,8 @@ def judge_config(path: str | Path, settings: Any) -> None:
         raise RankwiseError(f"{path}: in its config.json, architectures={names!r} is not a list of names")
     if settings.get("transformers_weights") is not None:
         raise RankwiseError(
-            f"{path}: its config.json names a file of weights (transformers_weights): only the usual ones are read"
+            f"{path}: its config.json names a file of weights (transformers_weights), but only "
+            "the usual ones are read: remove that entry",
         )
     if not isinstance(settings.get("quantization_config") or {}, dict):
         raise RankwiseError(f"{path}: in its config.json, quantization_config is not an object")
@@ -146,10 +147,9 @@ def refuse_foreign_weights(folder: Path, model: nn.Module) -> None:
             raise RankwiseError(f"cannot load {folder}: its weight {name} is {dtype}, not one of {', '.join(sorted(FLOATS))}")
         if name.endswith((".first.weight", ".second.weight")) and name in parameters and shape != tuple(parameters[name].shape):
             raise RankwiseError(
-                f"cannot load {folder}: its weight {name} is {list(shape)}, by config.json {list(parameters[name].shape)}"
+                f"cannot load {folder}: its weight {name} has the shape {list(shape)}, but the "
+                f"shape {list(parameters[name].shape)} by config.json",
             )
     held, wanted = sum(math.prod(shape) for _, shape in headers.values()), sum(p.numel() for p in parameters.values())
     if wanted > 2 * held:
-        raise RankwiseError(
-            f"cannot load {folder}: by config.json it has {wanted:,} weights, in its files are {held:,}: missing keys"
-        )
+        raise RankwiseError(f"cannot load {folder}, which has {held:,} of {wanted:,} weights: missing keys")

@@ -15,7 +15,7 @@ from rankwise.layers.quantised import QuantisedLinear
 
 
 def lora_targets(model: nn.Module, *names: str) -> list[str]:
-    """For `LoraConfig(target_modules=...)`: the linear layers called `names` and, where one is low-rank, its two factors.
+    """Return LoRA's `target_modules`: linear layers called `names`, or both factors of a low-rank one.
 
     names: as one writes for the dense model: "q_proj", "v_proj". Raises `RankwiseError` for a name that no linear layer has, and
     for layers of few bits, which PEFT does not adapt.

@@ -49,7 +49,7 @@ KEYS = dict(
 
 @dataclass
 class RankwiseConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed model.
+    """This is the `quantization_config` of a compressed model.
 
     ranks: path of each factorised linear layer -> its rank. form: of all of them, one of `FORMS`.
     bits: path of each linear layer that is held in few bits, or whose factors are -> how many, one of `WIDTHS`.

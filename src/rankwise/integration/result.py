@@ -90,7 +90,10 @@ def read_ranks(folder: Path) -> dict[str, int | None]:
     for name in sorted(stored.keys() | factorised.keys()):
         written, kept = factorised.get(name, "dense"), stored.get(name, "dense")
         if written != kept:
-            raise RankwiseError(f"{file} was edited: it says {written} for {name}, the weights are of rank {kept}")
+            raise RankwiseError(
+                f"{file} was edited: for {name} it says {written}, but the weights have {kept}. "
+                "Undo the edit, or apply it with compress --plan",
+            )
     return ranks
 
 

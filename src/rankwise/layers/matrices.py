@@ -205,7 +205,7 @@ def find_matrices(
     if not matrices:
         reasons = sorted(dense.items(), key=lambda item: item[1] == "excluded")  # what the user named comes first
         raise RankwiseError(
-            f"the model has no matrix to compress: of its {len(linear)} linear layers all are left dense"
+            f"the model has no matrix to compress: all of its {len(linear)} linear layers are left dense"
             + "".join(f"; {n}: {why}" for n, why in reasons[:3])
         )
     return matrices, dense

@@ -168,5 +168,5 @@ def _blocks(model: Any, matrices: Collection[str], batch: Batch) -> Blocks:
         blocks = Blocks.of(model, matrices, device_of(model))
         blocks.try_out(batch)
     except InMemoryOnlyError as error:
-        raise RankwiseError(f"the refinement blocks: {error} (take distil)") from None
+        raise RankwiseError(f"the refinement blocks cannot be used: {error}. Use distil") from None
     return blocks

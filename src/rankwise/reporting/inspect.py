@@ -10,8 +10,8 @@ from rankwise.integration.result import narrowed, read_ranks, read_shapes
 
 
 def inspect(folder: str | Path) -> list[dict[str, Any]]:
-    """One row per matrix: name, out_features, in_features, rank (None: dense), bits of a number (None: as the model's floats),
-    break-even rank, parameters before and after.
+    """Return one row per matrix: name, out_features, in_features, rank (None: dense), bits of a number
+    (None: as the model's floats), break-even rank, parameters before and after.
 
     Raises `RankwiseError` for a folder that rankwise did not write.
     """

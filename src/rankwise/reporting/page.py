@@ -35,7 +35,7 @@ def report(folders: Sequence[str | Path], output: str | Path) -> None:
 def refuse_no_page(folder: Path) -> None:
     """Raises `RankwiseError` for a folder that is no result, which has no page."""
     if not isinstance(read_folder(folder), Result):
-        raise RankwiseError(f"{folder} is no result of rankwise compress: there is no report to add to")
+        raise RankwiseError(f"{folder} has no report to add to: give a folder that rankwise compress wrote")
 
 
 def add_to_page(folder: Path, name: str, measured: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ def read_folder(folder: Path) -> Result | Contest | Explored:
     if (folder / RESULTS).exists():
         rows = _read(folder / RESULTS)
         if not rows:
-            raise RankwiseError(f"{folder / RESULTS} holds no result yet")
+            raise RankwiseError(f"{folder / RESULTS} holds no result yet: go on with rankwise compare")
         return Contest(name, rows)
     if not (folder / REPORT).exists():
         raise RankwiseError(

@@ -58,7 +58,7 @@ def bench(
     dtype: str = "auto",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Tokens per second of prefill and decode with a key-value cache, peak memory, and the ratios to `reference` and the ideal.
+    """Measure the speed of prefill and decode, and memory, and compare with `reference` and the ideal.
 
     path: a folder that rankwise wrote, or any causal model; compressed ones run as `optimize` leaves them. prompt: tokens, by
     default 512 or as many as the models take beside the `new_tokens`. Both models run in turn in this process, `repeats` times;
@@ -68,10 +68,11 @@ def bench(
     """
     asked = [] if prompt is None else [prompt]
     if not batches or min(*batches, *asked, new_tokens, repeats) < 1:
-        raise RankwiseError("batch sizes, prompt, new tokens and repeats are 1 or more")
+        given = f"batches={[*batches]}, prompt={prompt}, new_tokens={new_tokens}, repeats={repeats}"
+        raise RankwiseError(f"{given}: all of these must be 1 or more")
     if threads is not None:
         if threads < 1:
-            raise RankwiseError(f"threads={threads}: at least 1")
+            raise RankwiseError(f"threads={threads} must be at least 1")
         torch.set_num_threads(threads)
     paths = {"compressed": path} if reference is None else {"compressed": path, "reference": reference}
     configs = {role: load_config(p) for role, p in paths.items()}
@@ -80,7 +81,9 @@ def bench(
     context = min(getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf for config in configs.values())
     prompt = int(max(1, min(PROMPT, context - new_tokens))) if prompt is None else prompt
     if prompt + new_tokens > context:
-        raise RankwiseError(f"prompt and new tokens are {prompt + new_tokens} tokens, the model takes {context}: ask for fewer")
+        raise RankwiseError(
+            f"prompt={prompt} and new_tokens={new_tokens} exceed the model's {context} tokens: ask for fewer",
+        )
     models = {role: _open(p, configs[role], dtype, device) for role, p in paths.items()}
     if not compiled:
         models = {role: optimize(model) for role, model in models.items()}
@@ -121,7 +124,9 @@ def bench(
 def _open(path: str | Path, config: PreTrainedConfig, dtype: str, device: str) -> Any:
     model = load_model(path, config, dtype, device)
     if not model.can_generate() or config.is_encoder_decoder:
-        raise RankwiseError(f"{path} is a {type(model).__name__}: only causal language models are timed")
+        raise RankwiseError(
+            f"{path} is a {type(model).__name__}, but only causal language models are timed: give one",
+        )
     return model
 
 
@@ -172,7 +177,8 @@ class Compiled:
                 decode(self, prefill(self, ids), 1)
         except Exception as error:  # as many ways as there are models
             raise RankwiseError(
-                f"{type(model).__name__} does not run compiled, with a cache of fixed size: {reason(error)}"
+                f"{type(model).__name__} does not run compiled, with a cache of fixed size "
+                f"({reason(error)}): bench it without --compile",
             ) from None
 
     def __getattr__(self, name: str) -> Any:

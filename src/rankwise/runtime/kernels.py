@@ -52,7 +52,9 @@ class KernelLinear(QuantisedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]. Raises `RankwiseError` where the layer was moved or cast since."""
         if (self.ready.device, self.dtype) != self.at:
-            raise RankwiseError("an optimized model was moved or cast: load it where and as it is to run, then optimize it")
+            raise RankwiseError(
+                "an optimized model was moved or cast: load it on that device in that dtype and optimize it",
+            )
         if self.as_dense:
             return F.linear(x, self.ready, self.bias)
         rows = x.reshape(-1, self.in_features)

@@ -164,7 +164,9 @@ def time_layers(model: Any, shapes: Mapping[str, Shape], repeats: int = REPEATS)
     """Time the model's matrices and one step of its decoding, all in turn. Raises `RankwiseError` for a model that does not
     decode."""
     if not decodes(model):
-        raise RankwiseError(f"a speed-up is that of decoding: {type(model).__name__} is no causal language model")
+        raise RankwiseError(
+            f"target_speedup needs a causal language model, not a {type(model).__name__}: give a rate",
+        )
     first = weight_of(model.get_submodule(next(iter(shapes))))
     output = prefill(model, torch.zeros(1, PROMPT, dtype=torch.long, device=first.device))
     step = _nanoseconds(alternating([lambda: decode(model, output, 1)], repeats)[0])

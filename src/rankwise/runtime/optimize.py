@@ -72,7 +72,7 @@ class JointLinear(nn.Linear):
 
 
 def optimize(model: Any) -> Any:
-    """Rearrange the layers of a compressed model for inference, in place; gives the model back.
+    """Rearrange the layers of a compressed model for inference, in place, and return the model.
 
     Do it last, on the device and in the dtype that it will run with: weights moved or cast afterwards stop with an error. A
     model that is optimized already stays as it is. Saving it writes the same folder as before.

@@ -43,8 +43,8 @@ def has_kernels() -> bool:
 
 
 def pack(model: Any) -> Any:
-    """Pack the weights of all linear layers, factors and dense ones, for inference in bfloat16 on a CPU; in place, gives the
-    model back.
+    """Pack the weights of all linear layers, factors and dense ones, for inference in bfloat16 on a CPU, in
+    place, and return the model.
 
     Nothing is approximated; memory and checkpoint stay what they are. Do it last: packed weights cannot be moved or cast, which
     stops with an error. Not for `torch.compile`, which cannot read these; inductor's `freezing` packs there. Weights that several
@@ -52,12 +52,16 @@ def pack(model: Any) -> Any:
     such kernels.
     """
     if not has_kernels():
-        raise RankwiseError("this processor, or this build of torch, multiplies no packed bfloat16 weights: leave out pack")
+        raise RankwiseError(
+            "this processor or build of torch cannot multiply packed bfloat16 weights: run without pack",
+        )
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, JointLinear, PackedLinear)}
     found = {name: layer for name, layer in found.items() if layer.weight.dtype == torch.bfloat16 and layer.weight.is_cpu}
     if not found:
-        raise RankwiseError("pack is for linear layers in bfloat16 on a CPU, of which this model has none")
+        raise RankwiseError(
+            "this model has no linear layers in bfloat16 on a CPU: load it there with dtype='bfloat16'",
+        )
     for name, layer in found.items():
         if type(layer) is not PackedLinear and uses[id(layer.weight)] == 1:
             model.set_submodule(name, PackedLinear.of(layer))

@@ -145,7 +145,9 @@ def _backwards(stream: Stream, metric: str, missing: Collection[str], kept: Coll
 
     def loss(window: Batch, signal: Signal) -> Tensor:
         if not is_finite(signal.values):
-            raise RankwiseError("the model's outputs on the calibration text are not finite")
+            raise RankwiseError(
+                "the model's outputs on the calibration text are not finite: load it as float32",
+            )
         return sampled_loss(signal, window)
 
     states = forward(stream, "training", pieces)
@@ -233,7 +235,9 @@ def _collect(
             watched.expect(batch)
             output = stream.blocks.run(index, hidden[number], stream.blocks.call_of(index, batch))
             if not is_finite(output):
-                raise RankwiseError("the model's outputs on the calibration text are not finite")
+                raise RankwiseError(
+                    "the model's outputs on the calibration text are not finite: load it as float32",
+                )
             if forward:
                 hidden[number] = output
     return watched.everyones(stream.blocks.device)

@@ -69,8 +69,10 @@ def share_out(
     if needed > memory:
         phase = max(phases, key=lambda name: phases[name])
         raise RankwiseError(
-            f"memory: {gigabytes(memory)} is not enough, {gigabytes(needed)} are needed: {gigabytes(fixed)} for Python, "
-            f"torch and what is read, {gigabytes(int(SLACK * phases[phase]))} for {phase}; give more, or shorter windows"
+            f"memory: {gigabytes(memory)} is not enough, {gigabytes(needed)} are needed: "
+            f"{gigabytes(fixed)} for Python, torch and what is read, "
+            f"{gigabytes(int(SLACK * phases[phase]))} for {phase}; give more, or use shorter "
+            "windows",
         )
     spare = memory - needed
     sites = Counter[int | None]()

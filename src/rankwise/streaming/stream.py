@@ -125,7 +125,10 @@ def start(
     narrow = to_float32(empty, lambda tensor: not computes_in(tensor.dtype, device))
     everything = (*data.training, *data.selection, *data.measuring)
     if any(sequences_in(batch) < len(written(batch)) for batch in everything):
-        raise InMemoryOnlyError("batches whose tensors have not all a row for each sequence are not cut (give one sequence each)")
+        raise InMemoryOnlyError(
+            "the calibration batches cannot be split: some tensors do not have one row per "
+            "sequence. Give batches of one sequence",
+        )
     needs = metric_named(str(recipe.decomposition)).NEEDS
     gradients = bool(GRADIENTS & needs) or isinstance(allocator, DIFFERENTIATING)
     of_a_step = (r.tokens for r in refinements_named(recipe.refine or "") if isinstance(r, BlockByBlock))
@@ -160,12 +163,13 @@ def refuse_whole_runs(recipe: Recipe, allocator: Allocator, model: PreTrainedMod
     metric = metric_named(str(recipe.decomposition))
     if is_affine(metric):
         raise InMemoryOnlyError(
-            f"block by block there are no affine factors (choose another decomposition than {recipe.decomposition!r})"
+            f"{recipe.decomposition!r} makes affine factors from the whole model (choose another)",
         )
     if not isinstance(allocator, FORWARD_ONLY + DIFFERENTIATING):
         others = [name for name in ALLOCATORS if issubclass(ALLOCATORS[name]["default"], FORWARD_ONLY + DIFFERENTIATING)]
         raise InMemoryOnlyError(
-            f"the allocation {recipe.allocation!r} runs the whole model with all of its masks, which takes "
-            f"{whole_run(model, shapes, metric.NEEDS) / 1e9:.1f} GB and the activations of a batch (or choose --allocation "
-            f"{', '.join(others[:-1])} or {others[-1]})"
+            f"the allocation {recipe.allocation!r} runs the whole model with all of its masks, "
+            f"which takes {whole_run(model, shapes, metric.NEEDS) / 1e9:.1f} GB and the "
+            f"activations of a batch (choose --allocation {', '.join(others[:-1])} or "
+            f"{others[-1]})",
         )

@@ -1,1 +1,1 @@
-"""The conformance suites: what every metric and every allocator must obey, for those in the package and for yours."""
+"""The conformance suites hold the laws that every metric, form and allocator obeys, ours and yours."""

@@ -37,13 +37,13 @@ ProblemFactory = Callable[[str, float, int], Problem]  # metric, rate, rank mult
 
 
 def tiny_student(metric: str, layers: int = 1, dtype: torch.dtype = torch.float32) -> Student:
-    """A random Llama (hidden 32) decomposed in `metric`, calibrated on random tokens; the same at each call."""
+    """Return the same random Llama (hidden 32) each time, decomposed in `metric` on random tokens."""
     training, selection = _batches()
     return Student(tiny_model(layers, dtype), _decomposed(metric, layers, dtype), training, selection)
 
 
 def tiny_problem(metric: str, rate: float, multiple: int = 1) -> Problem:
-    """The problem of compressing `tiny_student`."""
+    """Return the problem of compressing `tiny_student`."""
     student = tiny_student(metric)
     affine = is_affine(metric_named(metric))
     shapes = {name: Shape.of(student.model.get_submodule(name), affine=affine) for name in student.decompositions}
@@ -53,7 +53,7 @@ def tiny_problem(metric: str, rate: float, multiple: int = 1) -> Problem:
 
 @functools.cache
 def tiny_model(layers: int = 1, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A Llama whose random weights are large enough for its outputs to depend on its inputs."""
+    """Return a Llama whose random weights are large enough for its outputs to depend on its inputs."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -89,7 +89,8 @@ def _decomposed(metric: str, layers: int, dtype: torch.dtype) -> dict[str, Decom
 
 
 def budget_is_met(allocator: Allocator, problem: ProblemFactory) -> None:
-    """Never exceeded, and used up to 0.2 % or one step of the largest matrix; ranks are multiples below break-even, or dense."""
+    """The budget is never exceeded, and used up to 0.2 % or one step of the largest matrix; ranks are
+    multiples below break-even, or dense."""
     for rate in RATES:
         for multiple in MULTIPLES:
             asked, answer = _answer(allocator, problem, rate, multiple)

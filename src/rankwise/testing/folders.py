@@ -9,7 +9,7 @@ MEASURED = ("seconds", "effort", "peak_memory_bytes")  # fields of report.json t
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a result folder by its path: its bytes, of report.json without what the work took, and not its page."""
+    """Return path -> bytes of a result folder, without its page and the times and memory in report.json."""
     content = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     report = json.loads(content["report.json"])
     content.pop("report.html", None)

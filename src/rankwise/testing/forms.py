@@ -46,7 +46,7 @@ FORM_CASES = (
 
 
 def tiny_factors(case: FormCase, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """B [m, r], A [r, n] and a bias [m]."""
+    """Return B [m, r], A [r, n] and a bias [m]."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -107,7 +107,7 @@ def empty_layer_takes_its_state(form: type[LowRankLinear], case: FormCase) -> No
 
 
 def casts_like_any_layer(form: type[LowRankLinear], case: FormCase) -> None:
-    """In another dtype it is what its tensors are there, and its output has that dtype."""
+    """A layer cast to another dtype is what its cast tensors make, and its output has that dtype."""
     layer = form.from_factors(*tiny_factors(case))
     for dtype in DTYPES:
         assert layer.to(dtype)(torch.ones(1, case.inputs, dtype=dtype)).dtype == dtype

@@ -44,7 +44,7 @@ CASES = {
 
 
 def tiny_matrix(case: Case, seed: int = 0) -> tuple[Tensor, Moments]:
-    """A random W [outputs, inputs] float64 and all its moments, of correlated activations x and gradients g."""
+    """Return a random W [outputs, inputs] float64 and its moments of correlated activations and gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -59,7 +59,7 @@ def tiny_matrix(case: Case, seed: int = 0) -> tuple[Tensor, Moments]:
 
 
 def full_rank_is_exact(metric: Metric, W: Tensor, moments: Moments) -> None:
-    """B A = W, with k = min(m, n) components, a singular metric or not."""
+    """B A equals W with k = min(m, n) components, whether the metric is singular or not."""
     d = _decomposed(metric, W, moments)
     k = min(W.shape)
     assert [*map(tuple, (d.second.shape, d.first.shape, d.spectrum.shape))] == [(len(W), k), (k, W.shape[1]), (k,)]
@@ -67,7 +67,7 @@ def full_rank_is_exact(metric: Metric, W: Tensor, moments: Moments) -> None:
 
 
 def spectrum_descends(metric: Metric, W: Tensor, moments: Moments) -> None:
-    """Finite, non-negative, descending, and not all zero."""
+    """The spectrum is finite, non-negative, descending, and not all zero."""
     spectrum = _decomposed(metric, W, moments).spectrum
     assert bool(torch.isfinite(spectrum).all()), spectrum
     assert bool((spectrum >= 0).all()), spectrum
