@@ -1,5 +1,5 @@
-"""What other tools make of a model in few bits, on the same windows of text: llm-compressor's GPTQ and AWQ, and HQQ, as they
-come but for groups of 64 numbers, which divide the models' rows.
+"""What other tools make of a model in few bits, on the same windows of text: llm-compressor's GPTQ, and HQQ, as they come
+but for groups of 64 numbers, which divide the models' rows. (llm-compressor's AWQ needs an accelerator.)
 
 They are `--peers` of bytes.py, in an environment of their own, for their versions of transformers:
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +19,18 @@ GROUP = 64
 SCALE = 16  # bits of a scale, and of HQQ's zero points
 
 
-def by_llm_compressor(model: PreTrainedModel, windows: Tensor, modifiers: list[Any]) -> None:
-    """The model's weights, rounded where they stand."""
+def by_gptq(model: PreTrainedModel, windows: Tensor, bits: int) -> float:
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
 
     rows = windows.tolist()
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-    oneshot(model=model, dataset=data, recipe=modifiers, num_calibration_samples=len(rows), max_seq_length=windows.shape[1])
-
-
-def scheme(bits: int, symmetric: bool) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": GROUP}
-    return {"ignore": ["lm_head"], "config_groups": {"weights": {"targets": ["Linear"], "weights": weights}}}
-
-
-def by_gptq(model: PreTrainedModel, windows: Tensor, bits: int) -> float:
-    from llmcompressor.modifiers.gptq import GPTQModifier
-
-    by_llm_compressor(model, windows, [GPTQModifier(**scheme(bits, symmetric=True))])
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    groups = {"weights": {"targets": ["Linear"], "weights": weights}}
+    recipe = GPTQModifier(ignore=["lm_head"], config_groups=groups)
+    oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=len(rows), max_seq_length=windows.shape[1])
     return bits + SCALE / GROUP
-
-
-def by_awq(model: PreTrainedModel, windows: Tensor, bits: int) -> float:
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
-
-    by_llm_compressor(model, windows, [AWQModifier(duo_scaling="both"), QuantizationModifier(**scheme(bits, symmetric=False))])
-    return bits + (SCALE + bits) / GROUP
 
 
 def by_hqq(model: PreTrainedModel, windows: Tensor, bits: int) -> float:
@@ -61,14 +44,13 @@ def by_hqq(model: PreTrainedModel, windows: Tensor, bits: int) -> float:
     return bits + 2 * SCALE / GROUP
 
 
-PEERS: dict[str, Callable[[PreTrainedModel, Tensor, int], float]] = {
+PEERS: dict[str, Callable[[PreTrainedModel, Tensor, int], float]] = {  # each rounds a model's weights where they stand
     "llm-compressor GPTQ": by_gptq,
-    "llm-compressor AWQ": by_awq,
     "HQQ": by_hqq,
 }
 
 
 def rounded(peer: str, folder: Path, windows: Tensor, bits: int) -> tuple[nn.Module, float]:
-    """The model with every matrix rounded, in float32, and the bits per weight that it would take; windows: [samples, tokens]."""
+    """The model with every matrix rounded, in float32, and the bits per weight that it would take. windows: [samples, tokens]."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, PEERS[peer](model, windows, bits)

@@ -188,7 +188,7 @@ def test_an_edited_plan_of_bits_is_applied_as_it_is(made: tuple[Path, Any, Path]
     ("bits", "options", "complaint"),
     [
         ({"model.layers.0.self_attn.q_proj": 7}, {}, "7 bits for 'model.layers.0.self_attn.q_proj'"),
-        ({"lm_tail": 4}, {}, "bits for lm_tail, and no rank"),
+        ({"lm_tail": 4}, {}, "bits for lm_tail, but no rank"),
         ([4], {}, "for bits"),
         ({}, {"memory": "4GB"}, "needs the whole model in memory"),
         ({}, {"decomposition": "svd"}, "second moment of the inputs"),
