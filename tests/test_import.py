@@ -30,6 +30,7 @@ ORDER = [  # of the packages: the way of the data
     "streaming",
     "reporting",
     "testing",
+    "cli",
 ]
 
 
