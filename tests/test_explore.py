@@ -215,6 +215,11 @@ def test_answers_are_points_that_were_measured() -> None:
     assert POINTS[found["cheapest_speed"]]["speedup"] == 1.1
 
 
+def test_a_size_that_is_missed_by_a_hair_is_reached() -> None:
+    points = [point("o", 0, 1), point("a", 0.1, 0.5), point("b", 0.3, 0.4), point("b", 0.05, 0.502), point("b", 0.01, 0.51)]
+    assert {row["bytes"]: row["points"]["b"] for row in answers(points)["within"]}[500] == 3
+
+
 def test_the_next_per_cent_is_that_of_the_cheapest_components() -> None:
     shape, prices = Shape(10, 10, form="pair"), torch.arange(10, 0, -1, dtype=torch.float64)
     mask = (prices > 6).float()

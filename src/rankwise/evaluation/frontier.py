@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Points = Sequence[Mapping[str, Any]]
+ABOUT = 1.005  # plans of the same bits differ by less than this
 KL_MARKS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -78,8 +79,8 @@ def smallest(points: Points, indices: Iterable[int], kl: float) -> int | None:
 
 
 def best(points: Points, indices: Iterable[int], size: int) -> int | None:
-    """The point that costs least of those of at most `size` bytes."""
-    small = [i for i in indices if points[i]["bytes"] <= size]
+    """The point that costs least of those of about `size` bytes and of fewer."""
+    small = [i for i in indices if points[i]["bytes"] <= ABOUT * size]
     return min(small, key=lambda i: cost(points[i]), default=None)
 
 
