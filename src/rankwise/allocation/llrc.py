@@ -117,10 +117,10 @@ class LLRC:
 
     def reads(self, training: Sequence[Batch], selection: Sequence[Batch], matrices: int) -> tuple[float, float]:
         """Tokens forward and back at most, a pass of full-length factors counted as one and a half."""
-        part, values = self._part(training), self._value_training(training)
-        back = MASKED * (1 + self.rounds) * part + values.steps * values.tokens
-        forward = back + self.rounds * part + values.tokens * values.steps  # the teacher's
-        forward += (len(STEPS) * self.rounds + 5) * tokens_in(selection)
+        part, (forward, back) = self._part(training), self.value_reads(training, selection)
+        pricing = MASKED * (1 + self.rounds) * part
+        back += pricing
+        forward += pricing + self.rounds * part + (len(STEPS) * self.rounds + 3) * tokens_in(selection)
         if (by_measuring := self._measuring(training, matrices)) is not None:
             forward += by_measuring.reads(training, selection, matrices)[0]
         return forward, back
