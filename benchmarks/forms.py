@@ -103,17 +103,17 @@ def _costs(model: str, text: str, rows: list[dict[str, Any]], quantized: dict[st
     size = {rate: (dense - 2 * rate * quantized["compressible"]) / 1e6 for rate in rates}
     beside = {bits: quantized[bits] for bits in ("int8", "int4")}
     of_bits = (f"{bits} {q['bytes'] / 1e6:.1f} MB {cell(q['texts'][text])}" for bits, q in beside.items())
-    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
     lines = [
         f"### {model}, judged on {text}: KL in nats per token (perplexity)\n",
-        f"{machines}, {rows[0]['tokens']:,} tokens. Dense {dense / 1e6:.1f} MB in bfloat16, {', '.join(of_bits)}.\n",
-        "| | " + " | ".join(f"rate {rate:g}: {size[rate]:.1f} MB" for rate in rates) + " |",
-        "|---|" + "---|" * len(rates),
+        f"{rows[0]['tokens']:,} tokens. Dense {dense / 1e6:.1f} MB in bfloat16, {', '.join(of_bits)}.\n",
+        "| | " + " | ".join(f"rate {rate:g}: {size[rate]:.1f} MB" for rate in rates) + " | on |",
+        "|---|" + "---|" * len(rates) + "---|",
     ]
     for way, allocation in dict.fromkeys((row["way"], row["allocation"]) for row in rows):
         own = {row["rate"]: row for row in rows if (row["way"], row["allocation"]) == (way, allocation)}
         cells = [cell({key: own[r][key][text] for key in ("kl", "perplexity")}) if r in own else "not run" for r in rates]
-        lines.append(f"| {way}, {allocation} | {' | '.join(cells)} |")
+        machines = ", ".join(dict.fromkeys(row["machine"] for row in own.values()))
+        lines.append(f"| {way}, {allocation} | {' | '.join(cells)} | {machines} |")
     return [*lines, ""]
 
 
