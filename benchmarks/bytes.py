@@ -38,10 +38,11 @@ from rankwise.calibration.tokens import Batch, windows_of, written
 from rankwise.decomposition.grid import Grid, unit_of
 from rankwise.decomposition.kronecker import input_root
 from rankwise.decomposition.metric import metric_named
+from rankwise.decomposition.rounding import each_group
 from rankwise.evaluation.protocols import read_judging_text
 from rankwise.layers.linear import bias_of, tensors_in, weight_of
 from rankwise.layers.precision import widened
-from rankwise.layers.quantised import BYTE, EARLIER_GROUP, GROUP, WIDTHS, QuantisedLinear
+from rankwise.layers.quantised import BYTE, EARLIER_GROUP, WIDTHS, QuantisedLinear
 from rankwise.masks.student import Layers
 from rankwise.recipe import Recipe
 from rankwise.refining import changed_modules
@@ -142,11 +143,8 @@ class Contest:
 
 def by_nearest(W: Tensor, bits: int, bias: Tensor | None) -> QuantisedLinear:
     """W [m, n] in whole numbers, each the nearest one, with the scales of least squared error."""
-    unit = unit_of(W.detach(), 2.0 ** (bits - 1))
-    parts, grid = W.detach().float().T.split(GROUP), Grid(bits, unit)
-    found = [grid.first(part, torch.ones(len(part)), torch.eye(len(part))) for part in parts]
-    codes, steps = torch.cat([codes for codes, _ in found]).T.to(torch.int8), torch.stack([scale for _, scale in found], 1)
-    return QuantisedLinear.of(codes, steps.to(W.dtype), unit, bits, bias, coding="grid")
+    grid = Grid(bits, unit_of(W.detach(), 2.0 ** (bits - 1)))
+    return QuantisedLinear.of(*each_group(W, grid), grid.unit, bits, bias, coding="grid")
 
 
 def by_gptq(W: Tensor, H: Tensor, bits: int, bias: Tensor | None) -> QuantisedLinear:

@@ -63,16 +63,22 @@ def alphabet_of(W: Tensor, bits: int) -> Alphabet:
 
 def nearest(W: Tensor, bits: int) -> Rounding:
     """Every group of W [m, n] by itself, and every weight on a grid."""
-    weight = W.detach().float()
     if bits == BYTE:
+        weight = W.detach().float()
         steps = unclipped_scale(weight.T, 2.0 ** (BYTE - 1))[:, None].to(W.dtype)
         steps = torch.where(steps == 0, torch.finfo(W.dtype).tiny, steps)
         return Rounding(whole_numbers(weight / steps.float(), 2.0 ** (BYTE - 1)).to(torch.int8), steps, None, bits)
     alphabet = alphabet_of(W, bits)
-    parts = [part.T for part in weight.split(alphabet.group, 1)]
+    return Rounding(*each_group(W, alphabet), alphabet.unit, bits)
+
+
+def each_group(W: Tensor, alphabet: Alphabet) -> tuple[Tensor, Tensor]:
+    """Codes [m, n] int8 and scales [m, groups], in W's dtype, of W [m, n]: as of `Compensation.rounded`, but no group makes up
+    for another."""
+    parts = [part.T for part in W.detach().float().split(alphabet.group, 1)]
     found = [alphabet.first(part, torch.ones_like(part[:, 0]), torch.eye(len(part)).to(part)) for part in parts]
     codes = torch.cat([codes for codes, _ in found]).T.to(torch.int8)
-    return Rounding(codes, torch.stack([scale for _, scale in found], 1).to(W.dtype), alphabet.unit, bits)
+    return codes, torch.stack([scale for _, scale in found], 1).to(W.dtype)
 
 
 def tables_in_bits(tables: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
