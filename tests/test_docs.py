@@ -136,6 +136,28 @@ def test_the_pages_know_the_names_they_use(site: Path) -> None:
         assert used <= known, page
 
 
+IN_BITS = {"nearest": 1, "gptq": 2, "llm-compressor GPTQ": 3, "HQQ": 4, "alike": 5, "mixed": 6}  # the column of each way
+
+
+def test_the_first_pages_bits_are_those_that_were_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "bytes.json").read_text())["SmolLM2-135M-Instruct"]
+    section = (ROOT / "README.md").read_text().partition("For size, bits are what counts")[2].partition("Judged on")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[2:3].isdigit()]
+    assert [line[0] for line in lines] == ["4.25", "3.25", "2.75", "2.5", "2.25"]
+    told = 0
+    for line in lines:
+        for way, column in IN_BITS.items():
+            if not line[column]:
+                continue
+            kl, other, size = re.fullmatch(r"\**([\d.]+)\** \(([\d.]+)\)(?:, in ([\d.]+))?", line[column]).groups()  # type: ignore[union-attr]
+            (row,) = (row for row in rows if row["way"] == way and abs(row["bits"] - float(size or line[0])) < 0.01)
+            for text, figure in (("WikiText-2", kl), ("C4", other)):
+                digits = len(figure.partition(".")[2])
+                assert round(row["texts"][text]["kl"], digits) == float(figure), (way, line[0], text)
+                told += 1
+    assert told == 2 * 18
+
+
 NARROWER = "pivoted, and MLPs with fewer neurons"
 IN_THE_TABLE = [  # what each of its lines is by: form and method, and way and allocation
     *(("real_models", form, method) for form, method in (("pair", "uniform"), ("pivoted", "uniform"), ("pivoted", "zero-sum"))),
