@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankwise import bundled
-from rankwise.allocation.allocator import ALLOCATORS, OF_BYTES, spelling
+from rankwise.allocation.allocator import is_known, spelling
 from rankwise.options import flag
 from rankwise.recipe import IN_MEMORY, Recipe
 
@@ -15,7 +15,7 @@ from rankwise.recipe import IN_MEMORY, Recipe
 def command_of(base_model: str, recipe: Mapping[str, Any], output: str) -> str | None:
     """The `rankwise compress` line of a recipe, or None where the text or the method is no option."""
     words = ["rankwise", "compress", *([] if base_model == bundled.NAME else [base_model])]
-    if recipe["calibration"] == IN_MEMORY or not (recipe.get("ranks") or recipe["allocation"] in ALLOCATORS | OF_BYTES):
+    if recipe["calibration"] == IN_MEMORY or not (recipe.get("ranks") or is_known(recipe["allocation"])):
         return None
     if recipe.get("ranks"):  # too many for a line
         return shlex.join([*words, "--recipe", output, "--output", f"{output}-again"])
